@@ -1,0 +1,60 @@
+# Needs Python 3.10 or newer and make; everything else is installed into .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+
+SEEDS ?= 10000
+FIRST ?=
+SEED ?=
+
+# A new local Ray otherwise asks every process for a token.
+TEST_ENV := RAY_AUTH_MODE=disabled
+# pytest's exit status 5: nothing was selected.
+NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
+
+.PHONY: help demo test test-long test-gpu lint format sim bench-recovery clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.test-stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[test]" -c constraints.txt
+	touch $@
+
+$(VENV)/.lint-stamp: $(VENV)/.test-stamp
+	$(PIP) -e ".[test,lint]" -c constraints.txt
+	touch $@
+
+demo: $(VENV)/.test-stamp ## train, kill processes on the way, compare the bits
+	$(BIN)/resilient demo
+
+test: $(VENV)/.test-stamp ## all tests but the long ones and those that need a GPU
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not long"
+
+test-long: $(VENV)/.test-stamp ## tests that take minutes
+	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu" $(NONE_IS_FINE)
+
+test-gpu: $(VENV)/.test-stamp ## tests that need an NVIDIA GPU
+	$(TEST_ENV) $(BIN)/python -m pytest -m gpu $(NONE_IS_FINE)
+
+lint: $(VENV)/.lint-stamp ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+format: $(VENV)/.lint-stamp ## fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sim: $(VENV)/.test-stamp ## simulate a cluster and its faults: SEEDS=n FIRST=n, or one SEED=n
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) $(if $(FIRST),--first $(FIRST)) $(if $(SEED),--seed $(SEED))
+
+bench-recovery: $(VENV)/.test-stamp ## time recoveries, written to out/bench/recovery.json
+	$(BIN)/python -m benchmarks.recovery
+
+clean: ## remove outputs and caches, keep .venv
+	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Processes and bytes between them, on Ray. Carries out what `resilient.core` decides; decides nothing."""
