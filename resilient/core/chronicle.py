@@ -1,0 +1,86 @@
+"""What happened, and what it cost: one record per change of generation, with the time of each phase.
+
+A recovery that is interrupted by the next fault is one record: it ends with the first step that is
+committed afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .plan import Plan
+
+RecoveryKind = Literal["rank lost", "node lost", "link broken", "joined", "dealt anew"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Recovery:
+    """One change of generation. All phases in seconds, as the controller saw them."""
+
+    kind: RecoveryKind
+    began_at: float
+    """Controller's clock when it learned of the fault or decided the change."""
+    lost: list[dict[str, str | int]] = field(default_factory=list)
+    """Rank, node and cause of each loss."""
+    generation: int = 0
+    reason: str = ""
+    ranks: int = 0
+    step: int = -1
+    """First step committed afterwards; -1 while there is none."""
+    detect_s: float = 0.0
+    """From the last sign of life to the verdict; 0 where the operating system told at once."""
+    decide_s: float = 0.0
+    """From the verdict to the new generation on record."""
+    form_s: float = 0.0
+    """From there until its ranks were connected and level (and joiners held the state)."""
+    redo_s: float = 0.0
+    """From there to the next committed step: the lost micro-batches and the rest of the step."""
+
+    @property
+    def total_s(self) -> float:
+        return self.detect_s + self.decide_s + self.form_s + self.redo_s
+
+
+@dataclass(slots=True, kw_only=True)
+class Chronicle:
+    recoveries: list[Recovery] = field(default_factory=list)
+    """All that have ended, in order."""
+    open: Recovery | None = None
+    _created_at: float = 0.0
+    _formed_at: float = -1.0
+    _complete: int = -1
+
+    def lost(self, rank: int, node: str, why: str, silent_s: float, now: float, *, node_lost: bool) -> None:
+        kind: RecoveryKind = "node lost" if node_lost else "rank lost"
+        if self.open is None or self.open.kind not in ("rank lost", "node lost"):
+            self.open = Recovery(kind=kind, began_at=now)
+        elif node_lost:
+            self.open.kind = kind
+        self.open.lost.append({"rank": rank, "node": node, "why": why})
+        self.open.detect_s = max(self.open.detect_s, silent_s)
+
+    def created(self, plan: Plan, now: float) -> None:
+        if plan.kind == "initial":
+            return
+        if self.open is None:
+            kind: RecoveryKind = "joined" if plan.joiners else "dealt anew"
+            self.open = Recovery(kind="link broken" if plan.kind == "unplanned" else kind, began_at=now)
+        self.open.generation, self.open.reason, self.open.ranks = plan.generation, plan.reason, plan.size
+        self.open.decide_s = now - self.open.began_at
+        self._created_at, self._formed_at = now, -1.0
+
+    def formed(self, generation: int, complete: int, now: float) -> None:
+        if self.open is None or self.open.generation != generation:
+            return
+        self.open.form_s = now - self._created_at
+        self._formed_at, self._complete = now, complete
+
+    def committed(self, generation: int, complete: int, now: float) -> None:
+        """A rank of this generation has the complete result of step `complete`."""
+        if self.open is None or self.open.generation != generation or self._formed_at < 0:
+            return
+        if complete > self._complete:
+            self.open.redo_s, self.open.step = now - self._formed_at, complete
+            self.recoveries.append(self.open)
+            self.open = None

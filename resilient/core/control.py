@@ -1,0 +1,399 @@
+"""The controller's mind: facts in, instructions out.
+
+Theory of operation
+    Facts update what is known (`membership`, `formed`, `current`); then `_settle` asks what should be
+    true and instructs whatever is missing. Nothing depends on a message arriving once or in order:
+    ranks repeat their reports, and a rank that reports an older generation is sent the newest again.
+
+    A generation lives through: decided -> key created (CreateGeneration / GenerationCreated) -> sent
+    to its members -> formed, as soon as one member reports so. Only one is under way at a time. A
+    formation that fails is followed by a new number, never by the old one.
+
+Invariants
+    * Numbers of generations and of members only grow, and are never used twice.
+    * An unplanned generation has only members of the last one known to have formed.
+    * What was declared gone is killed, and stays gone whatever it reports later.
+    * After End nothing more is instructed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import recovery
+from .chronicle import Chronicle
+from .events import (
+    Event,
+    GenerationCreated,
+    GenerationTaken,
+    NodeGone,
+    NodeSeen,
+    RankFailed,
+    RankGone,
+    RankReady,
+    RankReported,
+    RankReturned,
+    Resumed,
+    StopAsked,
+    Tick,
+)
+from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
+from .membership import Member, Membership
+from .plan import Plan
+
+STARTS_THAT_MAY_FAIL = 3
+"""Ranks that may die in a row before any has reached its loop, on nodes that live."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Control:
+    limits: recovery.Limits
+    allow_different_bits: bool = False
+    membership: Membership = field(default_factory=Membership)
+    plans: dict[int, Plan] = field(default_factory=dict)
+    """Generations whose key exists, from the last formed one on."""
+    formed: Plan | None = None
+    current: Plan | None = None
+    creating: Plan | None = None
+    next_member: int = 1
+    newest: int = 0
+    chronicle: Chronicle = field(default_factory=Chronicle)
+    ended: bool = False
+    _now: float = 0.0
+    _out: list[Instruction] = field(default_factory=list)
+    _unheard: set[int] = field(default_factory=set)
+    _since: dict[str, float] = field(default_factory=dict)
+    _said: str = ""
+    _failed_starts: int = 0
+
+    def handle(self, event: Event, now: float) -> tuple[Instruction, ...]:
+        """Take in one fact at time `now` (seconds, any origin, never backwards)."""
+        assert now >= self._now, (now, self._now)
+        if self.ended:
+            return ()
+        self._now, self._out = now, []
+        _TABLE[type(event)](self, event)
+        if not self.ended:
+            self._settle()
+        return tuple(self._out)
+
+    # Facts
+
+    def _node_seen(self, event: NodeSeen) -> None:
+        self.membership.nodes[event.node] = event.capacity
+
+    def _node_gone(self, event: NodeGone) -> None:
+        self.membership.nodes.pop(event.node, None)
+        for member in self.membership.on_node(event.node):
+            self._declare_gone(member, f"node {event.node[:8]}: {event.why}", event.silent_s, node_lost=True)
+
+    def _rank_ready(self, event: RankReady) -> None:
+        member = self._member(event.member, event.node)
+        if member.gone:
+            return
+        self._failed_starts = 0
+        first = next((other.ready for other in self.membership.alive() if other.ready), event)
+        member.ready = event
+        if (event.micro_batches, event.steps) != (first.micro_batches, first.steps):
+            self._end(
+                "failed",
+                f"ranks disagree about their loop: {event.micro_batches} micro-batches and {event.steps} steps in "
+                f"one, {first.micro_batches} and {first.steps} in another; every rank must run the same script",
+            )
+        elif event.probe != first.probe:
+            self._different_bits(event, first)
+
+    def _different_bits(self, event: RankReady, first: RankReady) -> None:
+        what = (
+            f"node {event.node[:8]} computes other bits than node {first.node[:8]}: {event.probe_fields} "
+            f"against {first.probe_fields}"
+        )
+        if self.allow_different_bits:
+            self._say(f"warning: {what}; the result may differ in its last bits")
+        else:
+            self._end("failed", f"{what}; use equal machines, or allow it with allow_different_bits=True")
+
+    def _rank_reported(self, event: RankReported) -> None:
+        report = event.report
+        member = self.membership.members.get(report.member)
+        if member is None or member.gone:
+            return
+        self._unheard.discard(report.member)
+        if member.report is not None and _older(report, member.report):
+            return
+        member.report = report
+        if (
+            report.formed
+            and report.formed in self.plans
+            and self._counts_as_formed(report.member, report.formed)
+        ):
+            self.formed = self.plans[report.formed]
+            self._forget_older_plans()
+            self.chronicle.formed(report.formed, report.complete, self._now)
+        self.chronicle.committed(report.formed, report.complete, self._now)
+        self._send_again(member)
+
+    def _counts_as_formed(self, number: int, generation: int) -> bool:
+        """A report of a superseded generation counts only from those who matter now."""
+        if self.formed is not None and generation <= self.formed.generation:
+            return False
+        if self.current is None or generation == self.current.generation or number in self.current.members:
+            return True
+        return self.formed is not None and not any(map(self.membership.is_alive, self.formed.members))
+
+    def _rank_gone(self, event: RankGone) -> None:
+        member = self.membership.members.get(event.member)
+        if member is not None and not member.gone:
+            self._declare_gone(member, event.why, event.silent_s, node_lost=False)
+
+    def _declare_gone(self, member: Member, why: str, silent_s: float, *, node_lost: bool) -> None:
+        member.gone = True
+        self._unheard.discard(member.number)
+        if member.ready is None and not node_lost:
+            self._failed_starts += 1
+        self._out.append(Kill(member=member.number, node=member.node, reason=why))
+        if self.current is not None and member.number in self.current.members:
+            rank = self.current.rank_of(member.number)
+            self.chronicle.lost(rank, member.node, why, silent_s, self._now, node_lost=node_lost)
+
+    def _rank_failed(self, event: RankFailed) -> None:
+        member = self.membership.members.get(event.member)
+        if member is None or member.gone:
+            return
+        self._end(
+            "failed",
+            f"the training function raised on rank {self._rank(event.member)} (node {member.node[:8]}) "
+            f"in step {event.step}:\n{event.traceback}",
+        )
+
+    def _rank_returned(self, event: RankReturned) -> None:
+        member = self.membership.members.get(event.member)
+        if member is not None and not member.gone:
+            member.digest = event.digest
+
+    def _generation_created(self, event: GenerationCreated) -> None:
+        if self.creating is None or event.generation != self.creating.generation:
+            return
+        self.current, self.creating = self.creating, None
+        self.plans[event.generation] = self.current
+        self._since.pop("broken", None)
+        self.chronicle.created(self.current, self._now)
+        for number in self.current.members:
+            self._send(self.membership.members[number])
+
+    def _generation_taken(self, event: GenerationTaken) -> None:
+        if self.creating is not None and event.generation == self.creating.generation:
+            self._end("superseded", f"generation {event.generation} was created by another controller")
+
+    def _resumed(self, event: Resumed) -> None:
+        assert self.newest == 0 and not self.membership.members, "resumed twice"
+        for number, node in event.spawned:
+            self.membership.members[number] = Member(number=number, node=node)
+            self.next_member = max(self.next_member, number + 1)
+        self.plans = {plan.generation: plan for plan in event.plans}
+        for place in (place for plan in event.plans for place in plan.places):
+            self._member(place.member, place.node)
+        if event.plans:
+            self.current, self.newest = event.plans[-1], event.plans[-1].generation
+        self._unheard = set(self.membership.members)
+
+    def _stop_asked(self, event: StopAsked) -> None:
+        self._end("stopped", event.why)
+
+    def _tick(self, event: Tick) -> None:
+        pass
+
+    # What follows
+
+    def _settle(self) -> None:
+        if self.creating is not None or self._unheard:
+            return
+        self._kill_orphans()
+        if self._check_end():
+            return
+        match recovery.decide(self._situation()):
+            case recovery.Make(plan=plan):
+                self.creating, self.newest = plan, plan.generation
+                self._since.pop("waiting", None)
+                self._out.append(CreateGeneration(plan=plan))
+            case recovery.NeedNodes(reason=reason):
+                self._wait_for_nodes(reason)
+            case recovery.Lost(reason=reason):
+                if self._for_s("lost", True) >= self.limits.detection_s:
+                    self._end(
+                        "failed",
+                        f"{reason}: start again from the beginning, or from a checkpoint of your own",
+                    )
+            case recovery.Stay():
+                self._since.pop("waiting", None)
+        if not self.ended:
+            self._spawn_missing()
+
+    def _situation(self) -> recovery.Situation:
+        alive = self.membership.alive()
+        broken = self.current is not None and any(
+            member.report is not None and member.report.broken == self.current.generation for member in alive
+        )
+        enough = len(self.membership.ready_unseated(())) >= self.limits.min_workers
+        return recovery.Situation(
+            limits=self.limits,
+            membership=self.membership,
+            formed=self.formed,
+            current=self.current,
+            newest=self.newest,
+            broken_for_s=self._for_s("broken", broken),
+            waited_s=self._for_s("enough", enough),
+        )
+
+    def _kill_orphans(self) -> None:
+        """Ranks that hold state of a generation that the others went on without."""
+        if self.formed is None or self.current is None or self.formed.generation != self.current.generation:
+            return
+        for member in self.membership.alive():
+            stray = member.report is not None and member.report.formed > 0
+            if stray and member.number not in self.current.members:
+                member.gone = True
+                reason = f"left out of generation {self.current.generation}"
+                self._out.append(Kill(member=member.number, node=member.node, reason=reason))
+
+    def _spawn_missing(self) -> None:
+        if any(
+            member.digest is not None or (member.report and member.report.finished)
+            for member in self._seated()
+        ):
+            return
+        if self._failed_starts >= STARTS_THAT_MAY_FAIL:
+            self._end(
+                "failed",
+                f"{self._failed_starts} ranks in a row died before they reached the training loop; "
+                "the workers' logs say why",
+            )
+            return
+        while len(self.membership.alive()) < self.limits.max_workers + self.limits.spares:
+            node = self.membership.roomiest()
+            if node is None:
+                return
+            number = self.next_member
+            self._member(number, node)
+            self._out.append(Spawn(member=number, node=node, reason="fewer ranks than wanted"))
+
+    def _check_end(self) -> bool:
+        seated = [member for member in self._seated() if not member.gone]
+        if not seated:
+            return False
+        left = [member for member in seated if member.report is not None and member.report.finished]
+        for early in left:
+            for other in seated:
+                if _goes_on_without(early, other):
+                    self._end("failed", self._left_alone(early, other))
+                    return True
+        if any(member.digest is None for member in seated):
+            return False
+        digests = sorted({member.digest for member in seated if member.digest is not None})
+        if len(digests) > 1:
+            self._end("failed", f"ranks ended with different states: {', '.join(digests)}")
+        else:
+            self._end("finished", "every rank has returned", digest=digests[0])
+        return True
+
+    def _left_alone(self, early: Member, other: Member) -> str:
+        assert early.report is not None and other.report is not None
+        return (
+            f"rank {self._rank(early.number)} left the training loop at step {early.report.step}, rank "
+            f"{self._rank(other.number)} went on to step {other.report.step}: leave it only on what is equal on all "
+            'ranks, such as run.step or run.reduced("loss")'
+        )
+
+    def _wait_for_nodes(self, reason: str) -> None:
+        waited_s = self._for_s("waiting", True)
+        if waited_s >= self.limits.wait_for_nodes_s:
+            self._end(
+                "failed",
+                f"{reason}, and after {self.limits.wait_for_nodes_s:.0f} s no node with room for more has come: "
+                "add nodes, lower workers=(min, max), or allow more time with wait_for_nodes_s",
+            )
+        else:
+            self._say(f"waiting for nodes: {reason}; gives up after {self.limits.wait_for_nodes_s:.0f} s")
+
+    # Small things
+
+    def _seated(self) -> list[Member]:
+        return [self.membership.members[number] for number in self.current.members] if self.current else []
+
+    def _member(self, number: int, node: str) -> Member:
+        self.next_member = max(self.next_member, number + 1)
+        return self.membership.members.setdefault(number, Member(number=number, node=node))
+
+    def _rank(self, number: int) -> str:
+        in_plan = self.current is not None and number in self.current.members
+        return (
+            str(self.current.rank_of(number))
+            if in_plan and self.current
+            else f"(member {number}, not yet seated)"
+        )
+
+    def _send(self, member: Member) -> None:
+        assert self.current is not None
+        if not member.gone:
+            member.plan_sent_at = self._now
+            self._out.append(SendPlan(member=member.number, plan=self.current))
+
+    def _send_again(self, member: Member) -> None:
+        if self.current is None or member.report is None or member.number not in self.current.members:
+            return
+        behind = member.report.generation < self.current.generation
+        if behind and self._now - member.plan_sent_at >= self.limits.resend_s:
+            self._send(member)
+
+    def _forget_older_plans(self) -> None:
+        assert self.formed is not None
+        oldest = self.formed.generation
+        self.plans = {number: plan for number, plan in self.plans.items() if number >= oldest}
+
+    def _for_s(self, what: str, holds: bool) -> float:
+        """For how long a condition has held, in seconds."""
+        if not holds:
+            self._since.pop(what, None)
+            return 0.0
+        return self._now - self._since.setdefault(what, self._now)
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            self._out.append(Say(text=text))
+
+    def _end(self, outcome: Any, reason: str, digest: str = "") -> None:
+        self.ended = True
+        self._out.append(End(outcome=outcome, reason=reason, digest=digest))
+
+
+def _older(report: Any, known: Any) -> bool:
+    """Whether a report was overtaken by a newer one. All of its fields only grow."""
+    fields = ("generation", "formed", "broken", "step", "complete", "finished")
+    return any(getattr(report, name) < getattr(known, name) for name in fields)
+
+
+def _goes_on_without(early: Member, other: Member) -> bool:
+    assert early.report is not None
+    theirs = other.report
+    if theirs is None or theirs.finished:
+        return theirs is not None and theirs.step != early.report.step
+    return theirs.waiting and theirs.step >= early.report.step
+
+
+_TABLE: dict[type, Callable[[Control, Any], None]] = {
+    NodeSeen: Control._node_seen,
+    NodeGone: Control._node_gone,
+    RankReady: Control._rank_ready,
+    RankReported: Control._rank_reported,
+    RankGone: Control._rank_gone,
+    RankFailed: Control._rank_failed,
+    RankReturned: Control._rank_returned,
+    GenerationCreated: Control._generation_created,
+    GenerationTaken: Control._generation_taken,
+    Resumed: Control._resumed,
+    StopAsked: Control._stop_asked,
+    Tick: Control._tick,
+}

@@ -1,0 +1,124 @@
+"""What the controller can learn. Every event is a fact that may arrive late, twice or out of order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .plan import Address, Plan
+from .seat import SeatReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSeen:
+    """The cluster lists this node as alive. Repeated as long as it does."""
+
+    node: str
+    capacity: int
+    """How many ranks fit on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeGone:
+    node: str
+    why: str
+    silent_s: float = 0.0
+    """Seconds between its last sign of life and this verdict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReady:
+    """A rank has reached its training loop and waits to be seated (or repeats that it had)."""
+
+    member: int
+    node: str
+    address: Address
+    micro_batches: int
+    steps: int | None
+    """Length of its loop; None when only the end of a stream tells."""
+    probe: str
+    """Digest of a fixed computation: equal digests promise equal bits."""
+    probe_fields: str
+    """What the digest depends on, in words, for the error message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReported:
+    report: SeatReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGone:
+    """This incarnation is dead, or has been declared dead and is being killed."""
+
+    member: int
+    why: str
+    silent_s: float = 0.0
+    """Seconds between its last sign of life and this verdict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFailed:
+    """The user's code raised: not a fault, and never retried."""
+
+    member: int
+    step: int
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReturned:
+    """The user's function has returned."""
+
+    member: int
+    step: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationCreated:
+    """The key of this generation has been created by this controller."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationTaken:
+    """The key of this generation exists already: another controller rules."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """What a restarted controller found written down; sent once, before anything else."""
+
+    plans: tuple[Plan, ...]
+    """All generations on record, ascending."""
+    spawned: tuple[tuple[int, str], ...]
+    """(member, node) of every rank ever started in this attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopAsked:
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = (
+    NodeSeen
+    | NodeGone
+    | RankReady
+    | RankReported
+    | RankGone
+    | RankFailed
+    | RankReturned
+    | GenerationCreated
+    | GenerationTaken
+    | Resumed
+    | StopAsked
+    | Tick
+)

@@ -1,0 +1,94 @@
+"""From members to plans: who owns which micro-batches.
+
+One stage for now: every rank holds the whole model, and only micro-batches are dealt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .plan import Kind, Place, Plan
+
+
+def even_runs(micro_batches: int, ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Contiguous runs as even as possible, the longer ones first.
+
+    Longer runs first keeps the boundaries of the common uneven cases (8 over 3: 3, 3, 2) near
+    powers of two; an even power-of-two split gives each rank exactly one root of the tree.
+    """
+    assert 1 <= ranks <= micro_batches, (micro_batches, ranks)
+    share, longer = divmod(micro_batches, ranks)
+    runs: list[tuple[int, ...]] = []
+    start = 0
+    for rank in range(ranks):
+        stop = start + share + (rank < longer)
+        runs.append(tuple(range(start, stop)))
+        start = stop
+    return tuple(runs)
+
+
+def deal_lost(plan: Plan, survivors: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The survivors' leaves with those of the lost ranks added, nothing taken from anybody.
+
+    Each lost leaf goes to whoever has least so far; among equals to the owner of the nearest leaf,
+    because neighbours complete subtrees and so exchange less; then to the lower rank.
+    """
+    owned = {member: list(plan.leaves_of(member)) for member in survivors}
+    kept = {index for leaves in owned.values() for index in leaves}
+    for index in range(plan.micro_batches):
+        if index in kept:
+            continue
+        taker = min(
+            survivors,
+            key=lambda member: (
+                len(owned[member]),
+                min(abs(index - own) for own in owned[member]),
+                plan.rank_of(member),
+            ),
+        )
+        owned[taker].append(index)
+    return tuple(tuple(sorted(owned[member])) for member in survivors)
+
+
+def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str) -> Plan:
+    """The generation after a loss: members seated in `plan` that live, owning what they owned and more."""
+    kept = [member for member in plan.members if member in survivors]
+    return Plan(
+        generation=generation,
+        base=plan.generation,
+        kind="unplanned",
+        places=tuple(plan.places[plan.rank_of(member)] for member in kept),
+        leaves=deal_lost(plan, kept),
+        micro_batches=plan.micro_batches,
+        joiners=(),
+        reason=reason,
+    )
+
+
+def dealt_anew(
+    *,
+    generation: int,
+    base: int,
+    kind: Kind,
+    places: Sequence[Place],
+    joiners: Sequence[int],
+    micro_batches: int,
+    reason: str,
+) -> Plan:
+    """An initial or planned generation: all leaves dealt evenly in contiguous runs."""
+    return Plan(
+        generation=generation,
+        base=base,
+        kind=kind,
+        places=tuple(places),
+        leaves=even_runs(micro_batches, len(places)),
+        micro_batches=micro_batches,
+        joiners=tuple(joiners),
+        reason=reason,
+    )
+
+
+def unbalanced(plan: Plan) -> bool:
+    """Whether dealing anew would shorten the longest rank's step."""
+    longest = max(len(leaves) for leaves in plan.leaves)
+    return longest > -(-plan.micro_batches // plan.size)

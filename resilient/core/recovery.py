@@ -1,0 +1,188 @@
+"""What the next generation should be, if there should be one: the recovery ladder as a pure function.
+
+1. A link broke and everybody lives: form again, go on.
+2. Ranks are lost, others hold the same state: deal the lost micro-batches to those.
+3. Nobody seated is left: the state is gone.
+A joiner, or uneven dealing after a loss, asks for a planned change, and only while all is well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import planner
+from .membership import Member, Membership
+from .plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the user allows, and the few times that everything else is derived from."""
+
+    min_workers: int
+    max_workers: int
+    spares: int = 0
+    wait_for_nodes_s: float = 600.0
+    """How long the run may stand still below `min_workers`."""
+    detection_s: float = 2.0
+
+    @property
+    def settle_s(self) -> float:
+        """How long a broken link may take to turn out to be a death."""
+        return self.detection_s / 4
+
+    @property
+    def resend_s(self) -> float:
+        return self.detection_s / 4
+
+    @property
+    def start_together_s(self) -> float:
+        """How long ranks that are ready wait for others that are still starting."""
+        return 15 * self.detection_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Make:
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stay:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeedNodes:
+    """Fewer ranks than the user's minimum can be had now."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """No live rank holds the state."""
+
+    reason: str
+
+
+Decision = Make | Stay | NeedNodes | Lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """All that the decision depends on."""
+
+    limits: Limits
+    membership: Membership
+    formed: Plan | None
+    """The last generation known to have formed: its members hold the state."""
+    current: Plan | None
+    """The newest generation on record, formed or not."""
+    newest: int
+    """The highest generation number ever used."""
+    broken_for_s: float
+    """For how long a link of the current generation has been reported broken."""
+    waited_s: float
+    """For how long enough ranks to begin have been ready."""
+
+
+def decide(now: Situation) -> Decision:
+    if now.formed is None:
+        return _initial(now)
+    assert now.current is not None
+    if now.current.generation != now.formed.generation and now.current.base < now.formed.generation:
+        return _after_loss(now, now.formed, f"generation {now.formed.generation} had formed after all")
+    gone = [member for member in now.current.members if not now.membership.is_alive(member)]
+    if gone:
+        return _after_loss(now, now.formed, f"lost rank {_ranks(now.current, gone)}")
+    if broken := _broken(now):
+        if now.broken_for_s < now.limits.settle_s:
+            return Stay(reason="a link broke; waiting to learn whether somebody died")
+        return _after_loss(now, now.formed, f"a link broke, seen by rank {_ranks(now.current, broken)}")
+    if now.current.generation != now.formed.generation:
+        return Stay(reason=f"generation {now.current.generation} is forming")
+    return _improve(now, now.current)
+
+
+def _initial(now: Situation) -> Decision:
+    if now.current is not None:
+        gone = [member for member in now.current.members if not now.membership.is_alive(member)]
+        if not gone and not (_broken(now) and now.broken_for_s >= now.limits.settle_s):
+            return Stay(reason=f"generation {now.current.generation} is forming")
+    ready = now.membership.ready_unseated(())
+    if len(ready) < now.limits.min_workers:
+        return NeedNodes(reason=f"{len(ready)} of at least {now.limits.min_workers} workers are ready")
+    starting = any(member.ready is None for member in now.membership.alive())
+    if len(ready) < now.limits.max_workers and starting and now.waited_s < now.limits.start_together_s:
+        return Stay(reason="waiting for workers that are starting")
+    return _dealt(now, ready[: now.limits.max_workers], None, "the run begins")
+
+
+def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
+    survivors = [member for member in formed.members if now.membership.is_alive(member)]
+    if not survivors:
+        return Lost(
+            reason=f"{reason}; no rank of generation {formed.generation} is left, and only they held the state"
+        )
+    coming = now.membership.ready_unseated(formed.members)
+    if len(survivors) + len(coming) < now.limits.min_workers:
+        return NeedNodes(
+            reason=f"{reason}; {len(survivors) + len(coming)} of at least {now.limits.min_workers} workers are left"
+        )
+    return Make(plan=planner.unplanned(formed, now.newest + 1, survivors, reason))
+
+
+def _improve(now: Situation, current: Plan) -> Decision:
+    if any(_finished(now.membership.members[member]) for member in current.members):
+        return Stay(reason="the loop has ended")
+    room = min(now.limits.max_workers, current.micro_batches) - current.size
+    joiners = now.membership.ready_unseated(current.members)[: max(room, 0)]
+    if joiners:
+        nodes = ", ".join(sorted({member.node[:8] for member in joiners}))
+        return _dealt(now, joiners, current, f"{len(joiners)} joined (node {nodes})")
+    if planner.unbalanced(current):
+        return _dealt(now, [], current, "micro-batches dealt evenly again")
+    return Stay(reason="all is well")
+
+
+def _dealt(now: Situation, members: list[Member], current: Plan | None, reason: str) -> Decision:
+    seated = current.places if current else ()
+    numbers = [member.number for member in members]
+    micro_batches = current.micro_batches if current else _micro_batches(members)
+    return Make(
+        plan=planner.dealt_anew(
+            generation=now.newest + 1,
+            base=current.generation if current else 0,
+            kind="planned" if current else "initial",
+            places=[*seated, *(member.place for member in members)],
+            joiners=numbers if current else numbers[1:],
+            micro_batches=micro_batches,
+            reason=reason,
+        )
+    )
+
+
+def _micro_batches(members: list[Member]) -> int:
+    first = members[0].ready
+    assert first is not None
+    return first.micro_batches
+
+
+def _broken(now: Situation) -> list[int]:
+    assert now.current is not None
+    members = now.membership.members
+    return [
+        member
+        for member in now.current.members
+        if (report := members[member].report) is not None and report.broken == now.current.generation
+    ]
+
+
+def _finished(member: Member) -> bool:
+    return member.digest is not None or (member.report is not None and member.report.finished)
+
+
+def _ranks(plan: Plan, members: list[int]) -> str:
+    return ", ".join(
+        f"{plan.rank_of(member)} (node {plan.places[plan.rank_of(member)].node[:8]})" for member in members
+    )

@@ -1,0 +1,292 @@
+"""One rank's side of the protocol: which generation it is in, and what it does next.
+
+Rules
+    * A step t is applied only with the complete result of t.
+    * `complete` is the newest step whose complete result this rank has had; it is t or t-1 while the
+      rank works on step t.
+    * A plan is adopted at once when it is unplanned, or when this rank joins by it. A planned one is
+      held as a *proposal*, announced in every exchange's lane, and adopted by all members after the
+      same step, when the lane's minimum shows that all hold it.
+    * Adopting a plan ends the former generation for good: what its exchange would still bring is
+      refused, because its number is no longer the current one.
+    * A plan derived from an older generation than the newest one this rank has formed is refused:
+      whoever made it did not know how far things had gone. The report says what has been formed.
+    * Until a new generation has formed, only leaves owned in the former one are computed.
+
+States, per generation
+    adopted --Formed--> formed --ExchangeDone, with all holding a proposal--> the proposal is adopted
+       |                  |
+       +--FormFailed------+--ExchangeFailed--> broken: waits for the next generation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .plan import Plan
+
+# What happens to a seat.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanArrived:
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formed:
+    """The group exists, its members are at most one step apart again, and joiners hold the state."""
+
+    generation: int
+    complete: int
+    """Newest step whose complete result this rank now has had, -1 for none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormFailed:
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeafFolded:
+    step: int
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeDone:
+    generation: int
+    step: int
+    agreed: int
+    """Lane minimum of the newest plan held: a number above `generation` makes all members switch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeFailed:
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """The training loop has come back for its next micro-batch after a commit: a step boundary."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The training loop has ended at a boundary."""
+
+    step: int
+
+
+SeatEvent = (
+    PlanArrived | Formed | FormFailed | LeafFolded | ExchangeDone | ExchangeFailed | Applied | Finished
+)
+
+
+# What is to be done, by the threads around the seat.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """Give up the former group, if there is one, and form this plan's."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Tell the controller how things stand here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discard:
+    """Drop the partial sums of this step: they cover leaves that are another rank's now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """End this process: it held state that the others went on without, and cannot take theirs."""
+
+
+SeatInstruction = Form | Report | Discard | Leave
+
+
+# What the training thread does next.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduce:
+    plan: Plan
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apply:
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    reason: str
+
+
+Next = Compute | Reduce | Apply | Wait
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeatReport:
+    """How a rank stands; sent whenever it changes and from time to time."""
+
+    member: int
+    generation: int
+    formed: int
+    broken: int
+    """The generation whose group failed here, 0 if none."""
+    step: int
+    complete: int
+    finished: bool
+    waiting: bool
+    """Whether it has computed all that is its own, and waits for the others to have done so."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Seat:
+    member: int
+    plan: Plan | None = None
+    proposal: Plan | None = None
+    forming: bool = False
+    formed: int = 0
+    """Newest generation this rank has seen formed."""
+    broken: int = 0
+    step: int = 0
+    complete: int = -1
+    has_state: bool = False
+    """False until the state has been received, or found to be this rank's own to give."""
+    finished: bool = False
+    work: frozenset[int] = frozenset()
+    """Leaves that may be computed now."""
+    folded: set[int] = field(default_factory=set)
+
+    def handle(self, event: SeatEvent) -> tuple[SeatInstruction, ...]:
+        match event:
+            case PlanArrived(plan=plan):
+                return self._plan_arrived(plan)
+            case Formed(generation=generation, complete=complete):
+                return self._formed(generation, complete)
+            case FormFailed(generation=generation) | ExchangeFailed(generation=generation):
+                return self._failed(generation)
+            case LeafFolded(step=step, leaf=leaf):
+                assert step == self.step and leaf not in self.folded, (event, self)
+                self.folded.add(leaf)
+                return ()
+            case ExchangeDone(generation=generation, step=step, agreed=agreed):
+                return self._exchange_done(generation, step, agreed)
+            case Applied(step=step):
+                assert step == self.step == self.complete, (event, self)
+                self.step += 1
+                self.folded = set()
+                return ()
+            case Finished(step=step):
+                assert step == self.step and not self.finished, (event, self)
+                self.finished = True
+                return (Report(),)
+
+    def next(self) -> Next:
+        """What the training thread should do now; asked again whenever something has happened."""
+        if self.complete == self.step:
+            return Apply(step=self.step)
+        if self.plan is None:
+            return Wait(reason="waiting to be seated")
+        todo = self.work - self.folded
+        if todo:
+            return Compute(leaf=min(todo))
+        if self.forming:
+            return Wait(reason=f"forming generation {self.plan.generation}")
+        if self.broken == self.plan.generation:
+            return Wait(reason=f"a link of generation {self.plan.generation} broke")
+        return Reduce(plan=self.plan, step=self.step)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the state is that at the start of `step`, and nothing of the step has begun."""
+        return self.complete == self.step - 1 and not self.folded and not self.work
+
+    @property
+    def newest_held(self) -> int:
+        """What this rank puts into the lane: the newest plan it could switch to."""
+        assert self.plan is not None
+        return self.proposal.generation if self.proposal else self.plan.generation
+
+    def report(self) -> SeatReport:
+        return SeatReport(
+            member=self.member,
+            generation=self.plan.generation if self.plan else 0,
+            formed=self.formed,
+            broken=self.broken,
+            step=self.step,
+            complete=self.complete,
+            finished=self.finished,
+            waiting=not self.finished and isinstance(self.next(), Reduce),
+        )
+
+    def _plan_arrived(self, plan: Plan) -> tuple[SeatInstruction, ...]:
+        newest = max(
+            self.plan.generation if self.plan else 0, self.proposal.generation if self.proposal else 0
+        )
+        if plan.generation <= newest or self.member not in plan.members:
+            return ()
+        if plan.base < self.formed:
+            return (Report(),)
+        if plan.kind == "unplanned" or self.formed == 0:
+            return self._adopt(plan)
+        if self.member in plan.joiners:
+            return (Leave(),)
+        if self.plan is not None and plan.base == self.plan.generation:
+            self.proposal = plan
+        return ()
+
+    def _adopt(self, plan: Plan) -> tuple[SeatInstruction, ...]:
+        self.plan, self.proposal, self.forming = plan, None, True
+        if plan.kind != "unplanned":
+            self.work = frozenset()
+            self.has_state = self.member not in plan.joiners
+        return (Form(plan=plan),)
+
+    def _formed(self, generation: int, complete: int) -> tuple[SeatInstruction, ...]:
+        if self.plan is None or generation != self.plan.generation:
+            return ()
+        assert self.forming, (generation, self)
+        if not self.has_state:
+            self.step, self.has_state, self.folded = complete + 1, True, set()
+        assert complete in (self.step - 1, self.step), f"more than one step apart: {complete}, {self}"
+        self.complete = complete
+        self.forming, self.formed = False, generation
+        self.work = frozenset(self.plan.leaves_of(self.member))
+        if self.folded <= self.work:
+            return (Report(),)
+        self.folded = set()
+        return (Discard(), Report())
+
+    def _failed(self, generation: int) -> tuple[SeatInstruction, ...]:
+        if self.plan is None or generation != self.plan.generation:
+            return ()
+        self.broken = generation
+        return (Report(),)
+
+    def _exchange_done(self, generation: int, step: int, agreed: int) -> tuple[SeatInstruction, ...]:
+        if self.plan is None or generation != self.plan.generation:
+            return ()
+        assert not self.forming and step == self.step == self.complete + 1, (step, self)
+        self.complete = step
+        if agreed <= generation:
+            return ()
+        assert self.proposal is not None and self.proposal.generation == agreed, (agreed, self)
+        return self._adopt(self.proposal)
