@@ -1,0 +1,283 @@
+"""A table of state -> the objects that it was captured from, or equally built ones, in place.
+
+Three phases. Everything is checked and planned; then the objects that judge for themselves get their state
+(load_state_dict, set_extra_state), which may refuse; only then are tensors, dicts and optimizers written. So
+a mismatch changes nothing. Tensors keep their identity, device and requires_grad wherever one of the right
+shape and dtype is already there, and what shared a tensor when captured shares one again.
+
+Optimizers are not restored through `Optimizer.load_state_dict`: it casts fp32 state to the dtype of a bf16
+parameter.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from snapshot.capture import buffer_places, kind_of, parts_with_extra_state
+from snapshot.skeleton import TensorSpec
+from snapshot.table import Place, StateTable, describe, place_of
+from snapshot.tree import DecodeLeaf, Json, decode
+
+_KINDS = ("module", "optimizer", "values", "object")
+
+
+def load(objects: Mapping[str, object], table: StateTable) -> None:
+    """Give the objects the state in the table.
+
+    The objects must be built like the captured ones. Raises ValueError, naming object, field, expected and
+    found, if they are not; nothing is changed then. If a load_state_dict of the caller's own objects raises,
+    objects of that kind that came before may have changed already.
+    """
+    structures: dict[str, Any] = dict(table.parsed.objects)
+    _require_same("objects", sorted(objects), sorted(structures))
+    for name, thing in objects.items():
+        _require_same(f"{name}: kind", [kind_of(name, thing)], sorted(structures[name]))
+    loading = _Loading(table)
+    # Parameters are fixed in place, so they choose their tensors first.
+    for name, thing in sorted(objects.items(), key=lambda item: (_KINDS.index(kind_of(*item)), item[0])):
+        structure = structures[name][kind_of(name, thing)]
+        if isinstance(thing, nn.Module):
+            _plan_module(loading, name, thing, structure)
+        elif isinstance(thing, Optimizer):
+            _plan_optimizer(loading, name, thing, structure)
+        elif isinstance(thing, dict):
+            loading.replace(thing, loading.tree(structure, current=thing))
+        else:
+            _plan_object(loading, name, thing, structure)
+    loading.carry_out()
+
+
+def _plan_module(loading: "_Loading", name: str, module: nn.Module, structure: Any) -> None:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    stored: list[Any] = structure["parameters"]
+    _require_same(f"{name}: parameters", list(parameters), [path for path, _ in stored])
+    for path, index in stored:
+        loading.overwrite(f"{name}.{path}", index, parameters[path])
+
+    buffers = {path: (part, key, buffer) for path, part, key, buffer in buffer_places(module)}
+    stored = structure["buffers"]
+    _require_same(f"{name}: buffers", list(buffers), [path for path, _ in stored])
+    home = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+    for path, index in stored:
+        part, key, buffer = buffers[path]
+        _plan_buffer(loading, f"{name}.{path}", index, (part, key, buffer), home)
+
+    extra = dict(parts_with_extra_state(module))
+    stored = structure["extra"]
+    _require_same(f"{name}: modules with extra state", list(extra), [path for path, _ in stored])
+    for path, node in stored:
+        loading.call(extra[path].set_extra_state, loading.fresh_tree(node))
+
+
+def _plan_buffer(
+    loading: "_Loading",
+    path: str,
+    index: int | None,
+    place: tuple[nn.Module, str, Tensor | None],
+    home: torch.device,
+) -> None:
+    part, key, buffer = place
+    new = None
+    if index is not None:
+        source = loading.source(index)
+        if buffer is not None and buffer.dtype != source.dtype:
+            raise ValueError(f"{path}: expected {describe(buffer)}, found {describe(source)} in the table")
+        new = loading.tensor(index, buffer, home if buffer is None else buffer.device)
+    if new is not buffer:
+        loading.write(lambda: part._buffers.__setitem__(key, new))
+
+
+def _plan_optimizer(loading: "_Loading", name: str, optimizer: Optimizer, structure: Any) -> None:
+    groups: list[Any] = structure["groups"]
+    _require_same(f"{name}: param_groups", len(optimizer.param_groups), len(groups))
+    for number, (group, stored) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        path = f"{name} group {number}"
+        shapes = [list(parameter.shape) for parameter in group["params"]]
+        _require_same(f"{path}: shapes", shapes, [entry["shape"] for entry in stored["parameters"]])
+        values = loading.tree(stored["values"], current=group)
+        missing = sorted(set(optimizer.defaults) - set(values))
+        if missing:
+            raise ValueError(f"{path}: expected {sorted(optimizer.defaults)}, the table lacks {missing}")
+        for parameter, entry in zip(group["params"], stored["parameters"], strict=True):
+            _plan_parameter_state(loading, optimizer, parameter, entry, values)
+        loading.replace(group, {"params": group["params"], **values})
+    others = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    shared = loading.tree(structure["shared"], current=others)
+    loading.write(lambda: [optimizer.state.pop(key) for key in others])
+    loading.write(lambda: optimizer.state.update(shared))
+
+
+def _plan_parameter_state(
+    loading: "_Loading", optimizer: Optimizer, parameter: Tensor, entry: Any, values: Mapping[str, Any]
+) -> None:
+    if entry["state"] is None:
+        loading.write(lambda: optimizer.state.pop(parameter, None))
+        return
+    current = optimizer.state.get(parameter, {})
+    # torch keeps "step" in CPU memory unless the kernel reads it, so a state captured on CPU can't tell.
+    step_on_device = bool(values.get("capturable") or values.get("fused"))
+
+    def device_for(spec: TensorSpec, _: object) -> torch.device:
+        is_step = spec.name.endswith("['step']") and not spec.shape
+        beside = spec.device == entry["device"] and (step_on_device or not is_step)
+        return parameter.device if beside else torch.device("cpu")
+
+    state = loading.tree(entry["state"], current=current, device_for=device_for)
+    if parameter in optimizer.state:
+        loading.replace(current, state)
+    else:
+        loading.write(lambda: optimizer.state.__setitem__(parameter, state))
+
+
+def _plan_object(loading: "_Loading", name: str, thing: Any, structure: Json) -> None:
+    state = loading.fresh_tree(structure)
+    if isinstance(thing, LRScheduler | GradScaler):
+        # Their load_state_dict takes whatever it is given.
+        _require_same(f"{name}: fields", _fields(thing.state_dict()), _fields(state))
+    loading.call(thing.load_state_dict, state)
+
+
+def _fields(state: Mapping[str, Any], prefix: str = "") -> list[str]:
+    fields = [prefix + key for key in state]
+    for number, inner in enumerate(state.get("_schedulers", ())):
+        fields += _fields(inner, f"{prefix}_schedulers[{number}].")
+    return sorted(fields)
+
+
+def _require_same(what: str, expected: Any, found: Any) -> None:
+    if expected == found:
+        return
+    if isinstance(expected, list) and all(isinstance(item, str) for item in expected + found):
+        absent, strange = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+        if absent or strange:
+            raise ValueError(f"{what}: the table lacks {absent} and has, not expected, {strange}")
+    raise ValueError(f"{what}: expected {expected}, found {found} in the table")
+
+
+def _default_device(spec: TensorSpec, current: object) -> torch.device:
+    """Where a tensor stands now, or else the kind of device that the sender had it on, if there is one."""
+    if isinstance(current, Tensor):
+        return current.device
+    there = spec.device == "cpu" or (spec.device == "cuda" and torch.cuda.is_available())
+    return torch.empty(0, device=spec.device).device if there else torch.device("cpu")
+
+
+class _Loading:
+    """Plans every write, then carries them out."""
+
+    def __init__(self, table: StateTable) -> None:
+        self._table = table
+        self._targets: dict[int, Tensor] = {}
+        self._claimed: dict[Place, int] = {}
+        self._calls: list[Callable[[], object]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._writes: list[Callable[[], object]] = []
+
+    def source(self, index: int) -> Tensor:
+        return self._table.tensors[index]
+
+    def overwrite(self, path: str, index: int, target: Tensor) -> None:
+        """This very tensor takes the stored one's elements."""
+        source, known = self.source(index), self._targets.get(index)
+        if (target.shape, target.dtype) != (source.shape, source.dtype):
+            raise ValueError(f"{path}: expected {describe(target)}, found {describe(source)} in the table")
+        name = self._table.parsed.tensors[index].name
+        if known is not None and place_of(known) != place_of(target):
+            raise ValueError(f"{path}: expected a tensor of its own, found it tied to {name} in the table")
+        owner = self._claimed.setdefault(place_of(target), index)
+        if owner != index:
+            tied = self._table.parsed.tensors[owner].name
+            raise ValueError(f"{path}: expected it tied to {tied}, found a tensor of its own in the table")
+        if known is None:
+            self._targets[index] = target
+            self._copies.append((target, source))
+
+    def tensor(self, index: int, current: object, device: torch.device) -> Tensor:
+        """The tensor that takes the stored one's place: the current one if it fits, else a new one."""
+        source, known = self.source(index), self._targets.get(index)
+        if isinstance(current, Tensor):
+            if known is not None and place_of(known) == place_of(current):
+                return current
+            same = (current.shape, current.dtype, current.device) == (source.shape, source.dtype, device)
+            overlaps = any(stride == 0 < size - 1 for size, stride in zip(current.shape, current.stride(), strict=True))
+            if known is None and same and not overlaps and place_of(current) not in self._claimed:
+                self._claimed[place_of(current)] = index
+                self._targets[index] = current
+                self._copies.append((current, source))
+                return current
+        if known is None:
+            known = self._targets[index] = source.to(device, copy=True)
+        return known
+
+    def tree(
+        self,
+        node: Json,
+        *,
+        current: object,
+        device_for: Callable[[TensorSpec, object], torch.device] = _default_device,
+    ) -> Any:
+        """Values whose tensors are, where they fit, those in `current`."""
+
+        def place(index: int, here: object) -> Tensor:
+            return self.tensor(index, here, device_for(self._table.parsed.tensors[index], here))
+
+        return decode(node, leaf=_leaf_decoder(place), current=current)
+
+    def fresh_tree(self, node: Json) -> Any:
+        """Values whose tensors are all new, for code that may keep them."""
+        made: dict[int, Tensor] = {}
+
+        def place(index: int, _: object) -> Tensor:
+            if index not in made:
+                device = _default_device(self._table.parsed.tensors[index], None)
+                made[index] = self.source(index).to(device, copy=True)
+            return made[index]
+
+        return decode(node, leaf=_leaf_decoder(place))
+
+    def replace(self, target: dict[Any, Any], values: Mapping[Any, Any]) -> None:
+        """Later: the dict, itself kept, has these values in this order."""
+        self._writes.append(target.clear)
+        self._writes.append(lambda: target.update(values))
+
+    def call(self, function: Callable[[Any], object], state: object) -> None:
+        self._calls.append(lambda: function(state))
+
+    def write(self, action: Callable[[], object]) -> None:
+        self._writes.append(action)
+
+    def carry_out(self) -> None:
+        for call in self._calls:
+            call()
+        with torch.no_grad():
+            for target, source in self._copies:
+                target.copy_(source)
+        for write in self._writes:
+            write()
+
+
+def _leaf_decoder(place: Callable[[int, object], Tensor]) -> DecodeLeaf:
+    def leaf(tag: str, payload: Any, current: object) -> object:
+        match tag:
+            case "tensor":
+                return place(payload, current)
+            case "array":
+                return place(payload, None).cpu().numpy()
+            case "scalar":
+                dtype, data = payload
+                return np.frombuffer(bytes.fromhex(data), dtype)[0]
+            case "size":
+                return torch.Size(payload)
+            case "dtype":
+                return getattr(torch, payload)
+            case "device":
+                return torch.device(payload)
+        raise ValueError(f"unknown tag in a tree: {tag!r}")
+
+    return leaf
