@@ -29,8 +29,8 @@ def capture(objects: Mapping[str, object]) -> StateTable:
     """
     capturing = _Capturing()
     structures = {name: _capture_object(capturing, name, objects[name]) for name in sorted(objects)}
-    skeleton = Skeleton(tensors=tuple(capturing.specs), objects=structures)
-    return StateTable(skeleton=skeleton.to_bytes(), tensors=tuple(capturing.tensors))
+    layout = Skeleton(tensors=tuple(capturing.specs), objects=structures)
+    return StateTable(layout=layout, tensors=tuple(capturing.tensors))
 
 
 def _capture_object(capturing: "_Capturing", name: str, thing: object) -> Json:

@@ -34,7 +34,7 @@ def load(objects: Mapping[str, object], table: StateTable) -> None:
     found, if they are not; nothing is changed then. If a load_state_dict of the caller's own objects raises,
     objects of that kind that came before may have changed already.
     """
-    structures: dict[str, Any] = dict(table.parsed.objects)
+    structures: dict[str, Any] = dict(table.layout.objects)
     _require_same("objects", sorted(objects), sorted(structures))
     for name, thing in objects.items():
         _require_same(f"{name}: kind", [kind_of(name, thing)], sorted(structures[name]))
@@ -187,12 +187,12 @@ class _Loading:
         source, known = self.source(index), self._targets.get(index)
         if (target.shape, target.dtype) != (source.shape, source.dtype):
             raise ValueError(f"{path}: expected {describe(target)}, found {describe(source)} in the table")
-        name = self._table.parsed.tensors[index].name
+        name = self._table.layout.tensors[index].name
         if known is not None and place_of(known) != place_of(target):
             raise ValueError(f"{path}: expected a tensor of its own, found it tied to {name} in the table")
         owner = self._claimed.setdefault(place_of(target), index)
         if owner != index:
-            tied = self._table.parsed.tensors[owner].name
+            tied = self._table.layout.tensors[owner].name
             raise ValueError(f"{path}: expected it tied to {tied}, found a tensor of its own in the table")
         if known is None:
             self._targets[index] = target
@@ -205,7 +205,9 @@ class _Loading:
             if known is not None and place_of(known) == place_of(current):
                 return current
             same = (current.shape, current.dtype, current.device) == (source.shape, source.dtype, device)
-            overlaps = any(stride == 0 < size - 1 for size, stride in zip(current.shape, current.stride(), strict=True))
+            overlaps = any(
+                stride == 0 < size - 1 for size, stride in zip(current.shape, current.stride(), strict=True)
+            )
             if known is None and same and not overlaps and place_of(current) not in self._claimed:
                 self._claimed[place_of(current)] = index
                 self._targets[index] = current
@@ -225,7 +227,7 @@ class _Loading:
         """Values whose tensors are, where they fit, those in `current`."""
 
         def place(index: int, here: object) -> Tensor:
-            return self.tensor(index, here, device_for(self._table.parsed.tensors[index], here))
+            return self.tensor(index, here, device_for(self._table.layout.tensors[index], here))
 
         return decode(node, leaf=_leaf_decoder(place), current=current)
 
@@ -235,7 +237,7 @@ class _Loading:
 
         def place(index: int, _: object) -> Tensor:
             if index not in made:
-                device = _default_device(self._table.parsed.tensors[index], None)
+                device = _default_device(self._table.layout.tensors[index], None)
                 made[index] = self.source(index).to(device, copy=True)
             return made[index]
 

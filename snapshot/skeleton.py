@@ -6,7 +6,7 @@ they belong. No torch: keepers read it too.
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -59,8 +59,18 @@ class Skeleton:
         return tuple(accumulate((spec.nbytes for spec in self.tensors), initial=0))
 
     def to_bytes(self) -> bytes:
-        specs = [{**asdict(spec), "shape": list(spec.shape), "order": list(spec.order)} for spec in self.tensors]
-        return to_bytes({"format": FORMAT, "tensors": specs, "objects": self.objects})  # type: ignore[dict-item]
+        specs: list[Json] = [
+            {
+                "name": spec.name,
+                "dtype": spec.dtype,
+                "itemsize": spec.itemsize,
+                "shape": list(spec.shape),
+                "order": list(spec.order),
+                "device": spec.device,
+            }
+            for spec in self.tensors
+        ]
+        return to_bytes({"format": FORMAT, "tensors": specs, "objects": self.objects})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Skeleton":
@@ -74,9 +84,13 @@ class Skeleton:
                 TensorSpec(**{**spec, "shape": tuple(spec["shape"]), "order": tuple(spec["order"])})
                 for spec in node["tensors"]
             )
-            return cls(tensors=specs, objects=dict(node["objects"]))
+            skeleton = cls(tensors=specs, objects=dict(node["objects"]))
+            canonical = skeleton.to_bytes() == data
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not a skeleton of a state: {error!r}") from error
+        if not canonical:
+            raise ValueError("not a skeleton of a state: it is not spelled canonically")
+        return skeleton
 
 
 def _is_size(value: object) -> bool:

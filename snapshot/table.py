@@ -29,26 +29,30 @@ DTYPES: dict[str, torch.dtype] = {
 class StateTable:
     """A state: its skeleton, and the tensors that hold its bytes.
 
-    skeleton: canonical JSON, see `snapshot.skeleton`. Equal structure and plain values, equal bytes.
-    tensors: each once, in the skeleton's order; references into the captured objects, not copies, so the
+    layout: names, shapes and structure. `skeleton` is its spelling; equal structure and plain values, equal
+        bytes.
+    tensors: each once, in the layout's order; references into the captured objects, not copies, so the
         table shows later changes until it is read. Only a tensor with gaps or overlaps in memory (a slice, an
         expanded one) is copied, once, by `capture`; it shows no later changes.
     """
 
-    skeleton: bytes
+    layout: Skeleton
     tensors: tuple[Tensor, ...]
-    parsed: Skeleton = field(init=False, repr=False)
+    skeleton: bytes = field(init=False, repr=False)
     _offsets: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        parsed = Skeleton.from_bytes(self.skeleton)
-        if len(parsed.tensors) != len(self.tensors):
-            raise ValueError(f"tensors: got {len(self.tensors)}, the skeleton names {len(parsed.tensors)}")
-        for spec, tensor in zip(parsed.tensors, self.tensors, strict=True):
+        if len(self.layout.tensors) != len(self.tensors):
+            raise ValueError(f"tensors: got {len(self.tensors)}, the layout names {len(self.layout.tensors)}")
+        for spec, tensor in zip(self.layout.tensors, self.tensors, strict=True):
             if (tuple(tensor.shape), tensor.dtype) != (spec.shape, DTYPES.get(spec.dtype)):
-                raise ValueError(f"tensors: {spec.name} is {describe(tensor)}, the skeleton says {spec}")
-        object.__setattr__(self, "parsed", parsed)
-        object.__setattr__(self, "_offsets", parsed.offsets)
+                raise ValueError(f"tensors: {spec.name} is {describe(tensor)}, the layout says {spec}")
+            if memory_order(tensor) != spec.order:
+                raise ValueError(
+                    f"tensors: {spec.name} lies in memory as {tensor.stride()}, not {spec.order}"
+                )
+        object.__setattr__(self, "skeleton", self.layout.to_bytes())
+        object.__setattr__(self, "_offsets", self.layout.offsets)
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +70,7 @@ class StateTable:
         while start < stop:
             offset, end = self._offsets[position], min(stop, self._offsets[position + 1])
             if start < end:
-                view = _bytes_of(self.tensors[position], self.parsed.tensors[position].order)
-                yield view[start - offset : end - offset]
+                yield _bytes_of(self.tensors[position])[start - offset : end - offset]
             start, position = max(start, end), position + 1
 
     def digest(self) -> str:
@@ -83,15 +86,16 @@ class StateTable:
 
         Raises ValueError if the skeleton is not one, or names a dtype that this torch does not have.
         """
+        layout = Skeleton.from_bytes(skeleton)
         tensors = []
-        for spec in Skeleton.from_bytes(skeleton).tensors:
+        for spec in layout.tensors:
             dtype = DTYPES.get(spec.dtype)
             if dtype is None or dtype.itemsize != spec.itemsize:
                 raise ValueError(f"skeleton: {spec.name}: dtype {spec.dtype} of {spec.itemsize} bytes")
             flat = torch.empty(spec.nbytes, dtype=torch.uint8).view(dtype)
             in_memory = flat.view([spec.shape[axis] for axis in spec.order])
             tensors.append(in_memory.permute([spec.order.index(axis) for axis in range(len(spec.order))]))
-        return cls(skeleton=skeleton, tensors=tuple(tensors))
+        return cls(layout=layout, tensors=tuple(tensors))
 
 
 Place: TypeAlias = "tuple[object, ...]"
@@ -110,7 +114,11 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     axes = range(tensor.dim())
     if tensor.is_contiguous():
         return tuple(axes)
-    order = tuple(sorted(axes, key=lambda axis: (-tensor.stride()[axis], axis)))
+    # The stride of an axis of size 1 says nothing and is not kept by copies: such axes come first.
+    strides = [
+        0 if size == 1 else -stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    order = tuple(sorted(axes, key=lambda axis: (tensor.shape[axis] > 1, strides[axis], axis)))
     return order if tensor.permute(order).is_contiguous() else None
 
 
@@ -123,6 +131,6 @@ def describe(tensor: Tensor) -> str:
     return f"{type(tensor).__qualname__}({tensor.dtype}, {shape}, {tensor.layout}, {tensor.device})"
 
 
-def _bytes_of(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    flat = tensor.detach().permute(order).view(-1)  # a view or an error, never a copy
-    return flat.view(torch.uint8)
+def _bytes_of(tensor: Tensor) -> Tensor:
+    # Not view(-1): one element may keep a stride that is not 1, and then has no bytes to view.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
