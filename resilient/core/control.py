@@ -124,11 +124,7 @@ class Control:
         if member.report is not None and _older(report, member.report):
             return
         member.report = report
-        if (
-            report.formed
-            and report.formed in self.plans
-            and self._counts_as_formed(report.member, report.formed)
-        ):
+        if report.formed and report.formed in self.plans and self._counts_as_formed(report.member, report.formed):
             self.formed = self.plans[report.formed]
             self._forget_older_plans()
             self.chronicle.formed(report.formed, report.complete, self._now)
@@ -259,10 +255,7 @@ class Control:
                 self._out.append(Kill(member=member.number, node=member.node, reason=reason))
 
     def _spawn_missing(self) -> None:
-        if any(
-            member.digest is not None or (member.report and member.report.finished)
-            for member in self._seated()
-        ):
+        if any(member.digest is not None or (member.report and member.report.finished) for member in self._seated()):
             return
         if self._failed_starts >= STARTS_THAT_MAY_FAIL:
             self._end(
@@ -328,11 +321,7 @@ class Control:
 
     def _rank(self, number: int) -> str:
         in_plan = self.current is not None and number in self.current.members
-        return (
-            str(self.current.rank_of(number))
-            if in_plan and self.current
-            else f"(member {number}, not yet seated)"
-        )
+        return str(self.current.rank_of(number)) if in_plan and self.current else f"(member {number}, not yet seated)"
 
     def _send(self, member: Member) -> None:
         assert self.current is not None

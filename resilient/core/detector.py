@@ -90,9 +90,7 @@ class Detector:
         """All connections to a node's processes were closed by its kernel."""
         heard = self.nodes.get(node, now)
         self.forget_node(node)
-        return Verdict(
-            what="node", node=node, why="all its processes have ended", silent_s=max(0.0, now - heard)
-        )
+        return Verdict(what="node", node=node, why="all its processes have ended", silent_s=max(0.0, now - heard))
 
     def forget_node(self, node: str) -> None:
         self.nodes.pop(node, None)

@@ -1,4 +1,4 @@
-"""The order of samples, and the seeds of everything drawn by chance. Pure.
+"""The order of samples and of micro-batches, and the seeds of everything drawn by chance. Pure.
 
 Rules:
 - The order depends on (seed, epoch) alone: not on how many ranks there are, nor on who loads what.
@@ -19,12 +19,14 @@ import functools
 import hashlib
 import math
 import operator
+from collections import deque
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+Ticket: TypeAlias = tuple[int, int]  # (step, leaf)
 Indices: TypeAlias = npt.NDArray[np.int64]
 _Words: TypeAlias = npt.NDArray[np.uint64]
 
@@ -104,6 +106,25 @@ class Batching:
             )
         return length // self.global_batch
 
+    def loop_steps(self, length: int | None, *, steps: int | None, epochs: int | None) -> int | None:
+        """How many steps a loop has over a dataset of `length` samples (None: a stream, of unknown length).
+
+        Exactly one of `steps` and `epochs` says so; for a stream `steps` or, until it ends, neither. Raises
+        TypeError or ValueError naming the field.
+        """
+        steps = None if steps is None else whole("steps", steps)
+        epochs = None if epochs is None else whole("epochs", epochs)
+        if steps is not None and epochs is not None:
+            raise ValueError(f"steps={steps} and epochs={epochs} both say how long the loop is; give only one")
+        if length is None:
+            if epochs is not None:
+                raise ValueError(f"epochs={epochs}: the dataset has no length, hence no epochs; give steps")
+            return steps
+        if steps is None and epochs is None:
+            raise ValueError("steps or epochs must say how long the loop is")
+        per_epoch = self.steps_per_epoch(length)
+        return steps if epochs is None else epochs * per_epoch
+
     def epoch(self, step: int, length: int) -> int:
         """The epoch that `step` belongs to; both count from 0."""
         return step // self.steps_per_epoch(length)
@@ -161,3 +182,50 @@ def _mix(words: _Words) -> _Words:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
+
+
+class Line:
+    """Tickets in the order in which a rank will ask for them, redirectable at any time.
+
+    The line is the iterator that reading ahead draws on. A drawn ticket is *under way* until the caller,
+    to whom tickets come back in the order they were drawn, takes it off `under_way`; it then keeps in
+    `arrived` what may still be asked for. No ticket is drawn while it is under way or arrived.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.under_way: deque[Ticket] = deque()
+        self.arrived: dict[Ticket, Any] = {}
+        self._steps = steps
+        self._leaves: tuple[int, ...] = ()
+        self._step = 0  # the next ticket is for _leaves[_place] of _step
+        self._place = 0
+
+    def __iter__(self) -> "Line":
+        return self
+
+    def __next__(self) -> Ticket:
+        if not self.has_more():
+            raise StopIteration  # for now: after `redirect` there may be more
+        self.under_way.append((self._step, self._leaves[self._place]))
+        return self.under_way[-1]
+
+    def has_more(self) -> bool:
+        """Whether a ticket is left that is neither under way nor arrived; moves up to it."""
+        while self._leaves and self._step < self._steps:
+            ticket = (self._step, self._leaves[self._place])
+            if ticket not in self.arrived and ticket not in self.under_way:
+                return True
+            self._place = (self._place + 1) % len(self._leaves)
+            self._step += self._place == 0
+        return False
+
+    def redirect(self, step: int, leaves: tuple[int, ...]) -> None:
+        """From here on draw `leaves`, ascending, of `step` and every step after it."""
+        self._leaves, self._step, self._place = leaves, step, 0
+        self.forget_before(step)
+
+    def forget_before(self, step: int) -> None:
+        """Drop what arrived and isn't wanted by the owner of these leaves from `step` on."""
+        self.arrived = {
+            ticket: batch for ticket, batch in self.arrived.items() if ticket[0] >= step and ticket[1] in self._leaves
+        }

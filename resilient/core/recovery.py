@@ -121,9 +121,7 @@ def _initial(now: Situation) -> Decision:
 def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
     survivors = [member for member in formed.members if now.membership.is_alive(member)]
     if not survivors:
-        return Lost(
-            reason=f"{reason}; no rank of generation {formed.generation} is left, and only they held the state"
-        )
+        return Lost(reason=f"{reason}; no rank of generation {formed.generation} is left, and only they held the state")
     coming = now.membership.ready_unseated(formed.members)
     if len(survivors) + len(coming) < now.limits.min_workers:
         return NeedNodes(

@@ -81,9 +81,7 @@ class Finished:
     step: int
 
 
-SeatEvent = (
-    PlanArrived | Formed | FormFailed | LeafFolded | ExchangeDone | ExchangeFailed | Applied | Finished
-)
+SeatEvent = PlanArrived | Formed | FormFailed | LeafFolded | ExchangeDone | ExchangeFailed | Applied | Finished
 
 
 # What is to be done, by the threads around the seat.
@@ -238,9 +236,7 @@ class Seat:
         )
 
     def _plan_arrived(self, plan: Plan) -> tuple[SeatInstruction, ...]:
-        newest = max(
-            self.plan.generation if self.plan else 0, self.proposal.generation if self.proposal else 0
-        )
+        newest = max(self.plan.generation if self.plan else 0, self.proposal.generation if self.proposal else 0)
         if plan.generation <= newest or self.member not in plan.members:
             return ()
         if plan.base < self.formed:

@@ -1,0 +1,202 @@
+"""What a step sums, as one flat buffer: gradients, buffers that forward changed, losses.
+
+One buffer means one message per peer and one addition per data type, whatever the number of
+parameters. A `Layout` says where each tensor lies; a `Payload` is such a buffer with views into it.
+
+Presence is counted, never zero-filled: a tensor that a micro-batch did not produce is the identity
+of the fold, because -0.0 + 0 would change bits. `counts[i]` is the number of micro-batches in a
+payload that produced tensor i; where it is 0 the payload's bytes mean nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ALIGN_BYTES = 64
+"""Tensors and slices begin at multiples of this, so that no element is ever cut."""
+
+Rule = Literal["sum", "first"]
+"""How two present values are folded: added, or the one of the lower micro-batch taken (integers)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor in the layout."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    rule: Rule
+    start: int
+    """First byte."""
+    nbytes: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A run of entries of one type and rule, folded as one."""
+
+    dtype: torch.dtype
+    rule: Rule
+    start: int
+    stop: int
+    entries: range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    entries: tuple[Entry, ...]
+    sections: tuple[Section, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensors: Sequence[tuple[str, Tensor, Rule]]) -> Layout:
+        """Lay out tensors like the given ones, in this order within each type and rule."""
+        kinds = list(dict.fromkeys((tensor.dtype, rule) for _, tensor, rule in tensors))
+        entries: list[Entry] = []
+        sections: list[Section] = []
+        at = 0
+        for dtype, rule in kinds:
+            first, start = len(entries), at
+            for name, tensor, own_rule in tensors:
+                if (tensor.dtype, own_rule) != (dtype, rule):
+                    continue
+                nbytes = tensor.numel() * tensor.element_size()
+                entries.append(Entry(name=name, shape=tensor.shape, dtype=dtype, rule=rule, start=at, nbytes=nbytes))
+                at += -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+            sections.append(Section(dtype=dtype, rule=rule, start=start, stop=at, entries=range(first, len(entries))))
+        return cls(entries=tuple(entries), sections=tuple(sections), nbytes=at)
+
+    def index(self) -> dict[str, int]:
+        return {entry.name: number for number, entry in enumerate(self.entries)}
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[Section, int, int]]:
+        """The sections within a byte range, each with its part of the range."""
+        for section in self.sections:
+            low, high = max(start, section.start), min(stop, section.stop)
+            if low < high:
+                yield section, low, high
+
+
+class Payload:
+    """A buffer of a layout, with what it holds.
+
+    `flat` is a uint8 tensor of shape (layout.nbytes,); `views[i]` is entry i in its own type and shape.
+    """
+
+    __slots__ = ("counts", "flat", "layout", "views")
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self.flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+        self.views = [
+            self.flat[entry.start : entry.stop].view(entry.dtype).view(entry.shape) for entry in layout.entries
+        ]
+        self.counts = [0] * len(layout.entries)
+
+    def repacked(self, layout: Layout) -> Payload:
+        """The same content in a wider layout."""
+        wider = Payload(layout, self.flat.device)
+        places = layout.index()
+        for entry, view, count in zip(self.layout.entries, self.views, self.counts, strict=True):
+            if count:
+                wider.views[places[entry.name]].copy_(view)
+                wider.counts[places[entry.name]] = count
+        return wider
+
+
+def fold_range(
+    layout: Layout,
+    target: Tensor,
+    left: Tensor,
+    right: Tensor,
+    start: int,
+    masks: tuple[Sequence[int], Sequence[int]] | None,
+) -> None:
+    """target = left + right, for the byte range that begins at `start` in the layout.
+
+    The three are uint8 tensors of one shape (bytes of the range,); target may be left or right.
+    `masks` are the counts of left and right, or None when both hold the same tensors: then absent
+    ones are folded too, into bytes that mean nothing.
+    """
+    for section, low, high in layout.pieces(start, start + target.numel()):
+        if masks is None:
+            _fold(section, target, left, right, low - start, high - start)
+            continue
+        for number in section.entries:
+            entry = layout.entries[number]
+            piece = max(low, entry.start) - start, min(high, entry.stop) - start
+            if piece[0] >= piece[1]:
+                continue
+            if masks[0][number] and masks[1][number]:
+                _fold(section, target, left, right, *piece)
+            elif masks[0][number] or masks[1][number]:
+                source = left if masks[0][number] else right
+                if target is not source:
+                    target[slice(*piece)].copy_(source[slice(*piece)])
+
+
+def _fold(section: Section, target: Tensor, left: Tensor, right: Tensor, start: int, stop: int) -> None:
+    if section.rule == "first":
+        if target is not left:
+            target[start:stop].copy_(left[start:stop])
+        return
+    into, one, other = (side[start:stop].view(section.dtype) for side in (target, left, right))
+    torch.add(one, other, out=into)
+
+
+def merged_counts(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return [one + other for one, other in zip(left, right, strict=True)]
+
+
+class Pool:
+    """Payloads to be used again, so that no step allocates after the first ones."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        self._free: list[Payload] = []
+        self._given_up: list[Payload] = []
+
+    def take(self) -> Payload:
+        payload = self._free.pop() if self._free else Payload(self.layout, self.device)
+        payload.counts = [0] * len(self.layout.entries)
+        return payload
+
+    def give_back(self, payload: Payload) -> None:
+        if payload.layout is self.layout:
+            self._free.append(payload)
+
+    def give_up(self, payload: Payload) -> None:
+        """Never use it again: an abandoned exchange may still write into it."""
+        release_pages(payload.flat)
+        self._given_up.append(payload)
+
+    def widen(self, layout: Layout) -> None:
+        self.layout = layout
+        self._free.clear()
+
+
+def release_pages(flat: Tensor) -> None:
+    """Give a CPU buffer's memory back while its addresses stay valid.
+
+    A late write into an abandoned buffer must never hit memory that is used for something else, so
+    the addresses are kept for good; the pages behind them are not (MADV_DONTNEED).
+    """
+    if flat.device.type != "cpu" or flat.numel() == 0:
+        return
+    page = 4096
+    start = -(-flat.data_ptr() // page) * page
+    stop = (flat.data_ptr() + flat.numel()) // page * page
+    if stop > start:
+        ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 4)

@@ -1,0 +1,178 @@
+"""Partial sums and the exchange: same bits for any dealing, nothing written into what is kept."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+import torch
+from resilient.core import planner
+from resilient.core.plan import Address, Place, Plan
+from resilient.core.tree import Node, fold_order, leaf, roots, split
+from resilient.exact import PartialSums
+from resilient.exchange import Scratch, exchange, exchange_fast
+from resilient.payload import Layout, Payload, Pool
+
+from actors.group import Group, open_store
+
+CPU = torch.device("cpu")
+
+
+def plan_of(leaves: list[list[int]], micro_batches: int, address: Address | None = None) -> Plan:
+    places = tuple(
+        Place(member=n + 1, node=f"n{n}", address=address or Address(host="127.0.0.1", port=1))
+        for n in range(len(leaves))
+    )
+    return Plan(
+        generation=1,
+        base=0,
+        kind="initial",
+        places=places,
+        leaves=tuple(tuple(sorted(own)) for own in leaves),
+        micro_batches=micro_batches,
+        joiners=(),
+        reason="test",
+    )
+
+
+def example(index: int, absent: float) -> list[torch.Tensor | None]:
+    rng = torch.Generator().manual_seed(index)
+    draw = random.Random(index)
+    values: list[torch.Tensor | None] = [
+        torch.randn(37, 5, generator=rng) * 10 ** draw.uniform(-6, 6),
+        torch.randn(1000, generator=rng).bfloat16(),
+        torch.tensor(-0.0),
+        torch.randn(700_000, generator=rng),
+        torch.tensor([index + 7]),
+    ]
+    return [None if number != 2 and draw.random() < absent else value for number, value in enumerate(values)]
+
+
+RULES = ("sum", "sum", "sum", "sum", "first")
+LAYOUT = Layout.of([(f"t{n}", t, RULES[n]) for n, t in enumerate(example(0, 0.0))])  # type: ignore[arg-type, misc]
+
+
+def tree_sum(node: Node, leaves: list[list[torch.Tensor | None]], number: int) -> torch.Tensor | None:
+    """The obvious twin."""
+    if node.size == 1:
+        return leaves[node.start][number]
+    left, right = (tree_sum(side, leaves, number) for side in split(node))
+    if left is None or right is None:
+        return right if left is None else left
+    return left if RULES[number] == "first" else left + right
+
+
+def check(result: Payload, leaves: list[list[torch.Tensor | None]], micro_batches: int) -> None:
+    for number, entry in enumerate(LAYOUT.entries):
+        name = int(entry.name[1:])
+        expected = tree_sum(Node(0, micro_batches), leaves, name)
+        assert result.counts[number] == sum(values[name] is not None for values in leaves)
+        if expected is not None:
+            assert torch.equal(
+                result.views[number].view(torch.uint8).flatten()
+                if entry.shape
+                else result.views[number].reshape(1).view(torch.uint8),
+                expected.reshape(-1).view(torch.uint8),
+            ), entry.name
+
+
+def ordered(values: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [values[int(entry.name[1:])] for entry in LAYOUT.entries]
+
+
+@pytest.mark.parametrize("micro_batches", range(1, 18))
+def test_roots_cover_and_fold_order_ends_at_the_whole(micro_batches: int) -> None:
+    draw = random.Random(micro_batches)
+    for _ in range(30):
+        own = [n for n in range(micro_batches) if draw.random() < 0.5]
+        rest = [n for n in range(micro_batches) if n not in own]
+        for leaves in (own, rest):
+            assert sorted(n for node in roots(micro_batches, leaves) for n in range(*node)) == leaves
+        order = fold_order(micro_batches, {*roots(micro_batches, own), *roots(micro_batches, rest)})
+        if order:
+            assert order[-1].target == Node(0, micro_batches)
+
+
+@pytest.mark.parametrize("frozen_after", [None, 2, 5])
+@pytest.mark.parametrize("absent", [0.0, 0.4])
+def test_any_order_of_leaves_gives_the_same_bits(absent: float, frozen_after: int | None) -> None:
+    leaves = [example(n, absent) for n in range(11)]
+    for seed in range(4):
+        sums = PartialSums(11, Pool(LAYOUT, CPU))
+        order = list(range(11))
+        random.Random(seed).shuffle(order)
+        for turn, index in enumerate(order):
+            if turn == frozen_after:
+                sums.freeze()
+                before = {node: (payload, payload.flat.clone()) for node, payload in sums.nodes.items()}
+            sums.add_leaf(index, ordered(leaves[index]))
+        if frozen_after is not None:
+            assert all(torch.equal(payload.flat, copy) for payload, copy in before.values())
+        check(sums.nodes[Node(0, 11)], leaves, 11)
+
+
+def run_ranks(leaves: list[list[int]], micro_batches: int, absent: float, fast: bool = False) -> list[Payload]:
+    values = [example(n, absent) for n in range(micro_batches)]
+    store = open_store("127.0.0.1")
+    plan = plan_of(leaves, micro_batches, Address(host="127.0.0.1", port=store.port))
+    results: dict[int, Payload] = {}
+
+    def one(rank: int) -> None:
+        group = Group(
+            store=("127.0.0.1", store.port), host="127.0.0.1", prefix="t", rank=rank, size=plan.size, device=CPU
+        )
+        sums = PartialSums(micro_batches, Pool(LAYOUT, CPU))
+        for index in plan.leaves[rank]:
+            sums.add_leaf(index, ordered(values[index]))
+        kept = {node: payload.flat.clone() for node, payload in sums.nodes.items()}
+        result, scratch = Payload(LAYOUT, CPU), Scratch()
+        for _ in range(2):
+            if fast:
+                result.counts = [0] * len(result.counts)
+                exchange_fast(group, sums.nodes, result)
+            else:
+                everyone = None
+                if absent:
+                    everyone = {node: ps for node, ps in counts_of(plan, values).items()}
+                exchange(group, plan, sums.nodes, result, scratch, everyone)
+        assert all(torch.equal(sums.nodes[node].flat, copy) for node, copy in kept.items())
+        results[rank] = result
+        group.minimum([0])
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(plan.size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == plan.size
+    if not fast:
+        for result in results.values():
+            check(result, values, micro_batches)
+    return [results[rank] for rank in range(plan.size)]
+
+
+def counts_of(plan: Plan, values: list[list[torch.Tensor | None]]) -> dict[Node, list[int]]:
+    found = {}
+    for own in plan.leaves:
+        for root in roots(plan.micro_batches, own):
+            rows = [ordered(values[n]) for n in range(*root)]
+            found[root] = [sum(row[e] is not None for row in rows) for e in range(len(LAYOUT.entries))]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("absent", [0.0, 0.4])
+def test_exchange_gives_every_rank_the_tree_sum(ranks: int, absent: float) -> None:
+    run_ranks([list(run) for run in planner.even_runs(8, ranks)], 8, absent)
+
+
+def test_exchange_of_scattered_leaves() -> None:
+    run_ranks([[0, 3, 7], [1, 2, 9, 10], [4, 5, 6, 8]], 11, 0.3)
+
+
+def test_fast_reduction_agrees_on_all_ranks() -> None:
+    results = run_ranks([[0, 1, 2], [3, 4], [5, 6, 7]], 8, 0.0, fast=True)
+    for other in results[1:]:
+        assert torch.equal(results[0].flat, other.flat) and results[0].counts == other.counts
+    assert leaf(0) == Node(0, 1)
