@@ -102,7 +102,7 @@ Place: TypeAlias = "tuple[object, ...]"
 
 
 def place_of(tensor: Tensor) -> Place:
-    """Equal for two tensors that are the same elements in the same memory; for empty ones, the same object."""
+    """Equal for two tensors that are the same elements in the same memory; if empty, the same object."""
     if tensor.numel() == 0 or tensor.is_meta:
         return (id(tensor),)
     layout = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())

@@ -315,7 +315,8 @@ def test_plain_values_come_back_with_their_types() -> None:
         "counter": Counter("abca"), "ordered": OrderedDict(b=1, a=2), (1, "x"): {None: 2, 1.5: 3, False: 4},
         "set": {3, 1, (2, "y")}, "frozen": frozenset([1]), "bytes": b"\x00\xff", "huge": -(10**5000),
         "complex": complex(-0.0, float("inf")), "dtype": torch.bfloat16, "size": torch.Size([2, 3]),
-        "device": torch.device("cpu"), "scalar": np.float32(1.1), "longest": np.uint64(2**64 - 1), "odd": "\ud800\n",
+        "device": torch.device("cpu"), "scalar": np.float32(1.1), "longest": np.uint64(2**64 - 1),
+        "odd": "\ud800\n",
     }  # fmt: skip
     state: dict[Any, Any] = {}
     load({"state": state}, received(capture({"state": values})))
@@ -395,11 +396,11 @@ def with_retyped_buffer() -> Parts:
         (lambda: build(2) | {"extra": {}}, r"objects: the table lacks \['extra'\]"),
         (lambda: build(2) | {"state": nn.Linear(1, 1)}, "state: kind"),
         (lambda: with_model(Wider()), r"model.out.weight: expected .*\(7, 4\).*found .*\(6, 4\)"),
-        (lambda: with_model(Untied()), r"model.tied.weight: expected a tensor of its own, found it tied to model.out"),
+        (lambda: with_model(Untied()), r"model.tied.weight: expected .* its own, found it tied to model.out"),
         (lambda: build(2) | {"model": nn.Sequential(nn.Linear(2, 2))}, "model: parameters: the table lacks"),
         (with_retyped_buffer, r"model.scale: expected Tensor\(torch.float64.*found Tensor\(torch.float32"),
         (lambda: build(2, optimizer="sgd"), r"optimizer group 0: .*the table lacks \['dampening'"),
-        (lambda: build(2) | {"optimizer": torch.optim.AdamW(Network().parameters())}, "optimizer: param_groups"),
+        (lambda: build(2) | {"optimizer": OPTIMIZERS["adamw"](Network().parameters())}, "optimizer: param_groups"),
         (lambda: build(2, scheduler="onecycle"), "scheduler: fields: the table lacks"),
         (lambda: build(2) | {"scaler": torch.amp.GradScaler("cpu", enabled=False)}, "scaler: fields"),
     ],
@@ -467,7 +468,8 @@ def change(skeleton: bytes, **changes: Any) -> bytes:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"shape": [-1]}, {"shape": [2.0]}, {"shape": "ab"}, {"shape": [2**62, 2**62]}, {"itemsize": 0}, {"itemsize": 8},
+        {"shape": [-1]}, {"shape": [2.0]}, {"shape": "ab"}, {"shape": [2**62, 2**62]}, {"itemsize": 0},
+        {"itemsize": 8},
         {"dtype": "os.system"}, {"dtype": "qint8"}, {"order": [1]}, {"order": [0, 0]}, {"surprise": 1},
     ],
 )  # fmt: skip
