@@ -219,6 +219,16 @@ class Line:
             self._step += self._place == 0
         return False
 
+    def reaches(self, ticket: Ticket, draws: int) -> bool:
+        """Whether the ticket is under way, or would be after at most so many draws."""
+        if ticket in self.under_way:
+            return True
+        if not self.has_more() or ticket in self.arrived or ticket[1] not in self._leaves:
+            return False
+        steps_between = ticket[0] - self._step
+        distance = steps_between * len(self._leaves) + self._leaves.index(ticket[1]) - self._place
+        return ticket[0] < self._steps and 0 <= distance < draws
+
     def redirect(self, step: int, leaves: tuple[int, ...]) -> None:
         """From here on draw `leaves`, ascending, of `step` and every step after it."""
         self._leaves, self._step, self._place = leaves, step, 0
