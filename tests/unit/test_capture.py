@@ -400,7 +400,7 @@ def with_retyped_buffer() -> Parts:
         (lambda: build(2) | {"model": nn.Sequential(nn.Linear(2, 2))}, "model: parameters: the table lacks"),
         (with_retyped_buffer, r"model.scale: expected Tensor\(torch.float64.*found Tensor\(torch.float32"),
         (lambda: build(2, optimizer="sgd"), r"optimizer group 0: .*the table lacks \['dampening'"),
-        (lambda: build(2) | {"optimizer": OPTIMIZERS["adamw"](Network().parameters())}, "optimizer: param_groups"),
+        (lambda: build(2) | {"optimizer": OPTIMIZERS["sgd"](Network().parameters())}, "optimizer: param_gr"),
         (lambda: build(2, scheduler="onecycle"), "scheduler: fields: the table lacks"),
         (lambda: build(2) | {"scaler": torch.amp.GradScaler("cpu", enabled=False)}, "scaler: fields"),
     ],
