@@ -362,7 +362,10 @@ class _Indexed:
         self._step = state["step"]
 
     def close(self) -> None:
-        # A DataLoader has no close: it ends its workers when the last reference to its iterator goes.
+        # A DataLoader has no public close: it ends its workers when the last reference to its iterator goes.
+        # But an exception that came out of it holds one, in its traceback, for as long as anybody looks.
+        if self._arrivals is not None:
+            self._arrivals._shutdown_workers()  # type: ignore[attr-defined]
         self._arrivals = self._loader = None
         self._line = Line(self._steps)
 

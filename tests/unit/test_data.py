@@ -72,6 +72,18 @@ def by_worker(batch: dict[str, Any]) -> bool:
     return bool(batch["process"] != os.getpid())
 
 
+def ended(process: int, timeout_s: float) -> bool:
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return True
+    watch = select.poll()
+    watch.register(descriptor, select.POLLIN)
+    gone = bool(watch.poll(timeout_s * 1000))
+    os.close(descriptor)
+    return gone
+
+
 def test_workers_and_direct_loads_agree_to_the_last_bit(feed: Feed) -> None:
     direct = noisy_feed()
     feed.seek(4, [0, 2, 3])
@@ -202,11 +214,14 @@ class Failing(Noisy):
 def test_an_exception_of_the_dataset_comes_out_of_get(workers: int) -> None:
     feed = noisy_feed(workers, dataset=Failing(), shuffle=False)
     feed.seek(1, [1, 2])
-    feed.get(1, 1)
-    with pytest.raises(LookupError, match="sample 13 is broken"):
+    process = feed.get(1, 1)["process"]
+    with pytest.raises(LookupError, match="sample 13 is broken") as raised:
         feed.get(1, 2)
     assert feed.get(2, 1)["index"].tolist() == [18, 19]
     feed.close()
+    if workers and sys.platform == "linux":
+        assert ended(process, 5), "the traceback of an exception kept the worker alive"
+    del raised
 
 
 def announce(worker: int) -> None:
@@ -225,18 +240,6 @@ def test_worker_init_fn_sees_the_users_dataset() -> None:
     feed.seek(0, [0])
     assert feed.get(0, 0)["index"].tolist() == [-1, -1]
     feed.close()
-
-
-def ended(process: int, timeout_s: float) -> bool:
-    try:
-        descriptor = os.pidfd_open(process)
-    except ProcessLookupError:
-        return True
-    watch = select.poll()
-    watch.register(descriptor, select.POLLIN)
-    gone = bool(watch.poll(timeout_s * 1000))
-    os.close(descriptor)
-    return gone
 
 
 @linux_only
