@@ -130,29 +130,34 @@ class Group:
         post their batches in the same order.
         """
         if self._data is self._control:
-            return self._post_each(sends, receives)
+            return self.post_host(sends, receives)
         self._data._start_coalescing(self.device)
-        held = self._post_each(sends, receives)
+        held = _post(self._data, sends, receives)
         return Pending([self._data._end_coalescing(self.device)], held)
 
-    def _post_each(self, sends: Iterable[Move], receives: Iterable[Move]) -> Pending:
-        try:
-            works, held = [], []
-            for move in receives:
-                works.append(self._data.recv([move.data], move.peer, move.tag))
-                held.append(move.data)
-            for move in sends:
-                works.append(self._data.send([move.data], move.peer, move.tag))
-                held.append(move.data)
-            return Pending(works, held)
-        except RuntimeError as error:
-            raise LinkBroken(str(error)) from error
+    def post_host(self, sends: Iterable[Move], receives: Iterable[Move]) -> Pending:
+        """The same for data in host memory, whatever the group's device."""
+        return _post(self._control, sends, receives)
 
     def abandon(self) -> None:
         """Never use it again. Its thread may still be in it."""
         _abandoned.append(self)
         if self._data is not self._control:
             self._data.abort()
+
+
+def _post(group: Any, sends: Iterable[Move], receives: Iterable[Move]) -> Pending:
+    works, held = [], []
+    try:
+        for move in receives:
+            works.append(group.recv([move.data], move.peer, move.tag))
+            held.append(move.data)
+        for move in sends:
+            works.append(group.send([move.data], move.peer, move.tag))
+            held.append(move.data)
+    except RuntimeError as error:
+        raise LinkBroken(str(error)) from error
+    return Pending(works, held)
 
 
 def _gloo_options(host: str) -> Any:

@@ -23,6 +23,7 @@ from actors.group import Group, Move
 from .core.plan import Plan
 from .core.tree import Fold, Node, fold_order, roots
 from .payload import ALIGN_BYTES, Layout, Payload, fold_range, merged_counts
+from .sums import StepSums
 
 CHUNK_BYTES = 2 << 20
 GATHER_TAG = 1 << 20
@@ -216,3 +217,12 @@ def _agree_on_integers(group: Group, result: Payload) -> None:
     for section in result.layout.sections:
         if section.rule == "first" and section.stop > section.start:
             group.sum(result.flat[section.start : section.stop])
+
+
+def exchange_alone(sums: StepSums) -> Payload:
+    """The complete result of a step whose micro-batches are all this rank's."""
+    ((_, whole),) = sums.partial.nodes.items()
+    result = sums.pool.take()
+    result.flat.copy_(whole.flat)
+    result.counts = list(whole.counts)
+    return result

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -76,6 +76,25 @@ class Layout:
                 at += -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
             sections.append(Section(dtype=dtype, rule=rule, start=start, stop=at, entries=range(first, len(entries))))
         return cls(entries=tuple(entries), sections=tuple(sections), nbytes=at)
+
+    def followed_by(self, other: Layout) -> Layout:
+        """This layout with the other's entries and sections behind it, types not mixed."""
+        shift, first = self.nbytes, len(self.entries)
+        entries = (replace(entry, start=entry.start + shift) for entry in other.entries)
+        sections = (
+            replace(
+                section,
+                start=section.start + shift,
+                stop=section.stop + shift,
+                entries=range(section.entries.start + first, section.entries.stop + first),
+            )
+            for section in other.sections
+        )
+        return Layout(
+            entries=(*self.entries, *entries),
+            sections=(*self.sections, *sections),
+            nbytes=self.nbytes + other.nbytes,
+        )
 
     def index(self) -> dict[str, int]:
         return {entry.name: number for number, entry in enumerate(self.entries)}

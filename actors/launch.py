@@ -1,0 +1,127 @@
+"""Placing, starting and ending processes on Ray, and the keys a run keeps in the cluster.
+
+All actors are detached, in the namespace `resilient`, under names that are used once. Ray restarts
+only the controller; ranks and keepers get new incarnations under new names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from .keeper import Keeper, KeeperSpec
+from .rank import Body, Host, Rank, RankSpec
+
+NAMESPACE = "resilient"
+FOLDER = "/dev/shm/resilient"
+
+
+def folder_of(key: str, node: str) -> str:
+    """Where a run keeps its files on one node; several nodes may share a machine in tests."""
+    return f"{FOLDER}/{key.replace('/', '-')}-{node[:12]}"
+
+
+def start_rank(
+    spec: RankSpec,
+    *,
+    resources: dict[str, float],
+    controller: Any,
+    keeper: Any,
+    make_body: Callable[[Host], Body],
+) -> Any:
+    """Start a rank on its node; returns its handle at once."""
+    custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    return (
+        ray.remote(Rank)
+        .options(
+            name=f"{spec.key}/rank/{spec.member}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=resources.get("CPU", 1),
+            num_gpus=resources.get("GPU", 0),
+            resources=custom,
+            max_restarts=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(spec.node, soft=False),
+        )
+        .remote(spec, controller, keeper, make_body)
+    )
+
+
+def start_keeper(spec: KeeperSpec, *, incarnation: int, controller: Any) -> Any:
+    return (
+        ray.remote(Keeper)
+        .options(
+            name=f"{spec.key}/keeper/{spec.node}/{incarnation}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(spec.node, soft=False),
+        )
+        .remote(spec, controller)
+    )
+
+
+def find(name: str) -> Any | None:
+    """An actor by name, or None when there is none alive."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def names(prefix: str) -> list[str]:
+    """Names of live actors that begin so."""
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    found = (entry["name"] for entry in listed if entry["namespace"] == NAMESPACE)
+    return sorted(name for name in found if name.startswith(prefix))
+
+
+def end(handle: Any) -> None:
+    """End an actor's process, if it still has one."""
+    with contextlib.suppress(Exception):  # already gone, whichever way Ray says so
+        ray.kill(handle, no_restart=True)
+
+
+def capacities(resources: dict[str, float]) -> dict[str, int]:
+    """Live nodes, with the number of ranks of these resources that each could hold."""
+    found = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            total = node["Resources"]
+            wanted = {name: amount for name, amount in resources.items() if amount > 0}
+            room = [int(total.get(name, 0.0) // amount) for name, amount in wanted.items()]
+            found[node["NodeID"]] = min(room, default=1)
+    return found
+
+
+def create_key(key: str, value: bytes) -> bool:
+    """Create a key; False, and nothing changed, if it exists."""
+    existed = internal_kv._internal_kv_put(_full(key), value, overwrite=False, namespace=_NAMESPACE)
+    return not existed
+
+
+def read_key(key: str) -> bytes | None:
+    value: bytes | None = internal_kv._internal_kv_get(_full(key), namespace=_NAMESPACE)
+    return value
+
+
+def list_keys(prefix: str) -> list[str]:
+    found = internal_kv._internal_kv_list(_full(prefix), namespace=_NAMESPACE)
+    return sorted(key.decode().removeprefix(_full("")) for key in found)
+
+
+def delete_keys(prefix: str) -> None:
+    internal_kv._internal_kv_del(_full(prefix), del_by_prefix=True, namespace=_NAMESPACE)
+
+
+_NAMESPACE = b"resilient"
+
+
+def _full(key: str) -> str:
+    return f"resilient/{key}"

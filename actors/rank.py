@@ -1,0 +1,102 @@
+"""The actor that hosts one training rank.
+
+The training function runs in a thread of its own; the actor's main thread takes in messages and never
+blocks; a third thread repeats the rank's report and watches the lease. The process is never restarted:
+a new incarnation gets a new number.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from .lease import Lease
+from .lifeline import Lifeline
+from .words import Words
+
+REPORT_EVERY_S = 0.5
+
+
+class Body(Protocol):
+    """What runs in a rank; made in the rank's process."""
+
+    def train(self) -> None:
+        """The training thread. Reports its own end; must not raise."""
+
+    def deliver(self, message: object) -> None:
+        """A message from the controller. Quick."""
+
+    def report(self) -> None:
+        """Tell the controller how things stand."""
+
+    def acknowledged(self, through: int) -> None:
+        """The driver has all records up to this step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpec:
+    key: str
+    """Run and attempt, as in actors' names."""
+    member: int
+    node: str
+    folder: str
+    """Where status words lie on this node."""
+    secret: str
+    lease_s: float
+
+
+class Host:
+    """What the actor offers to its body."""
+
+    def __init__(self, spec: RankSpec, controller: Any) -> None:
+        from .group import open_store
+
+        self.key = spec.key
+        self.member = spec.member
+        self.node = spec.node
+        self.ip = ray.util.get_node_ip_address()
+        self.words = Words(Path(spec.folder) / f"rank-{spec.member}.words")
+        self._controller = controller
+        self._store = open_store(self.ip)
+        self.store_port = int(self._store.port)
+
+    def tell(self, *messages: object) -> None:
+        """Send to the controller; may be lost, so whatever matters is repeated."""
+        self._controller.hear.remote(messages)
+
+
+class Rank:
+    def __init__(self, spec: RankSpec, controller: Any, keeper: Any, make_body: Callable[[Host], Body]) -> None:
+        self._spec = spec
+        self._lease = Lease(spec.lease_s)
+        self._lifeline = Lifeline(f"rank {spec.member} {spec.node}", spec.secret)
+        ray.get(keeper.watch.remote(spec.member, os.getpid()))
+        self._body = make_body(Host(spec, controller))
+        threading.Thread(target=self._body.train, name="training", daemon=True).start()
+        threading.Thread(target=self._control, name="control", daemon=True).start()
+
+    def deliver(self, message: object) -> None:
+        self._body.deliver(message)
+
+    def renew(self, lifeline: tuple[str, int], acknowledged: int) -> None:
+        """The controller lives, and this is where its lifelines end."""
+        self._lease.renew()
+        self._lifeline.hold(lifeline)
+        self._body.acknowledged(acknowledged)
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def _control(self) -> None:
+        while True:
+            time.sleep(REPORT_EVERY_S)
+            if self._lease.expired():
+                os._exit(0)
+            self._body.report()

@@ -1,0 +1,39 @@
+"""A fault-tolerant training runtime for PyTorch on Ray.
+
+    @resilient.train(workers=(2, 4))
+    def main(run: resilient.Run): ...
+
+Nothing here imports torch before it is needed: controllers and keepers start in one second, not five.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .api import TrainFunction, train
+from .errors import LoopError, ResilientError, RunLost, RunStopped, StateDiverged, TrainingFailed
+from .result import Result
+
+if TYPE_CHECKING:
+    from .run import Run
+
+__all__ = [
+    "LoopError",
+    "ResilientError",
+    "Result",
+    "Run",
+    "RunLost",
+    "RunStopped",
+    "StateDiverged",
+    "TrainFunction",
+    "TrainingFailed",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Run":
+        from .run import Run
+
+        return Run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

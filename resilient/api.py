@@ -1,0 +1,96 @@
+"""The decorator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from .job import settings_from
+from .result import Result
+
+
+def train(
+    *,
+    workers: int | tuple[int, int] = 1,
+    spares: int = 0,
+    resources: Mapping[str, float] | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    reduction: Literal["exact", "fast"] = "exact",
+    detection_s: float = 2.0,
+    wait_for_nodes_s: float = 600.0,
+    allow_different_bits: bool = False,
+) -> Callable[[Callable[..., Any]], TrainFunction]:
+    """Make a training function fault-tolerant. The function receives a `Run` as its first argument.
+
+    workers: ranks to train with, or (min, max): the run uses up to max, and waits for nodes below min.
+    spares: further processes that are started and wait in the loop, to take a lost rank's place at once.
+    resources: of each rank, as Ray counts them; the default is one CPU. CPU is also the number of threads.
+    name: of the run, unique in the cluster; the default is the function's.
+    seed: decides the order of data and all randomness.
+    reduction: "exact" sums gradients in an order that depends on nothing but the number of micro-batches,
+        so that results have the same bits whatever fails; "fast" is a plain all-reduce.
+    detection_s: how long a stopped process or a silent node may stay so before it is declared dead. What
+        the operating system reports by itself is acted on at once.
+    wait_for_nodes_s: how long a run may stand still below min before it fails.
+    allow_different_bits: only warn when nodes compute different bits.
+
+    Raises ValueError or TypeError naming field, value and what is allowed.
+    """
+
+    def decorate(function: Callable[..., Any]) -> TrainFunction:
+        settings = settings_from(
+            name=name if name is not None else function.__name__,
+            workers=workers,
+            spares=spares,
+            resources=resources,
+            seed=seed,
+            reduction=reduction,
+            detection_s=detection_s,
+            wait_for_nodes_s=wait_for_nodes_s,
+            allow_different_bits=allow_different_bits,
+        )
+        return TrainFunction(function, settings)
+
+    return decorate
+
+
+class TrainFunction:
+    """A training function that survives. Call it to run on Ray; `local` runs it in this process."""
+
+    def __init__(self, function: Callable[..., Any], settings: Any) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self.settings = settings
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        """Start or join Ray, run, and return the Result.
+
+        Raises TrainingFailed for an exception in the training function, RunLost when the state was
+        lost or no nodes came, RunStopped when somebody stopped it, KeyboardInterrupt on Ctrl-C after
+        all processes have ended.
+        """
+        from .driver import run_on_ray
+        from .progress import on_terminal
+
+        with on_terminal(self.settings.name) as progress:
+            return run_on_ray(self.settings, self._packed(args, kwargs), progress)
+
+    def watched(self, progress: Callable[[dict[str, Any]], None], *args: Any, **kwargs: Any) -> Result:
+        """As a call, but news goes to `progress`: step, generation, ranks, rows, recoveries, messages."""
+        from .driver import run_on_ray
+
+        return run_on_ray(self.settings, self._packed(args, kwargs), progress)
+
+    def local(self, *args: Any, **kwargs: Any) -> Result:
+        """Run in this process, without Ray: the same bits as on any number of ranks."""
+        from .local import run_locally
+
+        return run_locally(self.settings, self._packed(args, kwargs))
+
+    def _packed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+        from ray import cloudpickle
+
+        packed: bytes = cloudpickle.dumps((self._function, args, dict(kwargs)))
+        return packed

@@ -1,0 +1,157 @@
+"""The driver's side of a run on Ray: start the controller, keep its lease, collect what comes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors import launch
+
+from .controller import Controller
+from .errors import ResilientError, RunLost, RunStopped, TrainingFailed
+from .imports import check_not_hidden
+from .job import Job, Settings
+from .result import Result
+
+POLL_EVERY_S = 0.1
+CONTROLLER_LIMIT_S = 60.0
+"""How long the driver waits for a controller that does not answer."""
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def run_on_ray(settings: Settings, function: bytes, progress: Progress) -> Result:
+    """Start or join Ray, run, and return the result. Raises the errors of `resilient.errors`."""
+    check_not_hidden()
+    if not ray.is_initialized():
+        ray.init(log_to_driver=os.environ.get("RESILIENT_WORKER_LOGS") == "1")
+    job = Job(
+        settings=settings,
+        attempt=_next_attempt(settings.name),
+        function=function,
+        secret=secrets.token_hex(16),
+    )
+    controller = _start_controller(job)
+    ended = threading.Event()
+    threading.Thread(target=_keep_lease, args=(controller, ended, settings), daemon=True).start()
+    try:
+        return _follow(controller, progress)
+    except BaseException:
+        controller.stop.remote("the driver was interrupted")
+        _await_end(controller)
+        raise
+    finally:
+        ended.set()
+        controller.close.remote()
+        _await_gone(job.key)
+
+
+def _next_attempt(name: str) -> int:
+    for other in launch.names(f"{name}/"):
+        if other.endswith("/controller"):
+            controller = launch.find(other)
+            if controller is not None and _driver_lives(controller):
+                raise ResilientError(
+                    f"a run named {name!r} is going on in this cluster ({other}) and its driver lives: wait for it, "
+                    "stop it, or give this one another name"
+                )
+    attempt = 1
+    while not launch.create_key(f"attempt/{name}/{attempt}", b""):
+        attempt += 1
+    return attempt
+
+
+def _driver_lives(controller: Any) -> bool:
+    try:
+        return bool(ray.get(controller.driver_lives.remote(), timeout=5.0))
+    except (RayActorError, GetTimeoutError):
+        return False
+
+
+def _start_controller(job: Job) -> Any:
+    head = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]]
+    node = head[0] if head else ray.get_runtime_context().get_node_id()
+    return (
+        ray.remote(Controller)
+        .options(
+            name=f"{job.key}/controller",
+            namespace=launch.NAMESPACE,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+        )
+        .remote(job)
+    )
+
+
+def _keep_lease(controller: Any, ended: threading.Event, settings: Settings) -> None:
+    while not ended.wait(settings.driver_lease_s / 10):
+        controller.renew.remote()
+
+
+def _follow(controller: Any, progress: Progress) -> Result:
+    rows: list[dict[str, float]] = []
+    recoveries: dict[tuple[int, int], dict[str, Any]] = {}
+    answered_at = time.monotonic()
+    while True:
+        try:
+            news = ray.get(controller.poll.remote(len(rows) - 1), timeout=CONTROLLER_LIMIT_S)
+        except (RayActorError, GetTimeoutError) as error:
+            if time.monotonic() - answered_at > CONTROLLER_LIMIT_S:
+                raise RunLost(
+                    f"the controller has not answered for {CONTROLLER_LIMIT_S:.0f} s ({error}); "
+                    "the cluster's head node may be gone"
+                ) from error
+            time.sleep(POLL_EVERY_S)
+            continue
+        answered_at = time.monotonic()
+        rows += [row for row in news["rows"] if int(row["step"]) == len(rows)]
+        recoveries.update({(item["generation"], item["step"]): item for item in news["recoveries"]})
+        news["rows"], news["recoveries"] = rows, [recoveries[key] for key in sorted(recoveries)]
+        progress(news)
+        if news["outcome"] is not None:
+            return _result(news)
+        time.sleep(POLL_EVERY_S)
+
+
+def _result(news: dict[str, Any]) -> Result:
+    outcome, reason = news["outcome"]["outcome"], news["outcome"]["reason"]
+    if outcome == "finished":
+        return Result(
+            step=news["step"],
+            metrics=news["rows"],
+            recoveries=news["recoveries"],
+            digest=news["outcome"]["digest"],
+            value=cloudpickle.loads(news["value"]) if news["value"] is not None else None,
+        )
+    if outcome == "failed":
+        raise TrainingFailed(reason) if "raised on rank" in reason else RunLost(reason)
+    raise RunStopped(reason)
+
+
+def _await_end(controller: Any) -> None:
+    deadline = time.monotonic() + 10.0
+    while time.monotonic() < deadline:
+        try:
+            if ray.get(controller.poll.remote(-1), timeout=5.0)["outcome"] is not None:
+                return
+        except (RayActorError, GetTimeoutError):
+            return
+        time.sleep(POLL_EVERY_S)
+
+
+def _await_gone(key: str) -> None:
+    """Until every process of this attempt has ended, so that nothing is left when the caller goes on."""
+    deadline = time.monotonic() + 20.0
+    while launch.names(f"{key}/") and time.monotonic() < deadline:
+        time.sleep(POLL_EVERY_S)

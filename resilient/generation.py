@@ -1,0 +1,241 @@
+"""One generation of a rank at work: a thread that forms its group, levels it, and exchanges.
+
+Everything that can block on other ranks happens here, never in the training thread; when a newer
+generation comes this thread is simply left behind, with its buffers. What it would still bring in is
+refused, because the member asks for the generation's number first.
+
+Leveling: the ranks say what they hold. Who lacks the newest complete result gets it from those that
+have it, in disjoint slices. In a planned generation the old members then wait for their step boundary
+and send joiners the state, in disjoint slices too. A barrier ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from actors.group import Group, LinkBroken, Move
+from snapshot.capture import capture
+from snapshot.load import load
+from snapshot.table import StateTable
+
+from .core.plan import Plan
+from .core.tree import Node
+from .errors import StateDiverged
+from .exchange import CHUNK_BYTES, Scratch, exchange, exchange_alone, exchange_fast
+from .payload import Payload
+
+if TYPE_CHECKING:
+    from .member import Member
+
+KEPT_TAG, STATE_TAG = 1 << 21, 1 << 22
+NEVER_STEP = -(1 << 40)
+
+
+class Superseded(Exception):
+    """A newer generation has begun: this thread's work is of no use any more. Nobody's fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What a rank brings into a generation, fixed at the moment it adopts the plan."""
+
+    has_state: bool
+    complete: int
+    kept: Payload | None
+
+
+class GenerationThread(threading.Thread):
+    def __init__(self, member: Member, plan: Plan, holding: Holding) -> None:
+        super().__init__(name=f"generation-{plan.generation}", daemon=True)
+        self.plan = plan
+        self.rank = plan.rank_of(member.number)
+        self._member = member
+        self._holding = holding
+        self._steps: queue.Queue[int | None] = queue.Queue()
+        self._scratch = Scratch()
+        self._in_flight: Payload | None = None
+        self.group: Group | None = None
+
+    def submit(self, step: int) -> None:
+        """Exchange the sums of this step; the training thread keeps its hands off them until told."""
+        self._steps.put(step)
+
+    def retire(self) -> None:
+        """All members have moved on in agreement: end after what is under way."""
+        self._steps.put(None)
+
+    def abandon(self) -> None:
+        """Leave it behind. Whatever it may still write into is never used again."""
+        if self.group is not None:
+            self.group.abandon()
+        if self._in_flight is not None:
+            self._member.sums.pool.give_up(self._in_flight)
+        self.retire()
+
+    def run(self) -> None:
+        torch.set_num_threads(self._member.threads)
+        try:
+            self.group = self._member.connect(self.plan, self.rank)
+            self._member.formed(self.plan, *self._level(self.group))
+            while (step := self._steps.get()) is not None:
+                self._exchange(self.group, step)
+        except LinkBroken as error:
+            self._member.link_broken(self.plan, str(error))
+        except Superseded:
+            pass
+        except BaseException as error:  # the thread's edge: an error of ours must end the run, not hang it
+            self._member.crashed(self.plan, error)
+
+    # Leveling
+
+    def _level(self, group: Group) -> tuple[int, Payload | None]:
+        held = self._holding
+        kept_step = held.complete if held.kept is not None else NEVER_STEP
+        rows = group.gather([int(held.has_state), held.complete, kept_step])
+        newest = max((complete for has_state, complete, _ in rows if has_state), default=-1)
+        behind = [rank for rank, row in enumerate(rows) if row[0] and row[1] < newest]
+        caught_up = None
+        if behind:
+            holders = [rank for rank, row in enumerate(rows) if row[2] == newest]
+            assert holders, f"nobody holds the result of step {newest}: {rows}"
+            caught_up = self._catch_up(group, held, holders, behind)
+        if self.plan.kind != "unplanned":
+            if held.has_state:
+                self._member.wait_for_boundary(self.plan.generation)
+            joiners = [rank for rank, row in enumerate(rows) if not row[0]]
+            if joiners:
+                self._welcome(group, [rank for rank, row in enumerate(rows) if row[0]], joiners)
+        group.minimum([0])
+        return newest, caught_up
+
+    def _catch_up(self, group: Group, held: Holding, holders: Sequence[int], behind: Sequence[int]) -> Payload | None:
+        """Those behind receive the kept result, each holder sending its slice of the bytes."""
+        if self.rank in behind:
+            result = self._in_flight = self._member.sums.pool.take()
+            counts = torch.zeros(len(result.counts), dtype=torch.int64)
+            moves = [Move(data=counts.view(torch.uint8), peer=holders[0], tag=KEPT_TAG)]
+            for part, holder in zip(_parts(result.flat.numel(), len(holders)), holders, strict=True):
+                moves += [Move(data=result.flat[a:b], peer=holder, tag=KEPT_TAG + 1) for a, b in part]
+            group.post([], moves).wait()
+            result.counts = [int(count) for count in counts.tolist()]
+            self._in_flight = None
+            return result
+        if self.rank in holders:
+            assert held.kept is not None
+            place = holders.index(self.rank)
+            counts = torch.tensor(held.kept.counts, dtype=torch.int64)
+            mine = _parts(held.kept.flat.numel(), len(holders))[place]
+            sends = [Move(data=counts.view(torch.uint8), peer=peer, tag=KEPT_TAG) for peer in behind if place == 0]
+            sends += [Move(data=held.kept.flat[a:b], peer=peer, tag=KEPT_TAG + 1) for peer in behind for a, b in mine]
+            group.post(sends, []).wait()
+        return None
+
+    def _welcome(self, group: Group, holders: Sequence[int], joiners: Sequence[int]) -> None:
+        """Joiners receive the state at this boundary, in disjoint slices from all that hold it.
+
+        At the very first formation everybody may have built the same state: then nothing is sent.
+        """
+        mine = capture(self._member.objects())
+        if self.plan.kind == "initial":
+            digest = mine.digest()
+            halves = [int(digest[:15], 16), int(digest[15:30], 16)]
+            if len({tuple(row) for row in group.gather(halves)}) == 1:
+                return
+        if self.rank in holders:
+            self._send_state(group, mine, holders, joiners)
+        else:
+            table = self._receive_state(group, holders)
+            self._member.require_current(self.plan.generation)
+            load(self._member.objects(), table)
+
+    def _send_state(self, group: Group, table: StateTable, holders: Sequence[int], joiners: Sequence[int]) -> None:
+        place = holders.index(self.rank)
+        if place == 0:
+            text = torch.frombuffer(bytearray(table.skeleton), dtype=torch.uint8)
+            length = torch.tensor([len(table.skeleton)]).view(torch.uint8)
+            group.post_host([Move(data=length, peer=peer, tag=STATE_TAG) for peer in joiners], []).wait()
+            group.post_host([Move(data=text, peer=peer, tag=STATE_TAG + 1) for peer in joiners], []).wait()
+        for start, stop in _parts(table.nbytes, len(holders))[place]:
+            pieces = [piece.cpu() for piece in table.pieces(start, stop)]
+            group.post_host(
+                [Move(data=piece, peer=peer, tag=STATE_TAG + 2) for peer in joiners for piece in pieces], []
+            ).wait()
+
+    def _receive_state(self, group: Group, holders: Sequence[int]) -> StateTable:
+        length = torch.zeros(1, dtype=torch.int64)
+        group.post_host([], [Move(data=length.view(torch.uint8), peer=holders[0], tag=STATE_TAG)]).wait()
+        text = torch.empty(int(length), dtype=torch.uint8)
+        group.post_host([], [Move(data=text, peer=holders[0], tag=STATE_TAG + 1)]).wait()
+        table = StateTable.empty(text.numpy().tobytes())
+        moves = [
+            Move(data=piece, peer=holder, tag=STATE_TAG + 2)
+            for part, holder in zip(_parts(table.nbytes, len(holders)), holders, strict=True)
+            for start, stop in part
+            for piece in table.pieces(start, stop)
+        ]
+        group.post_host([], moves).wait()
+        return table
+
+    # The exchange
+
+    def _exchange(self, group: Group, step: int) -> None:
+        sums, member = self._member.sums, self._member
+        newest = member.newest_held(self.plan.generation)
+        control = member.control_digest()
+        mask = sums.mask()
+        layout = sums.fingerprint()
+        lane = [newest, layout, -layout, control, -control, int(mask is not None), mask or 0, -(mask or 0)]
+        low = group.minimum(lane)
+        agreed = low[0]
+        if low[1] != -low[2]:
+            names = [json.loads(text) for text in group.gather_bytes(json.dumps(sums.known_buffers).encode())]
+            sums.widen([name for row in names for name in row])
+            low[5] = 0
+        if low[3] != -low[4]:
+            _explain_difference(group, member.control_state(), step)
+        counts = None if low[5] and low[6] == -low[7] else self._all_counts(group)
+        sums.partial.freeze()
+        nodes = dict(sums.partial.nodes)
+        result = self._in_flight = member.take_result(self.plan.generation)
+        if group.size == 1:
+            result = exchange_alone(sums)
+        elif member.reduction == "fast":
+            exchange_fast(group, nodes, result)
+        else:
+            exchange(group, self.plan, nodes, result, self._scratch, counts)
+        self._in_flight = None
+        member.exchanged(self.plan, step, agreed, result)
+
+    def _all_counts(self, group: Group) -> dict[Node, list[int]]:
+        """Which tensors each root holds, of all ranks: asked for only when they differ."""
+        mine = [[node.start, node.stop, counts] for node, counts in self._member.sums.counts().items()]
+        rows = group.gather_bytes(json.dumps(mine).encode())
+        return {Node(start, stop): counts for row in rows for start, stop, counts in json.loads(row)}
+
+
+def _parts(nbytes: int, ways: int) -> list[list[tuple[int, int]]]:
+    """Bytes cut into `ways` ranges, each cut into chunks."""
+    cuts = [nbytes * way // ways for way in range(ways + 1)]
+    return [
+        [(at, min(at + CHUNK_BYTES, stop)) for at in range(start, stop, CHUNK_BYTES)]
+        for start, stop in zip(cuts, cuts[1:], strict=False)
+    ]
+
+
+def _explain_difference(group: Group, mine: dict[str, object], step: int) -> None:
+    rows = [json.loads(text) for text in group.gather_bytes(json.dumps(mine, default=repr).encode())]
+    for rank, row in enumerate(rows):
+        for name in sorted({*rows[0], *row}):
+            if rows[0].get(name) != row.get(name):
+                raise StateDiverged(
+                    f"step {step}: {name} is {rows[0].get(name)} on rank 0 and {row.get(name)} on rank {rank}; "
+                    "it must be computed from values that are equal on all ranks"
+                )
+    raise StateDiverged(f"step {step}: control state differs between ranks in a way that cannot be shown")

@@ -1,0 +1,38 @@
+"""A run in one process, without Ray: the reference for every 'identical'."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from .job import Settings
+from .result import Result
+from .team import Alone
+from .worker import call, device_for
+
+
+def run_locally(settings: Settings, function: bytes) -> Result:
+    rows: list[dict[str, float]] = []
+    team = Alone(on_step=lambda step, values: rows.append({"step": float(step), **values}))
+    with _as_in_a_rank(settings.threads):
+        value, digest = call(function, team, settings.seed, device_for(settings.resources))
+    return Result(step=team.step, metrics=rows, digest=digest, value=value)
+
+
+@contextmanager
+def _as_in_a_rank(threads: int) -> Iterator[None]:
+    """The thread count of the run's ranks; the caller's generators and thread count come back afterwards."""
+    before = torch.get_num_threads()
+    python, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(host)

@@ -1,0 +1,338 @@
+"""A rank as a member of its team: the seat's decisions carried out by threads around it.
+
+Three threads meet here, under one lock: the training thread asks what to do next and waits; the
+control thread brings plans; a generation's thread brings formed groups and results. Whatever comes
+from a generation that is no longer the current one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import traceback
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from actors.group import Group
+from actors.rank import Host
+
+from .core.events import RankFailed, RankReady, RankReported, RankReturned
+from .core.plan import Address, Plan
+from .core.seat import (
+    Applied,
+    Apply,
+    Compute,
+    Discard,
+    ExchangeDone,
+    ExchangeFailed,
+    Finished,
+    Form,
+    Formed,
+    FormFailed,
+    LeafFolded,
+    Leave,
+    PlanArrived,
+    Reduce,
+    Report,
+    Seat,
+    SeatInstruction,
+)
+from .generation import GenerationThread, Holding, Superseded
+from .payload import Payload
+from .probe import probe
+from .records import StepValues
+from .sums import StepSums
+from .team import Loop
+
+WAKE_S = 1.0
+"""How often waits look around although nothing has woken them."""
+
+
+class Member:
+    """Implements `Team` over other processes."""
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        workers: tuple[int, int],
+        reduction: Literal["exact", "fast"],
+        threads: int,
+        device: torch.device,
+    ) -> None:
+        self.number = host.member
+        self.workers = workers
+        self.reduction = reduction
+        self.threads = threads
+        self.device = device
+        self._host = host
+        self._changed = threading.Condition(threading.RLock())
+        self._seat = Seat(member=host.member)
+        self._loop: Loop | None = None
+        self._ready: RankReady | None = None
+        self._returned: RankReturned | None = None
+        self._failed: RankFailed | None = None
+        self._current: GenerationThread | None = None
+        self._retired: GenerationThread | None = None
+        """The one before, whose connections stay open until the next has formed."""
+        self._submitted: tuple[int, int] | None = None
+        self._unrecorded: dict[int, StepValues] = {}
+        self._losses: list[float] = []
+        self._control_digest = 0
+        self._control_state: dict[str, object] = {}
+
+    # Team: asked by the training thread
+
+    @property
+    def step(self) -> int:
+        return self._seat.step
+
+    @property
+    def generation(self) -> int:
+        return self._seat.plan.generation if self._seat.plan else 0
+
+    @property
+    def rank(self) -> int:
+        return self._seat.plan.rank_of(self.number) if self._seat.plan else 0
+
+    @property
+    def size(self) -> int:
+        return self._seat.plan.size if self._seat.plan else 1
+
+    @property
+    def sums(self) -> StepSums:
+        assert self._loop is not None
+        return self._loop.sums
+
+    def enter(self, loop: Loop) -> None:
+        digest, fields = probe(self.threads)
+        with self._changed:
+            self._loop = loop
+            self._ready = RankReady(
+                member=self.number,
+                node=self._host.node,
+                address=Address(host=self._host.ip, port=self._host.store_port),
+                micro_batches=loop.sums.micro_batches,
+                steps=loop.steps,
+                probe=digest,
+                probe_fields=fields,
+            )
+        self.report()
+        self._host.words.activity("waiting")
+        self._wait_until_settled()
+        self._host.words.activity("computing")
+
+    def next(self) -> Compute | Apply:
+        with self._changed:
+            while True:
+                todo = self._seat.next()
+                if isinstance(todo, Compute | Apply):
+                    self._host.words.moved("computing", self._seat.step, self.generation)
+                    return todo
+                self._host.words.moved("waiting", self._seat.step, self.generation)
+                if isinstance(todo, Reduce):
+                    self._submit(todo)
+                self._changed.wait(WAKE_S)
+
+    def leaves(self) -> tuple[int, ...]:
+        with self._changed:
+            return tuple(sorted(self._seat.work))
+
+    def folded(self, leaf: int) -> None:
+        with self._changed:
+            self._do(self._seat.handle(LeafFolded(step=self._seat.step, leaf=leaf)))
+
+    def committed(self, losses: list[float]) -> None:
+        self._losses = losses
+
+    def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
+        with self._changed:
+            step = self._seat.step
+            self._unrecorded[step] = StepValues(
+                step=step, losses=tuple(self._losses), values={leaf: dict(row) for leaf, row in values.items()}
+            )
+            self._do(self._seat.handle(Applied(step=step)))
+            self._changed.notify_all()
+        if self.rank == 0 or values:
+            self._host.tell(self._unrecorded[step])
+
+    def finished(self) -> None:
+        self._wait_until_settled()
+        with self._changed:
+            self._do(self._seat.handle(Finished(step=self._seat.step)))
+        self._host.words.activity("paused")
+
+    def pause(self, reason: str | None) -> None:
+        self._host.words.activity("paused" if reason else "computing")
+
+    def _wait_until_settled(self) -> None:
+        """Until no planned change is under way at this boundary."""
+        with self._changed:
+            while self._seat.plan is None or (self._seat.forming and not self._seat.work):
+                self._changed.wait(WAKE_S)
+
+    def _submit(self, todo: Reduce) -> None:
+        if self._submitted == (todo.plan.generation, todo.step):
+            return
+        assert self._current is not None and self._current.plan is todo.plan
+        self._submitted = todo.plan.generation, todo.step
+        assert self._loop is not None
+        self._control_state = self._loop.control_state()
+        self._control_digest = zlib.crc32(json.dumps(self._control_state, sort_keys=True).encode())
+        self._current.submit(todo.step)
+
+    # Brought by the control thread
+
+    def deliver(self, message: object) -> None:
+        if isinstance(message, Plan):
+            with self._changed:
+                self._do(self._seat.handle(PlanArrived(plan=message)))
+                self._changed.notify_all()
+
+    def recorded_through(self, step: int) -> None:
+        """The driver has everything up to this step."""
+        with self._changed:
+            self._unrecorded = {number: row for number, row in self._unrecorded.items() if number > step}
+
+    def report(self) -> None:
+        """Say how things stand; repeated from time to time, since any message may be lost."""
+        with self._changed:
+            messages: list[Any] = [RankReported(report=self._seat.report())]
+            for once in (self._ready, self._failed, self._returned):
+                if once is not None:
+                    messages.insert(0, once)
+        self._host.tell(*messages)
+
+    def repeat_records(self) -> None:
+        with self._changed:
+            rows = list(self._unrecorded.values())
+        self._host.tell(*rows)
+
+    def failed(self, step: int, text: str) -> None:
+        self._failed = RankFailed(member=self.number, step=step, traceback=text)
+        self.report()
+
+    def returned(self, digest: str) -> None:
+        self.repeat_records()
+        self._returned = RankReturned(member=self.number, step=self._seat.step, digest=digest)
+        self.report()
+
+    # Brought by a generation's thread
+
+    def connect(self, plan: Plan, rank: int) -> Group:
+        return Group(
+            store=(plan.store.host, plan.store.port),
+            host=self._host.ip,
+            prefix=f"{self._host.key}/{plan.generation}",
+            rank=rank,
+            size=plan.size,
+            device=self.device,
+        )
+
+    def formed(self, plan: Plan, complete: int, caught_up: Payload | None) -> None:
+        with self._changed:
+            if not self._is_current(plan):
+                return
+            self._retired = None
+            if caught_up is not None:
+                self.sums.accept(caught_up)
+            self._do(self._seat.handle(Formed(generation=plan.generation, complete=complete)))
+            self._changed.notify_all()
+
+    def exchanged(self, plan: Plan, step: int, agreed: int, result: Payload) -> None:
+        with self._changed:
+            if not self._is_current(plan):
+                return
+            self.sums.accept(result)
+            event = ExchangeDone(generation=plan.generation, step=step, agreed=agreed)
+            self._do(self._seat.handle(event))
+            self._changed.notify_all()
+        if plan.rank_of(self.number) == 0:
+            self.report()
+
+    def link_broken(self, plan: Plan, why: str) -> None:
+        with self._changed:
+            if not self._is_current(plan):
+                return
+            if self._seat.forming:
+                instructions = self._seat.handle(FormFailed(generation=plan.generation))
+            else:
+                instructions = self._seat.handle(ExchangeFailed(generation=plan.generation, step=self._seat.step))
+            self._do(instructions)
+            self._changed.notify_all()
+
+    def crashed(self, plan: Plan, error: BaseException) -> None:
+        with self._changed:
+            if not self._is_current(plan):
+                return
+        self.failed(self._seat.step, "".join(traceback.format_exception(error)))
+
+    def wait_for_boundary(self, generation: int) -> None:
+        with self._changed:
+            while not self._seat.at_boundary:
+                self.require_current(generation)
+                self._changed.wait(WAKE_S)
+            self.require_current(generation)
+
+    def require_current(self, generation: int) -> None:
+        with self._changed:
+            if self.generation != generation:
+                raise Superseded
+
+    def newest_held(self, generation: int) -> int:
+        with self._changed:
+            self.require_current(generation)
+            return self._seat.newest_held
+
+    def take_result(self, generation: int) -> Payload:
+        with self._changed:
+            self.require_current(generation)
+            return self.sums.pool.take()
+
+    def control_digest(self) -> int:
+        return self._control_digest
+
+    def control_state(self) -> dict[str, object]:
+        return self._control_state
+
+    def objects(self) -> Mapping[str, object]:
+        assert self._loop is not None
+        return self._loop.objects()
+
+    def _is_current(self, plan: Plan) -> bool:
+        return self.generation == plan.generation
+
+    # What the seat instructs
+
+    def _do(self, instructions: tuple[SeatInstruction, ...]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Form(plan=plan):
+                    self._form(plan)
+                case Discard():
+                    self.sums.partial.clear()
+                case Report():
+                    self.report()
+                case Leave():
+                    os._exit(0)
+
+    def _form(self, plan: Plan) -> None:
+        former = self._current
+        if former is not None:
+            if plan.kind == "planned" and former.plan.generation == plan.base:
+                former.retire()
+                self._retired = former
+            else:
+                former.abandon()
+        self._submitted = None
+        holding = Holding(
+            has_state=self._seat.has_state,
+            complete=self._seat.complete,
+            kept=self.sums.kept if self._loop is not None else None,
+        )
+        self._current = GenerationThread(self, plan, holding)
+        self._current.start()

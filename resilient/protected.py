@@ -1,0 +1,136 @@
+"""What the user gave to `protect`: sorted by kind, and refused where it could not be made exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protected:
+    """The protected objects. `objects` has all of them, by the names the user chose."""
+
+    objects: Mapping[str, object]
+    modules: tuple[tuple[str, nn.Module], ...]
+    optimizers: tuple[tuple[str, Optimizer], ...]
+    schedulers: tuple[tuple[str, LRScheduler], ...]
+    scalers: tuple[tuple[str, GradScaler], ...]
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+    """Every parameter that wants a gradient, once, by its first name."""
+
+    @classmethod
+    def of(cls, objects: Mapping[str, object], device: torch.device) -> Protected:
+        """Raises ValueError or TypeError, naming the argument, what it is, and what to do."""
+        for name, thing in objects.items():
+            _refuse(name, thing)
+        modules = _of_kind(objects, nn.Module)
+        optimizers = _of_kind(objects, Optimizer)
+        schedulers = _of_kind(objects, LRScheduler)
+        if not modules:
+            raise ValueError("protect: no model among its arguments; pass one as protect(model=..., optimizer=...)")
+        if not optimizers:
+            raise ValueError("protect: no optimizer among its arguments; pass it as protect(model=..., optimizer=...)")
+        parameters = _parameters(modules)
+        for name, optimizer in optimizers:
+            _check_optimizer(name, optimizer, parameters, schedulers)
+        _check_device(parameters, device)
+        return cls(
+            objects=dict(objects),
+            modules=modules,
+            optimizers=optimizers,
+            schedulers=schedulers,
+            scalers=_of_kind(objects, GradScaler),
+            parameters=parameters,
+        )
+
+
+def _of_kind(objects: Mapping[str, object], kind: type[Kind]) -> tuple[tuple[str, Kind], ...]:
+    return tuple((name, thing) for name, thing in objects.items() if isinstance(thing, kind))
+
+
+def _refuse(name: str, thing: object) -> None:
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    fsdp = any("FSDP" in base.__name__ or "FullyShardedDataParallel" in base.__name__ for base in type(thing).__mro__)
+    if isinstance(thing, wrappers) or fsdp:
+        raise ValueError(
+            f"protect: {name} is wrapped in {type(thing).__name__}; give the plain module, its gradients are "
+            "reduced here (sharded models are to come later)"
+        )
+    if isinstance(thing, LBFGS):
+        raise ValueError(
+            f"protect: {name} is LBFGS, which evaluates the model several times per step through a closure; "
+            "use an optimizer that steps once per gradient"
+        )
+    if not isinstance(thing, dict) and not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+        raise TypeError(
+            f"protect: {name} is a {type(thing).__name__} without state_dict and load_state_dict; "
+            "keep plain values in the dict run.state"
+        )
+
+
+def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> tuple[tuple[str, nn.Parameter], ...]:
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, module in modules:
+        for name, parameter in module.named_parameters(prefix=prefix):
+            if isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"protect: parameter {name} is a DTensor; sharded models are to come later, "
+                    "give a model that lies whole on this rank"
+                )
+            if parameter.requires_grad:
+                found.setdefault(id(parameter), (name, parameter))
+    if not found:
+        raise ValueError("protect: no parameter of the model has requires_grad=True, so there is nothing to train")
+    return tuple(found.values())
+
+
+def _check_optimizer(
+    name: str,
+    optimizer: Optimizer,
+    parameters: tuple[tuple[str, nn.Parameter], ...],
+    schedulers: tuple[tuple[str, LRScheduler], ...],
+) -> None:
+    known = {id(parameter) for _, parameter in parameters}
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if parameter.requires_grad and id(parameter) not in known:
+                raise ValueError(
+                    f"protect: {name} updates a parameter that the model does not have (group {number}, place {place}, "
+                    f"shape {tuple(parameter.shape)}); pass the module that holds it to protect too, or build the "
+                    "optimizer after the model has its final parameters"
+                )
+    attached = bool(getattr(optimizer.step, "_wrapped_by_lr_sched", False))
+    if attached and not any(_drives(scheduler, optimizer) for _, scheduler in schedulers):
+        raise ValueError(
+            f"protect: a scheduler is attached to {name} but not protected, and would be lost in a recovery; "
+            "pass it as protect(..., scheduler=scheduler)"
+        )
+
+
+def _drives(scheduler: LRScheduler, optimizer: Optimizer) -> bool:
+    own = getattr(scheduler, "optimizer", None)
+    inner = getattr(scheduler, "_schedulers", ())
+    return own is optimizer or any(_drives(part, optimizer) for part in inner)
+
+
+def _check_device(parameters: tuple[tuple[str, nn.Parameter], ...], device: torch.device) -> None:
+    for name, parameter in parameters:
+        if parameter.device.type != device.type:
+            raise ValueError(
+                f"protect: parameter {name} is on {parameter.device}, this run trains on {device}; "
+                "move the model with model.to(run.device) before building the optimizer"
+            )
+
+
+def is_plateau(scheduler: LRScheduler) -> bool:
+    return isinstance(scheduler, ReduceLROnPlateau)

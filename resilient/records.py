@@ -1,0 +1,70 @@
+"""What ranks tell of committed steps, and what becomes of it: one row of metrics per step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepValues:
+    """One rank's account of a committed step."""
+
+    step: int
+    losses: tuple[float, ...]
+    """Loss of every micro-batch of the step, whoever computed it."""
+    values: Mapping[int, Mapping[str, float]]
+    """What this rank's micro-batches logged, by micro-batch."""
+
+
+LATE_STEPS = 2
+"""A row is final when so many further steps are committed: what ranks logged comes a little later."""
+
+
+@dataclass(slots=True)
+class Records:
+    """Rows of metrics, in the order of steps, each handed out once it is final."""
+
+    _losses: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    _values: dict[int, dict[int, Mapping[str, float]]] = field(default_factory=dict)
+    newest: int = -1
+    fetched: int = -1
+    """The driver has all rows up to this step."""
+
+    def add(self, account: StepValues) -> None:
+        if account.step <= self.fetched:
+            return
+        self._losses[account.step] = account.losses
+        self._values.setdefault(account.step, {}).update(account.values)
+        self.newest = max(self.newest, account.step)
+
+    def after(self, fetched: int, *, all_of_them: bool) -> list[dict[str, float]]:
+        """Rows after step `fetched`, without gaps, as far as they are final."""
+        self.fetched = max(self.fetched, fetched)
+        for step in [step for step in self._losses if step <= self.fetched]:
+            del self._losses[step], self._values[step]
+        rows = []
+        step = self.fetched + 1
+        while step in self._losses and (all_of_them or step <= self.newest - LATE_STEPS):
+            losses = self._losses[step]
+            row = {"step": float(step), "loss": sum(losses) / len(losses)}
+            rows.append({**row, **mean_values(self._values[step])})
+            step += 1
+        return rows
+
+
+def mean_values(values: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each logged name over the micro-batches that logged it, in their order."""
+    found: dict[str, list[float]] = {}
+    for leaf in sorted(values):
+        for name, value in values[leaf].items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(row) / len(row) for name, row in found.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReturnValue:
+    """What the user's function returned on one rank, by cloudpickle."""
+
+    member: int
+    value: bytes

@@ -1,0 +1,23 @@
+"""What a run returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The outcome of a run that has reached its end."""
+
+    step: int
+    """Steps committed."""
+    metrics: list[dict[str, float]]
+    """One row per step: step, loss (mean over its micro-batches), and what was logged."""
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+    """One per change of generation: kind, step, generation, ranks, reason, what was lost, and the seconds
+    of each phase (detect_s, decide_s, form_s, redo_s, total_s)."""
+    digest: str
+    """xxh3-128 of the final state's bits: parameters, buffers, optimizer, scheduler, run.state."""
+    value: Any = None
+    """What the training function returned on rank 0."""

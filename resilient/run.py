@@ -1,0 +1,339 @@
+"""`Run`: what a training function receives, and the loop around the user's loop body."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snapshot.capture import capture
+
+from .backward import watched_backward
+from .buffers import Buffers
+from .core.order import derive_seed
+from .core.seat import Apply, Compute
+from .data import Feed
+from .errors import LoopError
+from .gates import Gates, Reduced
+from .protected import Protected
+from .randomness import seed_everything
+from .sums import StepSums
+from .team import Loop, Team, mean
+
+
+class Run:
+    """One rank's view of a training run."""
+
+    def __init__(self, team: Team, *, seed: int, device: torch.device) -> None:
+        self.state: dict[str, Any] = {}
+        """Plain values that belong to the state: counters, histories. Captured with everything else."""
+        self.device = device
+        self.committing = False
+        """Whether this iteration is the last of its step: gradients are reduced, and updates act."""
+        self._team = team
+        self._seed = seed
+        self._protected: Protected | None = None
+        self._loop_ran = False
+        self._leaf: int | None = None
+        self._backward_done = False
+        self._sought: tuple[int, tuple[int, ...]] | None = None
+        self._left_in_step: int | None = None
+        self._logged: dict[int, dict[str, float]] = {}
+        self._reduced: dict[str, float] = {}
+        seed_everything(derive_seed("function", seed))
+
+    @property
+    def step(self) -> int:
+        """Number of the current step, from 0: the number of steps committed so far."""
+        return self._team.step
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the current generation, 0..world_size-1. Changes when ranks come and go."""
+        return self._team.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._team.size
+
+    @property
+    def generation(self) -> int:
+        """Number of the current membership of ranks."""
+        return self._team.generation
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0 now."""
+        return self.rank == 0
+
+    def protect(self, **objects: object) -> None:
+        """Hand over all that makes up the training state, once, before the loop.
+
+        Modules, optimizers, schedulers, GradScalers, and anything else with state_dict and
+        load_state_dict. They are changed in place: updates act once per step. Rank 0's state is
+        everybody's. Raises ValueError or TypeError naming the argument and what to do.
+        """
+        if self._loop_ran:
+            raise ValueError("protect was called after run.batches began; call it once, before the loop")
+        if self._protected is not None:
+            raise ValueError("protect was called twice; pass everything in one call: protect(model=..., optimizer=...)")
+        self._protected = Protected.of(objects, self.device)
+
+    def batches(
+        self,
+        dataset: Any,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        steps: int | None = None,
+        epochs: int | None = None,
+        **loader: Any,
+    ) -> Iterator[Any]:
+        """This rank's micro-batches, step after step, collated as a DataLoader would.
+
+        dataset: map-style or iterable. global_batch: samples per step; micro_batch: samples per
+        micro-batch, a divisor of it. steps or epochs: length of the loop. `loader` takes shuffle (on by
+        default) and DataLoader's num_workers, collate_fn, pin_memory, prefetch_factor and the like.
+        The order of samples depends on the run's seed and the epoch only. Raises ValueError naming
+        field, value and what is allowed.
+        """
+        if self._protected is None:
+            raise ValueError("run.batches was called before run.protect; call protect(model=..., optimizer=...) first")
+        if self._loop_ran:
+            raise ValueError("run.batches was called twice; a run has one loop: ask for all its steps at once")
+        feed = Feed(
+            dataset,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            steps=steps,
+            epochs=epochs,
+            seed=derive_seed("data", self._seed),
+            **loader,
+        )
+        most = self._team.workers[1]
+        if most > feed.micro_batches:
+            raise ValueError(
+                f"workers allows {most} ranks, but a step has only {feed.micro_batches} micro-batches "
+                f"(global_batch {global_batch} / micro_batch {micro_batch}) and every rank needs one: "
+                f"use workers of at most {feed.micro_batches}, or a smaller micro_batch"
+            )
+        self._loop_ran = True
+        return self._iterate(feed, self._protected)
+
+    def log(self, **values: float | Tensor) -> None:
+        """Record values for this step. What each micro-batch logs is averaged over the step.
+
+        The loss is recorded by itself, exactly, from the value that backward starts from.
+        """
+        if self._leaf is None:
+            raise LoopError("run.log was called outside the training loop; return values from the function instead")
+        mine = self._logged.setdefault(self._leaf, {})
+        for name, value in values.items():
+            if name != "loss":
+                mine[name] = float(value.detach() if isinstance(value, Tensor) else value)
+
+    def reduced(self, name: str) -> Reduced:
+        """A value reduced over the whole step, equal on all ranks; "loss" is the one there is.
+
+        In a committing iteration that of this step, before it that of the step before (NaN at first).
+        """
+        if name != "loss":
+            raise ValueError(f'run.reduced({name!r}): only "loss" is reduced within the step')
+        return Reduced(self._reduced.get(name, float("nan")))
+
+    @contextmanager
+    def pause(self, reason: str) -> Iterator[None]:
+        """Around work that makes no training progress, such as a long validation: not taken for a hang."""
+        self._team.pause(reason)
+        try:
+            yield
+        finally:
+            self._team.pause(None)
+
+    # The loop around the loop
+
+    def _iterate(self, feed: Feed, protected: Protected) -> Iterator[Any]:
+        gates = Gates(protected)
+        buffers = Buffers(protected.modules)
+        sums = StepSums(protected.parameters, buffers, feed.micro_batches)
+        gates.set()
+
+        def after_backward(root: Tensor | None) -> None:
+            self._fold(sums, None if root is None else gates.unscaled(root))
+            self._commit_or_go_on(sums, gates)
+
+        try:
+            with watched_backward(self._before_backward, after_backward):
+                self._team.enter(self._loop(feed, protected, sums))
+                buffers.begin_step()
+                while self._has_more(feed):
+                    todo = self._team.next()
+                    assert isinstance(todo, Compute), todo
+                    gates.check_in_place()
+                    yield self._begin(todo.leaf, feed, protected)
+                    self._end_iteration(gates)
+                    gates.close()
+                    if self.committing:
+                        self._cross_boundary(buffers)
+                self._team.finished()
+        except GeneratorExit:
+            self._leave(gates, buffers)
+            raise
+        finally:
+            self._leaf = None
+            gates.take_off()
+            feed.close()
+
+    def _loop(self, feed: Feed, protected: Protected, sums: StepSums) -> Loop:
+        def objects() -> Mapping[str, object]:
+            return {
+                **{f"user:{name}": thing for name, thing in protected.objects.items()},
+                "run.state": self.state,
+                "run.data": _At(feed, self._team),
+                "run.buffers": _KnownBuffers(sums),
+            }
+
+        def control_state() -> dict[str, object]:
+            return _control_state(protected)
+
+        return Loop(sums=sums, steps=feed.steps, objects=objects, control_state=control_state)
+
+    def _has_more(self, feed: Feed) -> bool:
+        return feed.has_step(self.step)
+
+    def _begin(self, leaf: int, feed: Feed, protected: Protected) -> Any:
+        """Everything that a micro-batch depends on is set here, from (seed, step, leaf) alone."""
+        self._read_ahead(feed)
+        batch = feed.get(self.step, leaf)
+        for _, parameter in protected.parameters:
+            parameter.grad = None
+        self._leaf, self._backward_done, self.committing = leaf, False, False
+        seed_everything(derive_seed("micro-batch", self._seed, self.step, leaf))
+        return batch
+
+    def _read_ahead(self, feed: Feed) -> None:
+        """Aim the prefetch: at this step when it begins, at the next when the deal changes within it."""
+        aim = self.step, self._team.leaves()
+        if self._sought is None or self._sought[0] != aim[0]:
+            feed.seek(*aim)
+        elif self._sought != aim:
+            feed.seek(aim[0] + 1, aim[1])
+        self._sought = aim
+
+    def _before_backward(self) -> None:
+        if self._leaf is None:
+            return
+        if self._backward_done:
+            raise LoopError("backward was called twice for one micro-batch; add the losses up and call backward once")
+
+    def _fold(self, sums: StepSums, loss: Tensor | None) -> None:
+        if self._leaf is None:
+            return
+        self._backward_done = True
+        sums.fold_leaf(self._leaf, loss)
+        self._team.folded(self._leaf)
+
+    def _commit_or_go_on(self, sums: StepSums, gates: Gates) -> None:
+        if self._leaf is None or not isinstance(self._team.next(), Apply):
+            return
+        losses = sums.apply()
+        self._team.committed(losses)
+        self._reduced = {"loss": mean(losses)}
+        self.committing = True
+        gates.open = True
+        seed_everything(derive_seed("commit", self._seed, self.step))
+
+    def _end_iteration(self, gates: Gates) -> None:
+        if not self._backward_done:
+            raise LoopError(
+                f"an iteration of step {self.step} ended without backward; every micro-batch must be "
+                "differentiated, none can be skipped"
+            )
+        if self.committing and not gates.stepped:
+            raise LoopError(
+                f"step {self.step} was committed without optimizer.step(); call it in every iteration: it acts "
+                "once per step, when the gradients of all micro-batches have been added up (do not accumulate "
+                "by hand, choose micro_batch and global_batch instead)"
+            )
+
+    def _cross_boundary(self, buffers: Buffers) -> None:
+        logged, self._logged = self._logged, {}
+        self.committing = False
+        self._leaf = None
+        buffers.begin_step()
+        self._team.applied(logged)
+
+    def _leave(self, gates: Gates, buffers: Buffers) -> None:
+        """The user broke out of the loop: in good order right after a commit, and only there."""
+        if self.committing and gates.stepped:
+            self._cross_boundary(buffers)
+            self._team.finished()
+        else:
+            self._left_in_step = self.step
+
+    def digest(self) -> str:
+        """xxh3-128 of the bits of all that is protected, and of run.state."""
+        assert self._protected is not None
+        return capture({**self._protected.objects, "run.state": self.state}).digest()
+
+    def check_left_in_order(self) -> None:
+        """Called when the training function has returned. Raises LoopError."""
+        if self._protected is None or not self._loop_ran:
+            missing = "run.protect" if self._protected is None else "run.batches"
+            raise LoopError(f"the training function returned without calling {missing}; see the README for the loop")
+        if self._left_in_step is not None:
+            raise LoopError(
+                f"the loop was left in the middle of step {self._left_in_step}; break only where run.committing is "
+                "true, and on what is equal on all ranks"
+            )
+
+
+class _At:
+    """The data position as an object with a state, asked at a boundary."""
+
+    def __init__(self, feed: Feed, team: Team) -> None:
+        self._feed, self._team = feed, team
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._feed.state_dict(self._team.step)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._feed.load_state_dict(state)
+
+
+class _KnownBuffers:
+    """Which buffers take part in the exchange: all ranks must agree."""
+
+    def __init__(self, sums: StepSums) -> None:
+        self._sums = sums
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": list(self._sums.known_buffers)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if tuple(state["names"]) != self._sums.known_buffers:
+            self._sums.widen(state["names"])
+
+
+def _control_state(protected: Protected) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for name, optimizer in protected.optimizers:
+        for number, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                if key != "params":
+                    values[f"{name}.param_groups[{number}].{key}"] = _plain(value)
+        for place, state in enumerate(optimizer.state.values()):
+            counter = state.get("step")
+            if counter is not None and (not isinstance(counter, Tensor) or counter.device.type == "cpu"):
+                values[f"{name}.state[{place}].step"] = float(counter)
+    for name, scheduler in protected.schedulers:
+        for key, value in scheduler.state_dict().items():
+            values[f"{name}.{key}"] = _plain(value)
+    return values
+
+
+def _plain(value: object) -> str:
+    return repr(value.tolist()) if isinstance(value, Tensor) else repr(value)

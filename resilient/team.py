@@ -1,0 +1,127 @@
+"""What a training loop needs from the ranks around it, and the simplest team: oneself alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .core.plan import Address, Place, Plan
+from .core.planner import dealt_anew
+from .core.seat import Applied, Apply, Compute, ExchangeDone, Finished, Formed, LeafFolded, PlanArrived, Reduce, Seat
+from .exchange import exchange_alone
+from .records import mean_values
+from .sums import StepSums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """What a rank brings when it reaches its training loop."""
+
+    sums: StepSums
+    steps: int | None
+    objects: Callable[[], Mapping[str, object]]
+    """Everything that makes up the state, by name; captured and loaded at a step boundary."""
+    control_state: Callable[[], dict[str, object]]
+    """Values that must be equal on all ranks in every step: learning rates, scheduler and step counters."""
+
+
+class Team(Protocol):
+    """The ranks of a run, seen from one of them. All methods are called by the training thread."""
+
+    rank: int
+    size: int
+    generation: int
+    step: int
+    workers: tuple[int, int]
+
+    def enter(self, loop: Loop) -> None:
+        """Be seated, with the state that the others have. Blocks."""
+
+    def next(self) -> Compute | Apply:
+        """What to do now. Blocks while others must act first."""
+
+    def leaves(self) -> tuple[int, ...]:
+        """The micro-batches this rank owns in this and the following steps, as far as is known."""
+
+    def folded(self, leaf: int) -> None: ...
+
+    def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
+        """The loop is back for its next micro-batch after a commit; with what it logged, by micro-batch."""
+
+    def finished(self) -> None:
+        """The loop has ended."""
+
+    def committed(self, losses: list[float]) -> None:
+        """A step's result has been applied to `.grad`; its losses by micro-batch."""
+
+    def pause(self, reason: str | None) -> None:
+        """Begin (or with None, end) a stretch in which no progress is expected."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Alone:
+    """One process does all micro-batches: the reference for every 'identical'."""
+
+    on_step: Callable[[int, dict[str, float]], None]
+    rank: int = 0
+    size: int = 1
+    generation: int = 1
+    workers: tuple[int, int] = (1, 1)
+    _seat: Seat = field(default_factory=lambda: Seat(member=1))
+    _loop: Loop | None = None
+    _losses: list[float] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return self._seat.step
+
+    def enter(self, loop: Loop) -> None:
+        self._loop = loop
+        place = Place(member=1, node="here", address=Address(host="", port=0))
+        plan: Plan = dealt_anew(
+            generation=1,
+            base=0,
+            kind="initial",
+            places=[place],
+            joiners=[],
+            micro_batches=loop.sums.micro_batches,
+            reason="a run in one process",
+        )
+        self._seat.handle(PlanArrived(plan=plan))
+        self._seat.handle(Formed(generation=1, complete=-1))
+
+    def leaves(self) -> tuple[int, ...]:
+        assert self._seat.plan is not None
+        return self._seat.plan.leaves[0]
+
+    def next(self) -> Compute | Apply:
+        assert self._loop is not None
+        todo = self._seat.next()
+        if isinstance(todo, Reduce):
+            self._loop.sums.accept(exchange_alone(self._loop.sums))
+            self._seat.handle(ExchangeDone(generation=1, step=todo.step, agreed=1))
+            todo = self._seat.next()
+        assert isinstance(todo, Compute | Apply), todo
+        return todo
+
+    def folded(self, leaf: int) -> None:
+        self._seat.handle(LeafFolded(step=self._seat.step, leaf=leaf))
+
+    def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
+        step = self._seat.step
+        self._seat.handle(Applied(step=step))
+        self.on_step(step, {"loss": mean(self._losses), **mean_values(values)})
+
+    def finished(self) -> None:
+        self._seat.handle(Finished(step=self._seat.step))
+
+    def committed(self, losses: list[float]) -> None:
+        self._losses = losses
+
+    def pause(self, reason: str | None) -> None:
+        pass
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)

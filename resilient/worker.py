@@ -1,0 +1,110 @@
+"""What runs inside a rank's process: the user's function, as a member of its team."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any
+
+from ray import cloudpickle
+
+from actors.rank import Host
+
+from .job import Job
+from .records import ReturnValue
+
+
+class RankBody:
+    """Implements `actors.rank.Body`."""
+
+    def __init__(self, job: Job, host: Host) -> None:
+        import torch
+
+        from .member import Member
+
+        self._job = job
+        self._host = host
+        settings = job.settings
+        torch.set_num_threads(settings.threads)
+        self._member = Member(
+            host,
+            workers=settings.workers,
+            reduction=settings.reduction,
+            threads=settings.threads,
+            device=device_for(settings.resources),
+        )
+
+    def train(self) -> None:
+        try:
+            value, digest = self._train()
+        except BaseException as error:  # the thread's edge: whatever the user's code raises ends the run
+            if is_machine_error(error):
+                traceback.print_exc()
+                os._exit(1)
+            self._member.failed(self._member.step, user_traceback(error))
+        else:
+            self._host.tell(ReturnValue(member=self._host.member, value=value))
+            self._member.returned(digest)
+
+    def _train(self) -> tuple[bytes, str]:
+        import torch
+
+        torch.set_num_threads(self._job.settings.threads)
+        if self._member.device.type == "cuda":
+            torch.cuda.set_device(self._member.device)
+        value, digest = call(self._job.function, self._member, self._job.settings.seed, self._member.device)
+        return cloudpickle.dumps(value), digest
+
+    def deliver(self, message: object) -> None:
+        self._member.deliver(message)
+
+    def report(self) -> None:
+        self._member.report()
+
+    def acknowledged(self, through: int) -> None:
+        self._member.recorded_through(through)
+
+    def repeat_records(self) -> None:
+        self._member.repeat_records()
+
+
+def call(function: bytes, team: Any, seed: int, device: Any) -> tuple[Any, str]:
+    """Run the user's function on this team; its value, and the digest of the state it ended with."""
+    from .run import Run
+
+    run = Run(team, seed=seed, device=device)
+    user, args, kwargs = cloudpickle.loads(function)
+    value = user(run, *args, **kwargs)
+    run.check_left_in_order()
+    return value, run.digest()
+
+
+def device_for(resources: Any) -> Any:
+    """The device that a rank with these resources trains on. ValueError where CUDA is asked for in vain."""
+    import torch
+
+    if not resources.get("GPU"):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"resources={dict(resources)!r} asks for a GPU, but torch finds no CUDA device here; "
+            "use nodes with GPUs and a CUDA build of torch, or leave GPU out of resources"
+        )
+    return torch.device("cuda", 0)
+
+
+def is_machine_error(error: BaseException) -> bool:
+    """Errors of device and driver: this process is replaced, the user's code is not to blame."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback from the user's function on, without the frames of the runtime that called it."""
+    frames = error.__traceback__
+    here = sys.modules[__name__].__file__
+    while frames is not None and frames.tb_next is not None and frames.tb_frame.f_code.co_filename == here:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames))
