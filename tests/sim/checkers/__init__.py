@@ -1,0 +1,53 @@
+"""What must hold whatever fails. Each checker sees every fact and raises `Violation` at the first wrong one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Violation(AssertionError):
+    def __init__(self, checker: str, text: str) -> None:
+        super().__init__(f"{checker}: {text}")
+
+
+class Checker:
+    """Override `on_<fact>(**facts)` for the facts of interest."""
+
+    def __init__(self, world: Any) -> None:
+        self.world = world
+
+    def take(self, what: str, facts: dict[str, Any]) -> None:
+        method = getattr(self, f"on_{what}", None)
+        if method is not None:
+            method(**facts)
+
+    def require(self, holds: bool, text: str) -> None:
+        if not holds:
+            raise Violation(type(self).__module__.rsplit(".", 1)[-1], text)
+
+
+def all_checkers(world: Any) -> list[Checker]:
+    from .apply_only_complete import ApplyOnlyComplete
+    from .exact_result import ExactResult
+    from .generations_unique import GenerationsUnique
+    from .leaves_counted_once import LeavesCountedOnce
+    from .liveness import Liveness
+    from .no_fresh_start import NoFreshStart
+    from .no_zombie_effect import NoZombieEffect
+    from .one_ruling_controller import OneRulingController
+    from .one_step_apart import OneStepApart
+
+    return [
+        checker(world)
+        for checker in (
+            ApplyOnlyComplete,
+            ExactResult,
+            GenerationsUnique,
+            LeavesCountedOnce,
+            Liveness,
+            NoFreshStart,
+            NoZombieEffect,
+            OneRulingController,
+            OneStepApart,
+        )
+    ]

@@ -1,0 +1,162 @@
+"""A controller process: the real `Control` and `Detector`, and what a shell around them does.
+
+A shell repeats kills until they have happened, and shows a node to the core only while its keeper
+is heard.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from resilient.core.control import Control
+from resilient.core.detector import Detector, Verdict, Vital
+from resilient.core.events import (
+    Event,
+    GenerationCreated,
+    GenerationTaken,
+    NodeGone,
+    NodeSeen,
+    RankGone,
+    Resumed,
+    Tick,
+)
+from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
+from resilient.core.plan import Plan
+
+if TYPE_CHECKING:
+    from .world import World
+
+TICK_S = 0.25
+
+
+class Shell:
+    def __init__(self, world: World, number: int) -> None:
+        self.world, self.number = world, number
+        self.control = Control(limits=world.setting.limits)
+        self.detector = Detector(detection_s=world.setting.limits.detection_s)
+        self.alive = True
+        self.condemned: set[int] = set()
+        self._beats: dict[str, int] = {}
+
+    def begin(self) -> None:
+        world = self.world
+        world.tell(f"controller {self.number} starts")
+        if world.spawned_on_record or world.plans_on_record:
+            plans = tuple(world.plans_on_record[number] for number in sorted(world.plans_on_record))
+            self.take(Resumed(plans=plans, spawned=tuple(sorted(world.spawned_on_record.items()))))
+            for member in sorted(world.spawned_on_record):
+                rank = world.ranks.get(member)
+                if rank is None or not rank.alive:
+                    gone = RankGone(member=member, why="its process is not there")
+                    world.at(world.rng.uniform(0.01, 1.0), lambda gone=gone: self.take(gone))
+        world.at(0.0, self._tick)
+
+    def die(self) -> None:
+        self.world.tell(f"controller {self.number} dies")
+        self.alive = False
+        newest = self.control.current
+        if self.control.creating is not None:
+            self.world.seen["controller killed while creating a generation"] += 1
+        elif newest is not None and self.world.newest_formed < newest.generation:
+            self.world.seen["controller killed while a generation formed"] += 1
+        self.world.controller_died()
+
+    def take(self, event: Event) -> None:
+        if not self.alive:
+            return
+        for instruction in self.control.handle(event, self.world.now):
+            self._carry_out(instruction)
+
+    def beat(self, node: str, number: int, vitals: tuple[Vital, ...]) -> None:
+        if not self.alive or number <= self._beats.get(node, 0):
+            return
+        self._beats[node] = number
+        self.take(NodeSeen(node=node, capacity=self.world.nodes[node].capacity))
+        for verdict in self.detector.beat(node, vitals, self.world.now):
+            self._pass_on(verdict)
+
+    def node_ended(self, node: str) -> None:
+        if self.alive:
+            self._pass_on(self.detector.node_ended(node, self.world.now))
+
+    def _tick(self) -> None:
+        if not self.alive:
+            return
+        for verdict in self.detector.verdicts(self.world.now):
+            self._pass_on(verdict)
+        self.take(Tick())
+        self.world.at(TICK_S, self._tick)
+
+    def _pass_on(self, verdict: Verdict) -> None:
+        if verdict.what == "node":
+            self.take(NodeGone(node=verdict.node, why=verdict.why, silent_s=verdict.silent_s))
+        else:
+            self.take(RankGone(member=verdict.member, why=verdict.why, silent_s=verdict.silent_s))
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        world = self.world
+        match instruction:
+            case Spawn(member=member, node=node):
+                self._spawn(member, node)
+            case Kill(member=member, node=node, reason=reason):
+                world.tell(f"controller {self.number} condemns rank {member}: {reason}")
+                if reason.startswith("left out"):
+                    world.seen["orphan killed"] += 1
+                self.condemned.add(member)
+                world.condemned.add(member)
+                world.at(self.world.rng.uniform(0.01, 1.0), lambda: self._kill(member, node, reason))
+            case CreateGeneration(plan=plan):
+                world.at(world.rng.uniform(0.0005, 0.05), lambda: self._create(plan))
+            case SendPlan(member=member, plan=plan):
+                world.emit("plan_sent", shell=self, plan=plan)
+                rank = world.ranks.get(member)
+                if rank is not None and world.now >= world.nodes[rank.node].silent_until:
+                    world.message(lambda: rank.run(lambda: rank.plan_arrived(plan)))
+            case Say(text=text):
+                world.tell(f"controller {self.number}: {text}")
+            case End(outcome="superseded", reason=reason):
+                world.seen["controller superseded"] += 1
+                world.tell(f"controller {self.number} yields: {reason}")
+                self.die()
+            case End():
+                world.finish(instruction)
+
+    def _spawn(self, member: int, node: str) -> None:
+        world = self.world
+        world.tell(f"controller {self.number} spawns rank {member} on {node}")
+        taken = member in world.spawned_on_record
+        world.spawned_on_record.setdefault(member, node)
+
+        def start() -> None:
+            if self.alive and (taken or not world.start_rank(member, node)):
+                self.take(RankGone(member=member, why="could not be started"))
+
+        world.at(world.rng.uniform(0.05, 0.5), start)
+
+    def _create(self, plan: Plan) -> None:
+        if not self.alive:
+            return
+        world = self.world
+        if plan.generation in world.plans_on_record:
+            answer: Event = GenerationTaken(generation=plan.generation)
+        else:
+            world.plans_on_record[plan.generation] = plan
+            world.tell(
+                f"controller {self.number} creates generation {plan.generation} ({plan.kind}, from {plan.base}) "
+                f"of {plan.members}: {plan.reason}"
+            )
+            world.emit("created", shell=self, plan=plan)
+            world.seen[f"{plan.kind} generation"] += 1
+            answer = GenerationCreated(generation=plan.generation)
+        world.at(world.rng.uniform(0.0005, 0.05), lambda: self.take(answer))
+        world.faults.controller_point()
+
+    def _kill(self, member: int, node: str, reason: str) -> None:
+        """Ends the process once its node can be reached; somebody repeats it, whoever asked first."""
+        rank = self.world.ranks.get(member)
+        if rank is None or rank.node != node:
+            return
+        if self.world.now < self.world.nodes[node].silent_until:
+            self.world.at(0.3, lambda: self._kill(member, node, reason))
+        else:
+            self.world.kill_rank(member, f"killed ({reason})")

@@ -1,0 +1,264 @@
+"""A whole cluster in one process: one seed decides every delay, loss and fault.
+
+First phase: anything may fail. Second phase: nothing fails any more, enough nodes exist, messages
+get through, and the run must end. Time is simulated; the real core runs inside (`Seat` in every rank,
+`Control` and `Detector` in every controller), and everything around it is modelled in rank.py,
+group.py and shell.py. The checkers look at every fact as it happens.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from resilient.core.instructions import End
+from resilient.core.plan import Plan
+from resilient.core.recovery import Limits
+
+from .checkers import Checker, Violation, all_checkers
+from .group import Group
+from .rank import Rank
+from .shell import Shell
+
+MOST_EVENTS = 200_000
+LIVENESS_S = 90.0
+"""How long the second phase may take: a few detections, starts and whole runs."""
+
+
+@dataclass(slots=True)
+class Node:
+    name: str
+    capacity: int
+    alive: bool = True
+    silent_until: float = 0.0
+    """Until then nothing passes between its keeper and the controllers, though its ranks live on."""
+    beats: int = 0
+
+
+@dataclass(slots=True)
+class Setting:
+    """What a seed decides before anything happens."""
+
+    micro_batches: int
+    steps: int
+    limits: Limits
+    nodes: list[int]
+    fault_phase_s: float
+    fault_budget: int
+    fault_rate: float
+    loss: float
+    """Share of messages that never arrive."""
+    slowness: float
+    """Longest ordinary delay of a message, in seconds."""
+    may_lose_state: bool
+
+    @classmethod
+    def drawn(cls, rng: random.Random) -> Setting:
+        micro_batches = rng.randint(2, 9)
+        most = rng.randint(2, min(6, micro_batches))
+        return cls(
+            micro_batches=micro_batches,
+            steps=rng.randint(3, 8),
+            limits=Limits(
+                min_workers=rng.randint(1, most), max_workers=most, spares=rng.choice([0, 0, 1]), detection_s=2.0
+            ),
+            nodes=[rng.randint(1, 3) for _ in range(rng.randint(2, 4))],
+            fault_phase_s=rng.uniform(4.0, 14.0),
+            fault_budget=rng.choice([0, 1, 1, 2, 3, 4, 6, 9]),
+            fault_rate=rng.choice([0.02, 0.05, 0.1, 0.2]),
+            loss=rng.choice([0.0, 0.0, 0.1, 0.3]),
+            slowness=rng.choice([0.01, 0.05, 0.3]),
+            may_lose_state=rng.random() < 0.1,
+        )
+
+
+@dataclass
+class World:
+    seed: int
+    keep_story: bool = False
+    now: float = 0.0
+    healing: bool = False
+    """Whether the second phase has begun."""
+    nodes: dict[str, Node] = field(default_factory=dict)
+    ranks: dict[int, Rank] = field(default_factory=dict)
+    groups: dict[int, Group] = field(default_factory=dict)
+    shells: list[Shell] = field(default_factory=list)
+    plans_on_record: dict[int, Plan] = field(default_factory=dict)
+    spawned_on_record: dict[int, str] = field(default_factory=dict)
+    condemned: set[int] = field(default_factory=set)
+    """Members that some controller has decided to kill."""
+    newest_formed: int = 0
+    """The truth: the newest generation that any member has seen formed."""
+    seen: Counter[str] = field(default_factory=Counter)
+    """How often each interesting interval was hit."""
+    end: End | None = None
+    lost_state_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.setting = Setting.drawn(self.rng)
+        self.fault_budget = self.setting.fault_budget
+        self.story: deque[str] = deque(maxlen=400)
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._sequence = 0
+        self.checkers: list[Checker] = all_checkers(self)
+
+    # Time
+
+    def at(self, delay: float, action: Callable[[], None]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._heap, (self.now + delay, self._sequence, action))
+
+    def run(self) -> None:
+        from .faults import Faults
+
+        self.faults = Faults(self)
+        for capacity in self.setting.nodes:
+            self.add_node(capacity)
+        self.start_controller()
+        self.at(self.setting.fault_phase_s, self._heal)
+        self.faults.begin()
+        for _ in range(MOST_EVENTS):
+            if self.end is not None or not self._heap:
+                break
+            self.now, _, action = heapq.heappop(self._heap)
+            if self.healing and self.now > self.setting.fault_phase_s + LIVENESS_S:
+                raise Violation("liveness", f"not ended after {LIVENESS_S:.0f} s without faults")
+            action()
+        else:
+            raise Violation("liveness", f"{MOST_EVENTS} events without an end")
+        self.emit("ended")
+
+    def _heal(self) -> None:
+        self.healing = True
+        self.tell("--- no more faults")
+        for node in self.nodes.values():
+            node.silent_until = 0.0
+        wanted = self.setting.limits.max_workers + self.setting.limits.spares
+        while sum(node.capacity for node in self.nodes.values() if node.alive) < wanted:
+            self.add_node(2)
+        while len(living := [shell for shell in self.shells if shell.alive]) > 1:
+            living[0].die()
+        if not living:
+            self.start_controller()
+
+    # Facts
+
+    def tell(self, text: str) -> None:
+        if self.keep_story:
+            self.story.append(f"{self.now:8.3f}  {text}")
+
+    def emit(self, what: str, **facts: Any) -> None:
+        for checker in self.checkers:
+            checker.take(what, facts)
+
+    def add_node(self, capacity: int) -> None:
+        name = f"node{len(self.nodes) + 1}"
+        self.nodes[name] = Node(name, capacity)
+        self.tell(f"{name} comes, room for {capacity}")
+        self.at(0.0, lambda: self._beat(name))
+
+    def _beat(self, name: str) -> None:
+        """The keeper of a node shows its ranks to the controllers."""
+        node = self.nodes[name]
+        if not node.alive:
+            return
+        node.beats += 1
+        if self.now >= node.silent_until:
+            vitals = tuple(
+                rank.vital() for _, rank in sorted(self.ranks.items()) if rank.node == name and not rank.forgotten
+            )
+            for shell in self.shells:
+                if shell.alive:
+                    self.at(self.delay(), lambda shell=shell, beat=node.beats: shell.beat(name, beat, vitals))
+        self.at(0.4, lambda: self._beat(name))
+
+    # Messages: delayed, lost, doubled, reordered
+
+    def delay(self) -> float:
+        if not self.healing and self.rng.random() < 0.03:
+            return self.rng.uniform(0.3, 2.0)
+        return self.rng.uniform(0.001, self.setting.slowness)
+
+    def message(self, deliver: Callable[[], None]) -> None:
+        if not self.healing and self.rng.random() < self.setting.loss:
+            return
+        self.at(self.delay(), deliver)
+        if not self.healing and self.rng.random() < 0.05:
+            self.at(self.delay(), deliver)
+
+    def to_controllers(self, node: str, deliver: Callable[[Shell], None]) -> None:
+        if self.now < self.nodes[node].silent_until:
+            return
+        for shell in self.shells:
+            if shell.alive:
+                self.message(lambda shell=shell: deliver(shell))
+
+    # Processes
+
+    def start_controller(self) -> None:
+        shell = Shell(self, len(self.shells) + 1)
+        self.shells.append(shell)
+        if sum(shell.alive for shell in self.shells) > 1:
+            self.seen["two controllers"] += 1
+        shell.begin()
+
+    def controller_died(self) -> None:
+        def restart() -> None:
+            if not any(shell.alive for shell in self.shells):
+                self.start_controller()
+
+        self.at(self.rng.uniform(0.3, 3.0), restart)
+
+    def start_rank(self, member: int, node: str) -> bool:
+        if not self.nodes[node].alive or member in self.ranks:
+            return False
+        self.ranks[member] = Rank(self, member, node)
+        self.ranks[member].begin()
+        return True
+
+    def kill_rank(self, member: int, why: str) -> None:
+        rank = self.ranks.get(member)
+        if rank is None or not rank.alive:
+            return
+        self.tell(f"rank {member} dies: {why}")
+        rank.alive = False
+        for _, group in sorted(self.groups.items()):
+            group.member_died(member)
+        if self.lost_state_at is None and self.newest_formed and not self.keepers_of_state():
+            self.lost_state_at = self.now
+
+    def kill_node(self, name: str) -> None:
+        self.tell(f"{name} dies")
+        self.nodes[name].alive = False
+        for member, rank in sorted(self.ranks.items()):
+            if rank.node == name:
+                self.kill_rank(member, f"{name} died")
+        for shell in self.shells:
+            if shell.alive and self.rng.random() < 0.5:
+                self.at(self.rng.uniform(0.01, 0.5), lambda shell=shell: shell.node_ended(name))
+
+    def keepers_of_state(self) -> list[int]:
+        """Who holds the state and will go on: living, running, uncondemned members of the newest generation."""
+        if not self.newest_formed:
+            return []
+        return [
+            member
+            for member in self.plans_on_record[self.newest_formed].members
+            if (rank := self.ranks.get(member)) is not None
+            and rank.alive
+            and not rank.stopped
+            and rank.seat.formed == self.newest_formed
+            and member not in self.condemned
+        ]
+
+    def group_of(self, plan: Plan) -> Group:
+        return self.groups.setdefault(plan.generation, Group(self, plan))
+
+    def finish(self, end: End) -> None:
+        self.end = end
+        self.tell(f"END {end.outcome}: {end.reason}")
