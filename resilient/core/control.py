@@ -40,7 +40,7 @@ from .events import (
     Tick,
 )
 from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
-from .membership import Member, Membership
+from .membership import Member, Membership, Starts
 from .plan import Plan
 
 STARTS_THAT_MAY_FAIL = 3
@@ -66,7 +66,9 @@ class Control:
     _unheard: set[int] = field(default_factory=set)
     _since: dict[str, float] = field(default_factory=dict)
     _said: str = ""
-    _failed_starts: int = 0
+    _starts: Starts = field(default_factory=Starts)
+    _inherited: int = 0
+    """The newest generation that an earlier controller has made."""
 
     def handle(self, event: Event, now: float) -> tuple[Instruction, ...]:
         """Take in one fact at time `now` (seconds, any origin, never backwards)."""
@@ -88,12 +90,13 @@ class Control:
         self.membership.nodes.pop(event.node, None)
         for member in self.membership.on_node(event.node):
             self._declare_gone(member, f"node {event.node[:8]}: {event.why}", event.silent_s, node_lost=True)
+        self._starts.node_gone(event.node)
 
     def _rank_ready(self, event: RankReady) -> None:
         member = self._member(event.member, event.node)
         if member.gone:
             return
-        self._failed_starts = 0
+        self._starts.reached_loop()
         first = next((other.ready for other in self.membership.alive() if other.ready), event)
         member.ready = event
         if (event.micro_batches, event.steps) != (first.micro_batches, first.steps):
@@ -121,6 +124,9 @@ class Control:
         if member is None or member.gone:
             return
         self._unheard.discard(report.member)
+        if report.generation > self.newest:
+            self._end("superseded", f"generation {report.generation} was created by another controller")
+            return
         if member.report is not None and _older(report, member.report):
             return
         member.report = report
@@ -147,8 +153,7 @@ class Control:
     def _declare_gone(self, member: Member, why: str, silent_s: float, *, node_lost: bool) -> None:
         member.gone = True
         self._unheard.discard(member.number)
-        if member.ready is None and not node_lost:
-            self._failed_starts += 1
+        self._starts.died(member)
         self._out.append(Kill(member=member.number, node=member.node, reason=why))
         if self.current is not None and member.number in self.current.members:
             rank = self.current.rank_of(member.number)
@@ -192,7 +197,9 @@ class Control:
         for place in (place for plan in event.plans for place in plan.places):
             self._member(place.member, place.node)
         if event.plans:
-            self.current, self.newest = event.plans[-1], event.plans[-1].generation
+            self.current = event.plans[-1]
+            self.newest = self._inherited = self.current.generation
+            self.formed = self.plans.get(self.current.base)  # plans come only from what has formed
         self._unheard = set(self.membership.members)
 
     def _stop_asked(self, event: StopAsked) -> None:
@@ -209,7 +216,9 @@ class Control:
         self._kill_orphans()
         if self._check_end():
             return
-        match recovery.decide(self._situation()):
+        decision = recovery.decide(self._situation())
+        lost_for_s = self._for_s("lost", isinstance(decision, recovery.Lost))
+        match decision:
             case recovery.Make(plan=plan):
                 self.creating, self.newest = plan, plan.generation
                 self._since.pop("waiting", None)
@@ -217,7 +226,7 @@ class Control:
             case recovery.NeedNodes(reason=reason):
                 self._wait_for_nodes(reason)
             case recovery.Lost(reason=reason):
-                if self._for_s("lost", True) >= self.limits.detection_s:
+                if lost_for_s >= self.limits.detection_s:
                     self._end(
                         "failed",
                         f"{reason}: start again from the beginning, or from a checkpoint of your own",
@@ -228,10 +237,7 @@ class Control:
             self._spawn_missing()
 
     def _situation(self) -> recovery.Situation:
-        alive = self.membership.alive()
-        broken = self.current is not None and any(
-            member.report is not None and member.report.broken == self.current.generation for member in alive
-        )
+        broken = self.current is not None and bool(recovery.broken(self.membership, self.current))
         enough = len(self.membership.ready_unseated(())) >= self.limits.min_workers
         return recovery.Situation(
             limits=self.limits,
@@ -239,6 +245,7 @@ class Control:
             formed=self.formed,
             current=self.current,
             newest=self.newest,
+            inherited=self.newest == self._inherited,
             broken_for_s=self._for_s("broken", broken),
             waited_s=self._for_s("enough", enough),
         )
@@ -257,12 +264,7 @@ class Control:
     def _spawn_missing(self) -> None:
         if any(member.digest is not None or (member.report and member.report.finished) for member in self._seated()):
             return
-        if self._failed_starts >= STARTS_THAT_MAY_FAIL:
-            self._end(
-                "failed",
-                f"{self._failed_starts} ranks in a row died before they reached the training loop; "
-                "the workers' logs say why",
-            )
+        if self._starts_fail():
             return
         while len(self.membership.alive()) < self.limits.max_workers + self.limits.spares:
             node = self.membership.roomiest()
@@ -270,10 +272,25 @@ class Control:
                 return
             number = self.next_member
             self._member(number, node)
+            self._starts.started(number)
             self._out.append(Spawn(member=number, node=node, reason="fewer ranks than wanted"))
 
+    def _starts_fail(self) -> bool:
+        """Whether no more ranks are to be started now, because the last ones have not lived long enough."""
+        failed = len(self._starts.failed)
+        failing = failed >= STARTS_THAT_MAY_FAIL
+        # Time for the verdict that their node has died, which would explain it.
+        if self._for_s("failing starts", failing) > 2 * self.limits.detection_s:
+            self._end(
+                "failed",
+                f"{failed} ranks in a row died before they reached the training loop; the workers' logs say why",
+            )
+        return failing
+
     def _check_end(self) -> bool:
-        seated = [member for member in self._seated() if not member.gone]
+        plan = self.formed or self.current  # of a planned generation that comes too late, joiners never finish
+        seated = [self.membership.members[number] for number in plan.members] if plan else []
+        seated = [member for member in seated if not member.gone]
         if not seated:
             return False
         left = [member for member in seated if member.report is not None and member.report.finished]

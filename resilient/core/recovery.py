@@ -80,6 +80,8 @@ class Situation:
     """The newest generation on record, formed or not."""
     newest: int
     """The highest generation number ever used."""
+    inherited: bool
+    """Whether no generation is newer than those that an earlier controller has made."""
     broken_for_s: float
     """For how long a link of the current generation has been reported broken."""
     waited_s: float
@@ -95,10 +97,10 @@ def decide(now: Situation) -> Decision:
     gone = [member for member in now.current.members if not now.membership.is_alive(member)]
     if gone:
         return _after_loss(now, now.formed, f"lost rank {_ranks(now.current, gone)}")
-    if broken := _broken(now):
+    if seen_by := broken(now.membership, now.current):
         if now.broken_for_s < now.limits.settle_s:
             return Stay(reason="a link broke; waiting to learn whether somebody died")
-        return _after_loss(now, now.formed, f"a link broke, seen by rank {_ranks(now.current, broken)}")
+        return _after_loss(now, now.formed, f"a link broke, seen by rank {_ranks(now.current, seen_by)}")
     if now.current.generation != now.formed.generation:
         return Stay(reason=f"generation {now.current.generation} is forming")
     return _improve(now, now.current)
@@ -107,8 +109,11 @@ def decide(now: Situation) -> Decision:
 def _initial(now: Situation) -> Decision:
     if now.current is not None:
         gone = [member for member in now.current.members if not now.membership.is_alive(member)]
-        if not gone and not (_broken(now) and now.broken_for_s >= now.limits.settle_s):
+        if not gone and now.broken_for_s < now.limits.settle_s:
             return Stay(reason=f"generation {now.current.generation} is forming")
+        if now.inherited and len(gone) == now.current.size:
+            # It may have formed long ago: beginning anew could throw away any amount of work.
+            return Lost(reason=_nobody_left("every rank died while no controller ran", now.current))
     ready = now.membership.ready_unseated(())
     if len(ready) < now.limits.min_workers:
         return NeedNodes(reason=f"{len(ready)} of at least {now.limits.min_workers} workers are ready")
@@ -121,7 +126,7 @@ def _initial(now: Situation) -> Decision:
 def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
     survivors = [member for member in formed.members if now.membership.is_alive(member)]
     if not survivors:
-        return Lost(reason=f"{reason}; no rank of generation {formed.generation} is left, and only they held the state")
+        return Lost(reason=_nobody_left(reason, formed))
     coming = now.membership.ready_unseated(formed.members)
     if len(survivors) + len(coming) < now.limits.min_workers:
         return NeedNodes(
@@ -166,14 +171,25 @@ def _micro_batches(members: list[Member]) -> int:
     return first.micro_batches
 
 
-def _broken(now: Situation) -> list[int]:
-    assert now.current is not None
-    members = now.membership.members
+def broken(membership: Membership, current: Plan) -> list[int]:
+    """The living members of the current generation that say that their group's link broke.
+
+    Beside the group of the current generation it may be that of its base, as long as members have not
+    switched: a planned generation is reached only over an exchange of its base.
+    """
+    groups = (current.generation, current.base) if current.kind == "planned" else (current.generation,)
     return [
-        member
-        for member in now.current.members
-        if (report := members[member].report) is not None and report.broken == now.current.generation
+        number
+        for number in current.members
+        if membership.is_alive(number)
+        and (report := membership.members[number].report) is not None
+        and report.broken == report.generation
+        and report.broken in groups
     ]
+
+
+def _nobody_left(reason: str, plan: Plan) -> str:
+    return f"{reason}; no rank of generation {plan.generation} is left, and only they held the state"
 
 
 def _finished(member: Member) -> bool:

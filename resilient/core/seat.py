@@ -6,7 +6,8 @@ Rules
       rank works on step t.
     * A plan is adopted at once when it is unplanned, or when this rank joins by it. A planned one is
       held as a *proposal*, announced in every exchange's lane, and adopted by all members after the
-      same step, when the lane's minimum shows that all hold it.
+      same step, when the lane's minimum shows that all hold it. That goes for a joiner too that has not
+      yet seen the generation formed by which it joins: the others may have.
     * Adopting a plan ends the former generation for good: what its exchange would still bring is
       refused, because its number is no longer the current one.
     * A plan derived from an older generation than the newest one this rank has formed is refused:
@@ -241,7 +242,8 @@ class Seat:
             return ()
         if plan.base < self.formed:
             return (Report(),)
-        if plan.kind == "unplanned" or self.formed == 0:
+        joins = self.member in plan.joiners or plan.kind == "initial"
+        if plan.kind == "unplanned" or (self.formed == 0 and joins):
             return self._adopt(plan)
         if self.member in plan.joiners:
             return (Leave(),)

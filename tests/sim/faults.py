@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 class Faults:
     def __init__(self, world: World) -> None:
         self.world, self.rng = world, world.rng
+        self.starts_to_spend = 2
+        """More ranks that die while they start would rightly end the run."""
 
     def begin(self) -> None:
         self.world.at(self.rng.uniform(0.5, 4.0), self._now_and_then)
@@ -60,6 +62,14 @@ class Faults:
         else:
             fault()  # type: ignore[call-arg]
 
+    def _may_end(self, victims: list[int]) -> bool:
+        """Whether these may die: state is left, and not too many die before they have reached their loop."""
+        starting = [number for number in victims if not self.world.ranks[number].ready]
+        if len(starting) > self.starts_to_spend:
+            return False
+        self.starts_to_spend -= len(starting)
+        return self._spares_state(victims)
+
     def _spares_state(self, victims: list[int]) -> bool:
         """Whether somebody who holds the state is left, or this seed is one of those that may lose it."""
         if self.world.setting.may_lose_state or not self.world.newest_formed:
@@ -70,13 +80,13 @@ class Faults:
         self.world.fault_budget -= 1
 
     def _kill(self, member: int) -> None:
-        if self._spares_state([member]):
+        if self._may_end([member]):
             self._spend()
             self.world.kill_rank(member, "fault")
 
     def _stop(self, member: int) -> None:
         rank = self.world.ranks[member]
-        if rank.stopped or not self._spares_state([member]):
+        if rank.stopped or not self._may_end([member]):
             return
         self._spend()
         rank.stop()
@@ -87,7 +97,7 @@ class Faults:
     def _node(self, member: int) -> None:
         name = self.world.ranks[member].node
         there = [number for number, rank in self.world.ranks.items() if rank.node == name]
-        if self.world.nodes[name].alive and self._spares_state(there):
+        if self.world.nodes[name].alive and self._may_end(there):
             self._spend()
             self.world.seen["node died"] += 1
             self.world.kill_node(name)
@@ -96,7 +106,7 @@ class Faults:
         """Nothing passes between a node and the controllers, though its ranks go on with the others."""
         name = self.world.ranks[member].node
         there = [number for number, rank in self.world.ranks.items() if rank.node == name]
-        if self._spares_state(there):
+        if self._may_end(there):
             self._spend()
             duration = self.rng.uniform(0.5, 5.0)
             self.world.nodes[name].silent_until = self.world.now + duration

@@ -274,6 +274,7 @@ class Group:
             if number not in self.formed:
                 if number in self.called and not self.entered:
                     self._fail_later(number)
-            elif number in self.submissions.get(seat.step, {}) and seat.complete < seat.step:
-                if number not in self.delivering.get(seat.step, set()):
-                    self._break_exchange(number, seat.step)
+                continue
+            on_its_way = number in self.delivering.get(seat.step, set())
+            if number in self.submissions.get(seat.step, {}) and seat.complete < seat.step and not on_its_way:
+                self._break_exchange(number, seat.step)

@@ -106,6 +106,7 @@ class Shell:
                 world.condemned.add(member)
                 world.at(self.world.rng.uniform(0.01, 1.0), lambda: self._kill(member, node, reason))
             case CreateGeneration(plan=plan):
+                world.emit("decided", shell=self, plan=plan)
                 world.at(world.rng.uniform(0.0005, 0.05), lambda: self._create(plan))
             case SendPlan(member=member, plan=plan):
                 world.emit("plan_sent", shell=self, plan=plan)

@@ -229,7 +229,7 @@ class World:
         rank.alive = False
         for _, group in sorted(self.groups.items()):
             group.member_died(member)
-        if self.lost_state_at is None and self.newest_formed and not self.keepers_of_state():
+        if self.lost_state_at is None and self.plans_on_record and not self.keepers_of_state():
             self.lost_state_at = self.now
 
     def kill_node(self, name: str) -> None:

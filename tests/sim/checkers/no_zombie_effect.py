@@ -10,7 +10,7 @@ from . import Checker
 
 
 class NoZombieEffect(Checker):
-    def on_created(self, shell: Any, plan: Plan) -> None:
+    def on_decided(self, shell: Any, plan: Plan) -> None:
         back = shell.condemned & set(plan.members)
         self.require(not back, f"generation {plan.generation} seats {back}, which its controller had declared gone")
 
