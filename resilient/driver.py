@@ -115,7 +115,9 @@ def _follow(controller: Any, progress: Progress) -> Result:
             time.sleep(POLL_EVERY_S)
             continue
         answered_at = time.monotonic()
-        rows += [row for row in news["rows"] if int(row["step"]) == len(rows)]
+        for row in news["rows"]:
+            if int(row["step"]) == len(rows):
+                rows.append(row)
         recoveries.update({(item["generation"], item["step"]): item for item in news["recoveries"]})
         news["rows"], news["recoveries"] = rows, [recoveries[key] for key in sorted(recoveries)]
         progress(news)
