@@ -62,7 +62,13 @@ class Detector:
     nodes: dict[str, float] = field(default_factory=dict)
     """When each node's keeper was last heard."""
     ranks: dict[int, _Rank] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+    """Processes whose end has been told."""
     _looked_at: float | None = None
+
+    def expect(self, node: str, now: float) -> None:
+        """A node that ought to be heard from now on: after a restart, those where ranks are on record."""
+        self.nodes.setdefault(node, now)
 
     def beat(self, node: str, vitals: tuple[Vital, ...], now: float) -> tuple[Verdict, ...]:
         """A keeper's heartbeat. Processes that have ended are verdicts at once."""
@@ -70,7 +76,9 @@ class Detector:
         dead = []
         for vital in vitals:
             if not vital.alive:
-                if self.ranks.pop(vital.member, None) is not None or vital.activity != "ended":
+                self.ranks.pop(vital.member, None)
+                if vital.member not in self.ended:  # whatever it did last: a restarted controller may ask for it
+                    self.ended.add(vital.member)
                     why = "the process has ended"
                     dead.append(Verdict(what="rank", member=vital.member, node=node, why=why, silent_s=0.0))
                 continue

@@ -35,6 +35,17 @@ class PlanArrived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateReceived:
+    """A joiner holds the state at the start of step complete + 1; to be told before it enters the barrier.
+
+    Once anybody has seen the generation formed, this rank may be the only one left that holds it.
+    """
+
+    generation: int
+    complete: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Formed:
     """The group exists, its members are at most one step apart again, and joiners hold the state."""
 
@@ -82,7 +93,9 @@ class Finished:
     step: int
 
 
-SeatEvent = PlanArrived | Formed | FormFailed | LeafFolded | ExchangeDone | ExchangeFailed | Applied | Finished
+SeatEvent = (
+    PlanArrived | StateReceived | Formed | FormFailed | LeafFolded | ExchangeDone | ExchangeFailed | Applied | Finished
+)
 
 
 # What is to be done, by the threads around the seat.
@@ -178,6 +191,8 @@ class Seat:
         match event:
             case PlanArrived(plan=plan):
                 return self._plan_arrived(plan)
+            case StateReceived(generation=generation, complete=complete):
+                return self._state_received(generation, complete)
             case Formed(generation=generation, complete=complete):
                 return self._formed(generation, complete)
             case FormFailed(generation=generation) | ExchangeFailed(generation=generation):
@@ -257,6 +272,13 @@ class Seat:
             self.work = frozenset()
             self.has_state = self.member not in plan.joiners
         return (Form(plan=plan),)
+
+    def _state_received(self, generation: int, complete: int) -> tuple[SeatInstruction, ...]:
+        if self.plan is None or generation != self.plan.generation:
+            return ()
+        assert self.forming and not self.has_state, (generation, self)
+        self.step, self.complete, self.has_state, self.folded = complete + 1, complete, True, set()
+        return ()
 
     def _formed(self, generation: int, complete: int) -> tuple[SeatInstruction, ...]:
         if self.plan is None or generation != self.plan.generation:

@@ -15,7 +15,7 @@ class Faults:
         """More ranks that die while they start would rightly end the run."""
 
     def begin(self) -> None:
-        self.world.at(self.rng.uniform(0.5, 4.0), self._now_and_then)
+        self.world.at(self.rng.uniform(0.5, 6.0), self._now_and_then)
 
     @property
     def may_act(self) -> bool:
@@ -23,7 +23,8 @@ class Faults:
 
     def point(self, name: str, members: list[int]) -> None:
         """A delicate moment for these members: perhaps one of them, or something around them, fails."""
-        if self.may_act and self.rng.random() < self.world.setting.fault_rate:
+        rate = self.world.setting.fault_rate * (1.0 if self.world.newest_formed else 0.25)
+        if self.may_act and self.rng.random() < rate:
             self.world.at(self.rng.choice([0.0, 0.001, 0.03, 0.1]), lambda: self._strike(members))
 
     def serving(self, server: int, receiver: int) -> None:

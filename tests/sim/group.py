@@ -121,12 +121,10 @@ class Group:
         if self.plan.kind != "unplanned" and not all(self.member(number).seat.at_boundary for number in holders):
             self._then(AGAIN_S, lambda: self._level_state(complete))
             return
-        givers = [number for number in holders if self.member(number).seat.step == complete + 1]
-        if stateless and not givers:
-            self._then(AGAIN_S, lambda: self._level_state(complete))
-            return
+        if stateless and self.plan.kind == "unplanned":
+            raise Violation("group", f"members {stateless} of {self.plan} hold no state")
         if stateless:
-            self._give(stateless, givers, complete)
+            self._give(stateless, holders, complete)
         else:
             self._then(self.world.rng.uniform(0.001, 0.03), lambda: self._barrier(complete))
 
@@ -138,8 +136,7 @@ class Group:
         self.world.faults.point("joining", [number, giver])
 
         def give() -> None:
-            state = self.member(giver).state
-            self.member(number).received_state = (self.plan.generation, complete + 1, state)
+            self.member(number).receive_state(self.plan.generation, complete, self.member(giver).state)
             self._give(stateless[1:], givers, complete)
 
         self._then(self.world.rng.uniform(0.01, 0.3), give)

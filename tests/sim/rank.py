@@ -26,6 +26,7 @@ from resilient.core.seat import (
     Report,
     Seat,
     SeatInstruction,
+    StateReceived,
 )
 
 from .truth import leaf_value, next_state, state_at_start
@@ -50,8 +51,6 @@ class Rank:
         """The complete result of a step, to be applied here and served to others."""
         self.received_result: tuple[int, int, int] | None = None
         """(generation, step, result), got while leveling: counts when the generation has formed."""
-        self.received_state: tuple[int, int, int] | None = None
-        """(generation, step, state), likewise."""
         self.doing = "starting"
         self._busy = False
         self._waiting_room: list[Callable[[], None]] = []
@@ -117,6 +116,11 @@ class Rank:
             self.world.seen["refused a plan older than what had formed"] += 1
         if self.seat.proposal is not None and plan.generation > self.seat.proposal.generation:
             self.world.seen["proposal cancelled"] += 1
+        if self.seat.formed == 0 and self.seat.plan is not None and plan.base == self.seat.plan.generation:
+            if plan.kind == "planned" and self.member not in plan.joiners:
+                self.world.seen["next plan reached a joiner before its own had formed"] += 1
+            if plan.kind == "unplanned":
+                self.world.seen["joiner survived a generation it had not seen formed"] += 1
         self.tell_seat(PlanArrived(plan=plan))
 
     def tell_seat(self, event: object) -> None:
@@ -142,15 +146,15 @@ class Rank:
                     self.world.seen["left"] += 1
                     self.world.kill_rank(self.member, "left, as the others went on without it")
 
+    def receive_state(self, generation: int, complete: int, state: int) -> None:
+        self.state, self.partial = state, {}
+        self.tell_seat(StateReceived(generation=generation, complete=complete))
+
     def formed(self, generation: int, complete: int) -> None:
         """The group of this generation exists, and this rank has what it lacked."""
         if self.seat.plan is None or self.seat.plan.generation != generation:
             return
-        if self.received_state is not None and not self.seat.has_state:
-            assert self.received_state[1] == complete + 1, (self.received_state, complete)
-            self.state, self.partial = self.received_state[2], {}
-            self.received_state = None
-        if self.seat.has_state and self.seat.complete < complete:
+        if self.seat.complete < complete:
             assert self.received_result is not None and self.received_result[:2] == (generation, complete)
             self.kept = self.received_result[1:]
             self.world.seen["caught up from a kept result"] += 1
@@ -217,6 +221,8 @@ class Rank:
             return
         self._work += 1
         if self.seat.step >= self.world.setting.steps:
+            if self.seat.forming and not self.seat.work:
+                return  # a planned change is under way at this boundary
             self.tell_seat(Finished(step=self.seat.step))
             self._busy = True
             self.later(self.world.rng.uniform(0.0, 0.5), self._return)

@@ -46,6 +46,7 @@ class Shell:
             self.take(Resumed(plans=plans, spawned=tuple(sorted(world.spawned_on_record.items()))))
             for member in sorted(world.spawned_on_record):
                 rank = world.ranks.get(member)
+                self.detector.expect(world.spawned_on_record[member], world.now)
                 if rank is None or not rank.alive:
                     gone = RankGone(member=member, why="its process is not there")
                     world.at(world.rng.uniform(0.01, 1.0), lambda gone=gone: self.take(gone))
@@ -65,7 +66,8 @@ class Shell:
         if not self.alive:
             return
         for instruction in self.control.handle(event, self.world.now):
-            self._carry_out(instruction)
+            if self.alive:
+                self._carry_out(instruction)
 
     def beat(self, node: str, number: int, vitals: tuple[Vital, ...]) -> None:
         if not self.alive or number <= self._beats.get(node, 0):
@@ -125,11 +127,14 @@ class Shell:
     def _spawn(self, member: int, node: str) -> None:
         world = self.world
         world.tell(f"controller {self.number} spawns rank {member} on {node}")
-        taken = member in world.spawned_on_record
-        world.spawned_on_record.setdefault(member, node)
+        if member in world.spawned_on_record:
+            world.seen["controller yielded over a spawn"] += 1
+            self.die()
+            return
+        world.spawned_on_record[member] = node
 
         def start() -> None:
-            if self.alive and (taken or not world.start_rank(member, node)):
+            if self.alive and not world.start_rank(member, node):
                 self.take(RankGone(member=member, why="could not be started"))
 
         world.at(world.rng.uniform(0.05, 0.5), start)

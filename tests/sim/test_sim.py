@@ -1,0 +1,46 @@
+"""A few hundred seeds, and those that once found a mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.swarm import run_seed, swarm
+
+SEEDS = 300
+
+IMPORTANT = (
+    "caught up from a kept result",
+    "controller killed while a generation formed",
+    "controller killed while creating a generation",
+    "controller superseded",
+    "death while a result was on its way",
+    "death while forming",
+    "exchange completed by some members only",
+    "formation seen by some members only",
+    "joiner died after it was seated",
+    "joiner died before it was seated",
+    "joiner survived a generation it had not seen formed",
+    "link broken",
+    "node died",
+    "node silent",
+    "proposal cancelled",
+    "rank stopped",
+    "run failed",
+    "run finished",
+    "the server of a kept result died",
+    "the store's host died while forming",
+    "two controllers",
+)
+
+
+def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:
+    outcome = swarm(range(SEEDS), keep_going=True)
+    assert not outcome.failures, f"replay with python -m tests.sim --seed {outcome.failures[0][0]}: {outcome.failures}"
+    missed = [name for name in IMPORTANT if not outcome.seen[name]]
+    assert not missed, f"no seed reached: {missed}"
+
+
+@pytest.mark.parametrize("seed", [562, 745])
+def test_seeds_that_found_a_mistake(seed: int) -> None:
+    _, _, error = run_seed(seed)
+    assert not error
