@@ -88,8 +88,18 @@ class Net(nn.Module):
         self._on_backward()
 
 
-def strike_while_reducing(run: resilient.Run, fault: Fault) -> None:
-    """Strike in the middle of this rank's exchange of the fault's step, after its first fold."""
+def arm(run: resilient.Run, fault: Fault) -> None:
+    """Prepare a fault that strikes inside the runtime, in the process of this rank."""
+    if fault.phase == "reduce":
+        _arm_reduce(run, fault)
+    elif fault.phase == "sent to rank 0 only":
+        _arm_partial(run, fault)
+    elif fault.phase in ("unplanned", "serving", "receiving", "welcoming", "joined"):
+        _arm_leveling(run, fault)
+
+
+def _arm_reduce(run: resilient.Run, fault: Fault) -> None:
+    """In the middle of this rank's exchange of the step, after its first fold."""
     from resilient import exchange
 
     fold = exchange._fold
@@ -99,6 +109,56 @@ def strike_while_reducing(run: resilient.Run, fault: Fault) -> None:
         fault.strike(run, "reduce")
 
     exchange._fold = striking
+
+
+def _arm_partial(run: resilient.Run, fault: Fault) -> None:
+    """After the exchange's result slice of this rank has gone to rank 0, and to nobody else."""
+    from resilient import exchange
+
+    from actors.group import Group
+
+    post = Group.post
+
+    def posting(self: Group, sends: Any, receives: Any) -> Any:
+        sends, receives = list(sends), list(receives)
+        back = any(move.tag == exchange.GATHER_TAG for move in sends)
+        if not back or (run.rank, run.step) != (fault.rank, fault.step) or not claim(fault.marker):
+            return post(self, sends, receives)
+        post(self, [move for move in sends if move.peer == 0], receives).wait()
+        threading.Event().wait(0.3)
+        os.kill(os.getpid(), fault.sign)
+
+    Group.post = posting
+
+
+def _arm_leveling(run: resilient.Run, fault: Fault) -> None:
+    """While a generation is levelled: an unplanned one as such ("unplanned"), at a holder that serves a
+    laggard ("serving") or a joiner ("welcoming"), at a joiner that receives ("receiving") or has just
+    been seated ("joined"). The fault's step is that which the rank is in; for joiners any."""
+    from resilient.generation import GenerationThread
+
+    def wrap(method: str, when: Callable[[GenerationThread], bool]) -> None:
+        original = getattr(GenerationThread, method)
+
+        def wrapped(self: GenerationThread, *args: Any) -> Any:
+            if when(self) and fault.step <= run.step + 1 and (self.rank == fault.rank or fault.rank < 0):
+                if fault.phase in ("joined", "receiving"):
+                    original(self, *args)
+                fault.now()
+            return original(self, *args)
+
+        setattr(GenerationThread, method, wrapped)
+
+    if fault.phase == "unplanned":
+        wrap("_level", lambda self: self.plan.kind == "unplanned")
+    elif fault.phase == "serving":
+        wrap("_catch_up", lambda self: self._holding.complete == fault.step)
+    elif fault.phase == "welcoming":
+        wrap("_send_state", lambda self: self.plan.kind == "planned")
+    elif fault.phase == "receiving":
+        wrap("_receive_state", lambda self: self.plan.kind == "planned")
+    else:
+        wrap("_level", lambda self: self.plan.kind == "planned" and not self._holding.has_state)
 
 
 def body(
@@ -120,8 +180,7 @@ def body(
             fault.strike(run, phase)
 
     for fault in faults:
-        if fault.phase == "reduce":
-            strike_while_reducing(run, fault)
+        arm(run, fault)
     if before is not None:
         before(run)
     model = Net(lambda: at("forward"), lambda: at("backward"))
