@@ -262,7 +262,7 @@ class Control:
                 self._out.append(Kill(member=member.number, node=member.node, reason=reason))
 
     def _spawn_missing(self) -> None:
-        if any(member.digest is not None or (member.report and member.report.finished) for member in self._seated()):
+        if any(recovery.finished(member) and not member.gone for member in self._seated()):
             return
         if self._starts_fail():
             return

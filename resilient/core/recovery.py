@@ -128,7 +128,8 @@ def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
     if not survivors:
         return Lost(reason=_nobody_left(reason, formed))
     coming = now.membership.ready_unseated(formed.members)
-    if len(survivors) + len(coming) < now.limits.min_workers:
+    ending = any(finished(now.membership.members[member]) for member in survivors)
+    if len(survivors) + len(coming) < now.limits.min_workers and not ending:
         return NeedNodes(
             reason=f"{reason}; {len(survivors) + len(coming)} of at least {now.limits.min_workers} workers are left"
         )
@@ -136,7 +137,7 @@ def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
 
 
 def _improve(now: Situation, current: Plan) -> Decision:
-    if any(_finished(now.membership.members[member]) for member in current.members):
+    if any(finished(now.membership.members[member]) for member in current.members):
         return Stay(reason="the loop has ended")
     room = min(now.limits.max_workers, current.micro_batches) - current.size
     joiners = now.membership.ready_unseated(current.members)[: max(room, 0)]
@@ -192,7 +193,7 @@ def _nobody_left(reason: str, plan: Plan) -> str:
     return f"{reason}; no rank of generation {plan.generation} is left, and only they held the state"
 
 
-def _finished(member: Member) -> bool:
+def finished(member: Member) -> bool:
     return member.digest is not None or (member.report is not None and member.report.finished)
 
 

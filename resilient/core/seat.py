@@ -182,6 +182,8 @@ class Seat:
     complete: int = -1
     has_state: bool = False
     """False until the state has been received, or found to be this rank's own to give."""
+    held_state_in: int = 0
+    """The newest initial or planned generation for which this rank has held the state."""
     finished: bool = False
     work: frozenset[int] = frozenset()
     """Leaves that may be computed now."""
@@ -268,9 +270,14 @@ class Seat:
 
     def _adopt(self, plan: Plan) -> tuple[SeatInstruction, ...]:
         self.plan, self.proposal, self.forming = plan, None, True
-        if plan.kind != "unplanned":
+        if plan.kind == "unplanned":
+            # Between its base and this plan a retried beginning may have asked this rank to join again.
+            self.has_state = self.has_state or self.held_state_in == plan.base
+        else:
             self.work = frozenset()
             self.has_state = self.member not in plan.joiners
+            if self.has_state:
+                self.held_state_in = plan.generation
         return (Form(plan=plan),)
 
     def _state_received(self, generation: int, complete: int) -> tuple[SeatInstruction, ...]:
@@ -278,6 +285,7 @@ class Seat:
             return ()
         assert self.forming and not self.has_state, (generation, self)
         self.step, self.complete, self.has_state, self.folded = complete + 1, complete, True, set()
+        self.held_state_in = generation
         return ()
 
     def _formed(self, generation: int, complete: int) -> tuple[SeatInstruction, ...]:

@@ -91,6 +91,7 @@ class Faults:
             return
         self._spend()
         rank.stop()
+        self.world.look_for_state()
         self.world.seen["rank stopped"] += 1
         if self.rng.random() < 0.5:
             self.world.at(self.rng.uniform(0.3, 4.0), rank.go_on)
@@ -111,6 +112,7 @@ class Faults:
             self._spend()
             duration = self.rng.uniform(0.5, 5.0)
             self.world.nodes[name].silent_until = self.world.now + duration
+            self.world.look_for_state()
             self.world.seen["node silent"] += 1
             self.world.tell(f"{name} is silent for {duration:.1f} s")
 

@@ -152,6 +152,7 @@ class Shell:
                 f"of {plan.members}: {plan.reason}"
             )
             world.emit("created", shell=self, plan=plan)
+            world.look_for_state()
             world.seen[f"{plan.kind} generation"] += 1
             answer = GenerationCreated(generation=plan.generation)
         world.at(world.rng.uniform(0.0005, 0.05), lambda: self.take(answer))

@@ -40,7 +40,7 @@ def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:
     assert not missed, f"no seed reached: {missed}"
 
 
-@pytest.mark.parametrize("seed", [562, 745])
+@pytest.mark.parametrize("seed", [562, 745, 3095, 4866])
 def test_seeds_that_found_a_mistake(seed: int) -> None:
     _, _, error = run_seed(seed)
     assert not error

@@ -229,8 +229,7 @@ class World:
         rank.alive = False
         for _, group in sorted(self.groups.items()):
             group.member_died(member)
-        if self.lost_state_at is None and self.plans_on_record and not self.keepers_of_state():
-            self.lost_state_at = self.now
+        self.look_for_state()
 
     def kill_node(self, name: str) -> None:
         self.tell(f"{name} dies")
@@ -242,6 +241,10 @@ class World:
             if shell.alive and self.rng.random() < 0.5:
                 self.at(self.rng.uniform(0.01, 0.5), lambda shell=shell: shell.node_ended(name))
 
+    def look_for_state(self) -> None:
+        if self.lost_state_at is None and self.plans_on_record and not self.keepers_of_state():
+            self.lost_state_at = self.now
+
     def keepers_of_state(self) -> list[int]:
         """Who holds the state and will go on: living, running, uncondemned members of the newest generation."""
         if not self.newest_formed:
@@ -252,6 +255,7 @@ class World:
             if (rank := self.ranks.get(member)) is not None
             and rank.alive
             and not rank.stopped
+            and self.now >= self.nodes[rank.node].silent_until
             and rank.seat.formed == self.newest_formed
             and member not in self.condemned
         ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from resilient.core.plan import Plan
+
 from . import Checker
 
 REPORTED_WITHIN_S = 5.0
@@ -21,9 +23,11 @@ class NoFreshStart(Checker):
     def on_formed(self, rank: Any, generation: int) -> None:
         if self.began_at is None:
             self.began_at = self.world.now
-        elif self.world.plans_on_record[generation].kind == "initial" and rank.seat.step == 0:
+
+    def on_decided(self, shell: Any, plan: Plan) -> None:
+        if plan.kind == "initial" and self.began_at is not None and self.world.seen["step committed"]:
             late_s = self.world.now - self.began_at
             self.require(
-                late_s < REPORTED_WITHIN_S or not self.world.seen["step committed"],
-                f"generation {generation} begins anew, {late_s:.1f} s after the run began",
+                late_s < REPORTED_WITHIN_S,
+                f"generation {plan.generation} begins anew, {late_s:.1f} s after the run began",
             )
