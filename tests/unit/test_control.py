@@ -1,0 +1,279 @@
+"""The controller's mind, told as transcripts: facts in, instructions out."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from resilient.core.control import Control
+from resilient.core.events import (
+    Event,
+    GenerationCreated,
+    GenerationTaken,
+    NodeGone,
+    NodeSeen,
+    RankFailed,
+    RankGone,
+    RankReady,
+    RankReported,
+    RankReturned,
+    Resumed,
+    StopAsked,
+    Tick,
+)
+from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
+from resilient.core.plan import Address
+from resilient.core.recovery import Limits
+from resilient.core.seat import SeatReport
+
+
+def in_words(instruction: Instruction) -> str:
+    match instruction:
+        case Spawn(member=member, node=node):
+            return f"spawn {member} on {node}"
+        case Kill(member=member):
+            return f"kill {member}"
+        case CreateGeneration(plan=plan):
+            return f"create {plan.generation} {plan.kind} from {plan.base} of {plan.members}"
+        case SendPlan(member=member, plan=plan):
+            return f"send {plan.generation} to {member}"
+        case Say(text=text):
+            return f"say {text}"
+        case End(outcome=outcome, reason=reason):
+            return f"end {outcome}: {reason}"
+
+
+@dataclass
+class Scenario:
+    limits: Limits = field(default_factory=lambda: Limits(min_workers=1, max_workers=2, detection_s=2.0))
+    now: float = 0.0
+    control: Control = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.control = Control(limits=self.limits)
+
+    def take(self, event: Event, after_s: float = 0.01) -> list[str]:
+        self.now += after_s
+        words = [in_words(instruction) for instruction in self.control.handle(event, self.now)]
+        return [text for text in words if not text.startswith("say ")]
+
+    def ready(self, member: int, *, micro_batches: int = 4, probe: str = "p") -> list[str]:
+        return self.take(
+            RankReady(
+                member=member,
+                node="a",
+                address=Address(host="h", port=member),
+                micro_batches=micro_batches,
+                steps=3,
+                probe=probe,
+                probe_fields=f"torch {probe}",
+            )
+        )
+
+    def report(
+        self,
+        member: int,
+        generation: int,
+        *,
+        formed: int | None = None,
+        broken: int = 0,
+        step: int = 0,
+        complete: int = -1,
+        finished: bool = False,
+        waiting: bool = False,
+    ) -> list[str]:
+        report = SeatReport(
+            member=member,
+            generation=generation,
+            formed=generation if formed is None else formed,
+            broken=broken,
+            step=step,
+            complete=complete,
+            finished=finished,
+            waiting=waiting,
+        )
+        return self.take(RankReported(report=report))
+
+    def begun(self) -> Scenario:
+        """Ranks 1 and 2 on node a, generation 1 formed."""
+        self.take(NodeSeen(node="a", capacity=4))
+        self.ready(1)
+        self.ready(2)
+        self.take(GenerationCreated(generation=1))
+        self.report(1, 1)
+        self.report(2, 1)
+        return self
+
+
+def test_a_run_from_its_beginning_to_its_end() -> None:
+    run = Scenario()
+    assert run.take(NodeSeen(node="a", capacity=4)) == ["spawn 1 on a", "spawn 2 on a"]
+    assert run.ready(1) == []
+    assert run.ready(2) == ["create 1 initial from 0 of (1, 2)"]
+    assert run.ready(2) == []
+    assert run.take(GenerationCreated(generation=1)) == ["send 1 to 1", "send 1 to 2"]
+    assert run.report(1, 1) == []
+    assert run.report(2, 1, step=3, complete=2, finished=True) == []
+    assert run.report(1, 1, step=3, complete=2, finished=True) == []
+    assert run.take(RankReturned(member=1, step=3, digest="d")) == []
+    assert run.take(RankReturned(member=2, step=3, digest="d")) == ["end finished: every rank has returned"]
+    assert run.take(RankGone(member=2, why="late")) == []
+
+
+def test_a_death_and_the_replacement() -> None:
+    run = Scenario().begun()
+    assert run.take(RankGone(member=2, why="killed")) == ["kill 2", "create 2 unplanned from 1 of (1,)", "spawn 3 on a"]
+    assert run.take(RankGone(member=2, why="killed")) == []
+    assert run.take(GenerationCreated(generation=2)) == ["send 2 to 1"]
+    assert run.report(1, 2) == []
+    assert run.ready(3) == ["create 3 planned from 2 of (1, 3)"]
+    assert run.take(GenerationCreated(generation=3)) == ["send 3 to 1", "send 3 to 3"]
+    assert run.report(2, 1, step=9) == []
+
+
+def test_whoever_reports_an_older_generation_is_sent_the_newest_again_but_not_too_often() -> None:
+    run = Scenario().begun()
+    run.take(RankGone(member=2, why="killed"))
+    run.take(GenerationCreated(generation=2))
+    assert run.report(1, 1, step=1) == []
+    run.now += 1.0
+    assert run.report(1, 1, step=1) == ["send 2 to 1"]
+
+
+def test_a_report_that_was_overtaken_is_ignored() -> None:
+    run = Scenario().begun()
+    run.report(1, 1, step=2, complete=1)
+    before = deepcopy(run.control.membership)
+    run.report(1, 1, step=1, complete=1)
+    assert run.control.membership == before
+
+
+def test_a_death_while_the_next_generation_is_being_created_takes_another_number() -> None:
+    run = Scenario(limits=Limits(min_workers=1, max_workers=3))
+    run.take(NodeSeen(node="a", capacity=3))
+    for member in (1, 2, 3):
+        run.ready(member)
+    run.take(GenerationCreated(generation=1))
+    for member in (1, 2, 3):
+        run.report(member, 1)
+    assert "create 2 unplanned from 1 of (1, 2)" in run.take(RankGone(member=3, why="killed"))
+    assert run.take(RankGone(member=2, why="killed")) == ["kill 2"]
+    assert "create 3 unplanned from 1 of (1,)" in run.take(GenerationCreated(generation=2))
+
+
+def test_a_plan_that_comes_too_late_does_not_keep_the_run_from_ending() -> None:
+    run = Scenario().begun()
+    run.take(RankGone(member=2, why="killed"))
+    run.take(GenerationCreated(generation=2))
+    run.report(1, 2)
+    run.ready(3)
+    run.take(GenerationCreated(generation=3))
+    run.report(3, 3, formed=0)
+    run.report(1, 2, step=3, complete=2, finished=True)
+    assert run.take(RankReturned(member=1, step=3, digest="d")) == ["end finished: every rank has returned"]
+
+
+def test_another_controller_created_it_first() -> None:
+    run = Scenario().begun()
+    run.take(RankGone(member=2, why="killed"))
+    assert run.take(GenerationTaken(generation=2)) == ["end superseded: generation 2 was created by another controller"]
+
+
+def test_a_generation_nobody_here_created_shows_another_controller() -> None:
+    run = Scenario().begun()
+    assert run.report(1, 2) == ["end superseded: generation 2 was created by another controller"]
+
+
+def test_the_loss_of_all_is_said_after_a_last_look_for_reports() -> None:
+    run = Scenario().begun()
+    run.take(NodeGone(node="a", why="silent"))
+    assert run.take(Tick()) == []
+    (end,) = run.take(Tick(), after_s=3.0)
+    assert end.startswith("end failed: lost rank 0 (node a), 1 (node a); no rank of generation 1 is left")
+
+
+def test_an_exception_from_the_function_ends_the_run_at_once() -> None:
+    run = Scenario().begun()
+    (end,) = run.take(RankFailed(member=2, step=1, traceback="ValueError: no"))
+    assert end == "end failed: the training function raised on rank 1 (node a) in step 1:\nValueError: no"
+
+
+def test_stop_is_obeyed() -> None:
+    assert Scenario().begun().take(StopAsked(why="asked")) == ["end stopped: asked"]
+
+
+def test_different_loops_and_different_bits_end_the_run() -> None:
+    run = Scenario()
+    run.take(NodeSeen(node="a", capacity=4))
+    run.ready(1)
+    assert run.ready(2, micro_batches=5)[0].startswith("end failed: ranks disagree about their loop")
+    run = Scenario()
+    run.take(NodeSeen(node="a", capacity=4))
+    run.ready(1)
+    assert run.ready(2, probe="q")[0].startswith("end failed: node a computes other bits than node a: torch q against")
+
+
+def test_ranks_that_never_reach_the_loop_end_the_run() -> None:
+    run = Scenario(limits=Limits(min_workers=1, max_workers=1))
+    run.take(NodeSeen(node="a", capacity=1))
+    assert run.take(RankGone(member=1, why="x")) == ["kill 1", "spawn 2 on a"]
+    assert run.take(RankGone(member=2, why="x")) == ["kill 2", "spawn 3 on a"]
+    assert run.take(RankGone(member=3, why="x")) == ["kill 3"]
+    assert run.take(Tick(), after_s=5.0) == [
+        "end failed: 3 ranks in a row died before they reached the training loop; the workers' logs say why"
+    ]
+
+
+def test_ranks_that_died_with_their_node_are_no_failed_starts() -> None:
+    run = Scenario(limits=Limits(min_workers=1, max_workers=3))
+    run.take(NodeSeen(node="a", capacity=3))
+    for member in (1, 2, 3):
+        run.take(RankGone(member=member, why="x"))
+    run.take(NodeGone(node="a", why="silent"))
+    assert run.take(Tick(), after_s=5.0) == []
+    assert run.take(NodeSeen(node="b", capacity=1)) == ["spawn 6 on b"]
+
+
+def test_a_restarted_controller_waits_for_a_word_about_every_rank() -> None:
+    first = Scenario().begun()
+    plan = first.control.plans[1]
+    run = Scenario()
+    run.take(Resumed(plans=(plan,), spawned=((1, "a"), (2, "a"), (3, "a"))))
+    run.take(NodeSeen(node="a", capacity=4))
+    assert run.report(1, 1) == []
+    assert run.take(RankGone(member=3, why="not there")) == ["kill 3"]
+    assert run.report(2, 1) == []
+    assert "create 2 unplanned from 1 of (1,)" in run.take(RankGone(member=2, why="killed"))
+
+
+def test_a_restarted_controller_knows_what_must_have_formed() -> None:
+    first = Scenario().begun()
+    plan = first.control.plans[1]
+    later = replace(plan, generation=2, base=1, kind="unplanned", joiners=())
+    run = Scenario()
+    run.take(Resumed(plans=(plan, later), spawned=((1, "a"), (2, "a"), (3, "b"))))
+    run.take(NodeSeen(node="b", capacity=2))
+    run.take(RankGone(member=1, why="not there"))
+    run.take(RankGone(member=2, why="not there"))
+    run.ready(3)
+    run.report(3, 0)
+    assert run.control.creating is None  # no new beginning
+    (end,) = run.take(Tick(), after_s=3.0)
+    assert end.startswith("end failed: lost rank 0")
+
+
+def test_time_does_not_run_backwards() -> None:
+    run = Scenario().begun()
+    before = deepcopy(run.control)
+    with pytest.raises(AssertionError):
+        run.take(Tick(), after_s=-1.0)
+    assert run.control == before
+
+
+def test_resuming_twice_changes_nothing() -> None:
+    run = Scenario().begun()
+    with pytest.raises(AssertionError, match="resumed twice"):
+        run.take(Resumed(plans=(), spawned=()))
+    assert run.report(1, 1) == []
