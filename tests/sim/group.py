@@ -234,7 +234,8 @@ class Group:
     def break_link(self) -> None:
         """A connection breaks, though everybody lives; of those that are not done yet, one at least will notice."""
         living = [number for number in self.plan.members if self.within(number)]
-        unfinished = [number for number in living if not self.member(number).seat.finished]
+        last = self.world.setting.steps - 1
+        unfinished = [number for number in living if self.member(number).seat.complete < last]
         if not unfinished or self.called != set(self.plan.members) or self.plan.size == 1:
             return
         self.world.tell(f"a link of generation {self.plan.generation} breaks")
