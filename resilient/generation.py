@@ -112,6 +112,8 @@ class GenerationThread(threading.Thread):
             joiners = [rank for rank, row in enumerate(rows) if not row[0]]
             if joiners:
                 self._welcome(group, [rank for rank, row in enumerate(rows) if row[0]], joiners)
+            if not held.has_state:
+                self._member.state_received(self.plan, newest)
         group.minimum([0])
         return newest, caught_up
 

@@ -40,6 +40,7 @@ from .core.seat import (
     Report,
     Seat,
     SeatInstruction,
+    StateReceived,
 )
 from .generation import GenerationThread, Holding, Superseded
 from .payload import Payload
@@ -232,6 +233,11 @@ class Member:
             size=plan.size,
             device=self.device,
         )
+
+    def state_received(self, plan: Plan, complete: int) -> None:
+        with self._changed:
+            self.require_current(plan.generation)
+            self._do(self._seat.handle(StateReceived(generation=plan.generation, complete=complete)))
 
     def formed(self, plan: Plan, complete: int, caught_up: Payload | None) -> None:
         with self._changed:

@@ -1,0 +1,113 @@
+"""Finding and killing the real processes of a run, from outside of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from actors import launch
+
+
+def until(true: Callable[[], Any], what: str, limit_s: float = 60.0) -> Any:
+    """Poll until something holds; its value."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if value := true():
+            return value
+        threading.Event().wait(0.05)
+    raise AssertionError(f"not within {limit_s} s: {what}")
+
+
+class Watched:
+    """A run in a thread of its own, so that the test can do things to it."""
+
+    def __init__(self, function: Any, **kwargs: Any) -> None:
+        self._hold = kwargs.get("hold", "")
+        self.name = function.settings.name
+        self.news: dict[str, Any] = {"step": 0, "generation": 0, "ranks": 0, "messages": [], "recoveries": []}
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function, kwargs), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Any, kwargs: dict[str, Any]) -> None:
+        try:
+            self._result = function.watched(self.news.update, **kwargs)
+        except BaseException as error:
+            self._error = error
+
+    def at_step(self, step: int, ranks: int = 0) -> None:
+        """Until the run has committed so many steps (and has so many ranks)."""
+
+        def reached() -> bool:
+            if self._error is not None:
+                raise self._error
+            return bool(self.news["step"] >= step and self.news["ranks"] >= ranks)
+
+        until(reached, f"step {step} with {ranks} ranks: {self.news}")
+
+    def until_recovered(self, times: int, limit_s: float = 90.0) -> None:
+        """Until so many recoveries have been recorded."""
+
+        def recovered() -> bool:
+            if self._error is not None:
+                raise self._error
+            return len(self.news["recoveries"]) >= times
+
+        until(recovered, f"{times} recoveries: {self.news}", limit_s)
+
+    def result(self, limit_s: float = 90.0) -> Any:
+        """Let it go at full speed, and wait for its end."""
+        if self._hold:
+            Path(self._hold).touch()
+        self._thread.join(limit_s)
+        if self._error is not None:
+            raise self._error
+        assert not self._thread.is_alive(), f"the run has not ended within {limit_s} s: {self.news}"
+        return self._result
+
+    @property
+    def controller(self) -> Any:
+        (name,) = (name for name in launch.names(f"{self.name}/") if name.endswith("/controller"))
+        return launch.find(name)
+
+    def ranks(self) -> list[tuple[int, str]]:
+        """(member, node) by rank."""
+        found: list[tuple[int, str]] = ray.get(self.controller.processes.remote(), timeout=30)["ranks"]
+        return found
+
+    def pid_of_rank(self, rank: int) -> int:
+        member, _ = self.ranks()[rank]
+        (name,) = (name for name in launch.names(f"{self.name}/") if name.endswith(f"/rank/{member}"))
+        return int(ray.get(launch.find(name).process.remote(), timeout=30))
+
+    def signal_rank(self, rank: int, sign: int = signal.SIGKILL) -> int:
+        pid = self.pid_of_rank(rank)
+        os.kill(pid, sign)
+        return pid
+
+    def kill_controller(self) -> None:
+        os.kill(ray.get(self.controller.process.remote(), timeout=30), signal.SIGKILL)
+
+
+def kill_host(node: Any) -> None:
+    """All that a machine's power cut would end: the raylet and its children, in the same instant."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for process in [raylet, *raylet.children(recursive=True)]:
+        process.send_signal(signal.SIGSTOP)
+    for process in [raylet, *raylet.children(recursive=True)]:
+        process.send_signal(signal.SIGKILL)
+
+
+def left_behind(name: str) -> list[str]:
+    """What a run of this name still has: actors, files in shared memory."""
+    files = [str(path) for path in Path(launch.FOLDER).glob(f"{name}-*")]
+    return [*launch.names(f"{name}/"), *files]

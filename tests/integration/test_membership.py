@@ -1,0 +1,116 @@
+"""Ranks and nodes come and go: respawns, joiners that die, spares, dead hosts, too few nodes."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import resilient
+from tests.integration.loops import fault, train
+from tests.integration.processes import Watched, kill_host, until
+
+LONG = 150
+"""Steps; at the pace that `hold` keeps, long enough for new processes to start and join."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Any:
+    return train("alone").local(steps=LONG)
+
+
+def kinds(result: Any) -> list[str]:
+    return [item["kind"] for item in result.recoveries]
+
+
+def test_joiners_that_die_while_receiving_and_once_seated(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    """A rank dies; the first to take its place dies with the state half received, the second right after
+    it is seated, the third stays."""
+    faults = (
+        fault(tmp_path, 1, 2, "forward"),
+        fault(tmp_path, -1, 0, "receiving"),
+        fault(tmp_path, -1, 0, "joined"),
+    )
+    run = Watched(train("joiners", workers=(1, 2)), steps=LONG, hold=str(tmp_path / "go"), faults=faults)
+    until(lambda: all(Path(item.marker).exists() for item in faults), f"all have died: {run.news}", 120)
+    run.at_step(run.news["step"], ranks=2)
+    result = run.result()
+    assert result.digest == undisturbed.digest
+    assert "joined" in kinds(result) and result.recoveries[-1]["ranks"] == 2
+
+
+def test_a_holder_dies_while_it_welcomes_a_joiner_and_a_spare_takes_over(
+    cluster: Any, undisturbed: Any, tmp_path: Path
+) -> None:
+    """Three ranks and a spare: a rank dies, the spare is to join at once, and a holder dies sending it the
+    state. The proposal is cancelled, and made again."""
+    faults = (fault(tmp_path, 2, 4, "forward"), fault(tmp_path, 0, 4, "welcoming"))
+    run = Watched(train("welcome", workers=(1, 3), spares=1), steps=LONG, hold=str(tmp_path / "go"), faults=faults)
+    until(lambda: any(item["kind"] == "joined" for item in run.news["recoveries"]), f"a spare joins: {run.news}")
+    result = run.result()
+    assert result.digest == undisturbed.digest
+    assert all(Path(item.marker).exists() for item in faults), run.news["messages"]
+
+
+def test_a_host_dies_without_a_word_and_a_new_one_joins(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    host = cluster.add_node(num_cpus=2, object_store_memory=80 << 20, resources={"spot": 2})
+    other = cluster.add_node(num_cpus=1, object_store_memory=80 << 20, resources={"spot": 1})
+    train_on_spot = train("hosts", workers=(1, 3), resources={"CPU": 1, "spot": 1})
+    run = Watched(train_on_spot, steps=LONG, hold=str(tmp_path / "go"))
+    try:
+        run.at_step(5, ranks=3)
+        kill_host(host)
+        run.at_step(run.news["step"] + 3)
+        cluster.add_node(num_cpus=2, object_store_memory=80 << 20, resources={"spot": 2})
+        run.at_step(run.news["step"], ranks=3)
+        run.at_step(run.news["step"] + 2)
+        result = run.result()
+    finally:
+        cluster.remove_node(host, allow_graceful=False)
+        cluster.remove_node(other, allow_graceful=False)
+    assert result.digest == undisturbed.digest
+    assert kinds(result)[0] == "node lost" and "joined" in kinds(result)
+    lost = result.recoveries[0]
+    assert len(lost["lost"]) == 2 and lost["decide_s"] + lost["form_s"] < 5
+
+
+def test_a_stopped_rank_is_found_and_killed(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    run = Watched(train("stopped", workers=(1, 3), detection_s=1.0), steps=LONG, hold=str(tmp_path / "go"))
+    run.at_step(4, ranks=3)
+    pid = run.signal_rank(1, signal.SIGSTOP)
+    run.until_recovered(1)
+    result = run.result()
+    assert result.digest == undisturbed.digest
+    (lost,) = result.recoveries[0]["lost"]
+    assert "stopped" in lost["why"] and result.recoveries[0]["detect_s"] >= 1.0
+    until(lambda: not psutil.pid_exists(pid), "the stopped process has been killed", 5)
+
+
+def test_below_min_it_waits_for_nodes_and_gives_up_in_time(cluster: Any) -> None:
+    run = Watched(train("waiting", workers=2, resources={"CPU": 1, "absent": 1}, wait_for_nodes_s=3.0), steps=5)
+    with pytest.raises(resilient.RunLost, match=r"0 of at least 2 workers.*add nodes"):
+        run.result(60)
+    assert any("waiting for nodes" in text for text in run.news["messages"])
+
+
+def test_below_min_it_stands_still_until_a_rank_is_back(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    run = Watched(train("min", workers=2), steps=LONG, hold=str(tmp_path / "go"))
+    run.at_step(4, ranks=2)
+    run.signal_rank(0)
+    until(lambda: any("1 of at least 2" in text for text in run.news["messages"]), "it says what it waits for")
+    assert run.result().digest == undisturbed.digest
+
+
+def test_all_ranks_lost_is_said_and_never_a_silent_restart(cluster: Any, tmp_path: Path) -> None:
+    run = Watched(train("lost", workers=2), steps=LONG, hold=str(tmp_path / "go"))
+    run.at_step(4, ranks=2)
+    pids = [run.pid_of_rank(rank) for rank in (0, 1)]
+    for pid in pids:
+        psutil.Process(pid).send_signal(signal.SIGSTOP)
+    for pid in pids:
+        psutil.Process(pid).send_signal(signal.SIGKILL)
+    with pytest.raises(resilient.RunLost, match="no rank of generation 1 is left"):
+        run.result(60)
