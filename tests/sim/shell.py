@@ -105,7 +105,7 @@ class Shell:
                 if reason.startswith("left out"):
                     world.seen["orphan killed"] += 1
                 self.condemned.add(member)
-                world.condemned.add(member)
+                world.condemned.setdefault(member, world.now)
                 world.at(self.world.rng.uniform(0.01, 1.0), lambda: self._kill(member, node, reason))
             case CreateGeneration(plan=plan):
                 world.emit("decided", shell=self, plan=plan)

@@ -89,8 +89,8 @@ class World:
     shells: list[Shell] = field(default_factory=list)
     plans_on_record: dict[int, Plan] = field(default_factory=dict)
     spawned_on_record: dict[int, str] = field(default_factory=dict)
-    condemned: set[int] = field(default_factory=set)
-    """Members that some controller has decided to kill."""
+    condemned: dict[int, float] = field(default_factory=dict)
+    """Members that some controller has decided to kill, and when the first one did."""
     newest_formed: int = 0
     """The truth: the newest generation that any member has seen formed."""
     seen: Counter[str] = field(default_factory=Counter)
