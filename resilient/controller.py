@@ -255,7 +255,9 @@ class Controller:
 
     def _spawn(self, member: int, node: str) -> None:
         settings = self._job.settings
-        launch.create_key(f"{self._job.key}/rank/{member:09d}", node.encode())
+        if not launch.create_key(f"{self._job.key}/rank/{member:09d}", node.encode()):
+            self._end(End(outcome="superseded", reason=f"member {member} was started by another controller"))
+            return
         spec = RankSpec(
             key=self._job.key,
             member=member,
@@ -383,6 +385,8 @@ class Controller:
                 spawned=tuple(sorted(spawned.items())),
             )
         )
+        for node in sorted({*spawned.values(), *self._keepers}):
+            self._detector.expect(node, time.monotonic())
         for member in sorted(set(spawned) - set(self._ranks)):
             self._events.put(RankGone(member=member, why="it was gone when the controller came back"))
         self._say("the controller was restarted and has taken up where it was")
