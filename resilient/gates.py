@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .errors import LoopError

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,13 +17,16 @@ from .worker import call, device_for
 
 def run_locally(settings: Settings, function: bytes) -> Result:
     rows: list[dict[str, float]] = []
-    team = Alone(on_step=lambda step, values: rows.append({"step": float(step), **values}))
-    with _as_in_a_rank(settings.threads):
+    team = Alone(
+        on_step=lambda step, values: rows.append({"step": float(step), **values}),
+        workers=settings.workers,
+    )
+    with _as_in_a_rank(settings.threads), contextlib.closing(team):
         value, digest = call(function, team, settings.seed, device_for(settings.resources))
     return Result(step=team.step, metrics=rows, digest=digest, value=value)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _as_in_a_rank(threads: int) -> Iterator[None]:
     """The thread count of the run's ranks; the caller's generators and thread count come back afterwards."""
     before = torch.get_num_threads()

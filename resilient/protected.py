@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
+
+from .errors import LoopError
 
 Kind = TypeVar("Kind")
 
@@ -27,6 +29,8 @@ class Protected:
     scalers: tuple[tuple[str, GradScaler], ...]
     parameters: tuple[tuple[str, nn.Parameter], ...]
     """Every parameter that wants a gradient, once, by its first name."""
+    frozen: tuple[tuple[str, nn.Parameter], ...]
+    """The others, whose gradients would not be reduced."""
 
     @classmethod
     def of(cls, objects: Mapping[str, object], device: torch.device) -> Protected:
@@ -40,9 +44,10 @@ class Protected:
             raise ValueError("protect: no model among its arguments; pass one as protect(model=..., optimizer=...)")
         if not optimizers:
             raise ValueError("protect: no optimizer among its arguments; pass it as protect(model=..., optimizer=...)")
-        parameters = _parameters(modules)
+        parameters, frozen = _parameters(modules)
         for name, optimizer in optimizers:
-            _check_optimizer(name, optimizer, parameters, schedulers)
+            _check_optimizer(name, optimizer, parameters)
+            _check_scheduled(name, optimizer, schedulers)
         _check_device(parameters, device)
         return cls(
             objects=dict(objects),
@@ -51,7 +56,40 @@ class Protected:
             schedulers=schedulers,
             scalers=_of_kind(objects, GradScaler),
             parameters=parameters,
+            frozen=frozen,
         )
+
+    def check_schedulers(self) -> None:
+        """Again when the loop begins. Raises ValueError for a scheduler that was created after protect."""
+        for name, optimizer in self.optimizers:
+            _check_scheduled(name, optimizer, self.schedulers)
+
+    def check_frozen(self) -> None:
+        """Raises LoopError if a parameter that was frozen wants a gradient now."""
+        for name, parameter in self.frozen:
+            if parameter.requires_grad:
+                raise LoopError(
+                    f"parameter {name} did not require a gradient when it was protected, and does now, so its "
+                    "gradient would not be reduced: let it require one before protect, and give it a learning "
+                    "rate of 0 for as long as it should stay"
+                )
+
+    def control_state(self) -> dict[str, object]:
+        """Values that must be equal on all ranks: learning rates and the like, scheduler and step counters."""
+        values: dict[str, object] = {}
+        for name, optimizer in self.optimizers:
+            for number, group in enumerate(optimizer.param_groups):
+                for key, value in group.items():
+                    if key != "params":
+                        values[f"{name}.param_groups[{number}].{key}"] = _plain(value)
+            for place, state in enumerate(optimizer.state.values()):
+                counter = state.get("step")
+                if counter is not None and (not isinstance(counter, Tensor) or counter.device.type == "cpu"):
+                    values[f"{name}.state[{place}].step"] = float(counter)
+        for name, scheduler in self.schedulers:
+            for key, value in scheduler.state_dict().items():
+                values[f"{name}.{key}"] = _plain(value)
+        return values
 
 
 def _of_kind(objects: Mapping[str, object], kind: type[Kind]) -> tuple[tuple[str, Kind], ...]:
@@ -59,13 +97,12 @@ def _of_kind(objects: Mapping[str, object], kind: type[Kind]) -> tuple[tuple[str
 
 
 def _refuse(name: str, thing: object) -> None:
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    fsdp = any("FSDP" in base.__name__ or "FullyShardedDataParallel" in base.__name__ for base in type(thing).__mro__)
-    if isinstance(thing, wrappers) or fsdp:
-        raise ValueError(
-            f"protect: {name} is wrapped in {type(thing).__name__}; give the plain module, its gradients are "
-            "reduced here (sharded models are to come later)"
-        )
+    for part in thing.modules() if isinstance(thing, nn.Module) else ():
+        if _reduces_by_itself(part):
+            raise ValueError(
+                f"protect: {name} is wrapped in {type(part).__name__}; give the plain module, its gradients are "
+                "reduced here (sharded models are to come later)"
+            )
     if isinstance(thing, LBFGS):
         raise ValueError(
             f"protect: {name} is LBFGS, which evaluates the model several times per step through a closure; "
@@ -78,28 +115,36 @@ def _refuse(name: str, thing: object) -> None:
         )
 
 
-def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> tuple[tuple[str, nn.Parameter], ...]:
+def _reduces_by_itself(module: nn.Module) -> bool:
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return True
+    return any("FSDP" in base.__name__ or "FullyShardedDataParallel" in base.__name__ for base in type(module).__mro__)
+
+
+Named = tuple[tuple[str, nn.Parameter], ...]
+
+
+def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> tuple[Named, Named]:
+    """Those that want a gradient, and those that don't. An average of weights is never trained itself."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
+    frozen: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in modules:
+        if isinstance(module, AveragedModel):
+            continue
         for name, parameter in module.named_parameters(prefix=prefix):
-            if isinstance(parameter, DTensor):
+            if any(base.__name__ == "DTensor" for base in type(parameter).__mro__):  # importing it takes over a second
                 raise ValueError(
                     f"protect: parameter {name} is a DTensor; sharded models are to come later, "
                     "give a model that lies whole on this rank"
                 )
-            if parameter.requires_grad:
-                found.setdefault(id(parameter), (name, parameter))
+            kind = found if parameter.requires_grad else frozen
+            kind.setdefault(id(parameter), (name, parameter))
     if not found:
         raise ValueError("protect: no parameter of the model has requires_grad=True, so there is nothing to train")
-    return tuple(found.values())
+    return tuple(found.values()), tuple(frozen.values())
 
 
-def _check_optimizer(
-    name: str,
-    optimizer: Optimizer,
-    parameters: tuple[tuple[str, nn.Parameter], ...],
-    schedulers: tuple[tuple[str, LRScheduler], ...],
-) -> None:
+def _check_optimizer(name: str, optimizer: Optimizer, parameters: Named) -> None:
     known = {id(parameter) for _, parameter in parameters}
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
@@ -109,11 +154,14 @@ def _check_optimizer(
                     f"shape {tuple(parameter.shape)}); pass the module that holds it to protect too, or build the "
                     "optimizer after the model has its final parameters"
                 )
+
+
+def _check_scheduled(name: str, optimizer: Optimizer, schedulers: tuple[tuple[str, LRScheduler], ...]) -> None:
     attached = bool(getattr(optimizer.step, "_wrapped_by_lr_sched", False))
     if attached and not any(_drives(scheduler, optimizer) for _, scheduler in schedulers):
         raise ValueError(
             f"protect: a scheduler is attached to {name} but not protected, and would be lost in a recovery; "
-            "pass it as protect(..., scheduler=scheduler)"
+            "create it before protect and pass it as protect(..., scheduler=scheduler)"
         )
 
 
@@ -123,7 +171,7 @@ def _drives(scheduler: LRScheduler, optimizer: Optimizer) -> bool:
     return own is optimizer or any(_drives(part, optimizer) for part in inner)
 
 
-def _check_device(parameters: tuple[tuple[str, nn.Parameter], ...], device: torch.device) -> None:
+def _check_device(parameters: Named, device: torch.device) -> None:
     for name, parameter in parameters:
         if parameter.device.type != device.type:
             raise ValueError(
@@ -134,3 +182,7 @@ def _check_device(parameters: tuple[tuple[str, nn.Parameter], ...], device: torc
 
 def is_plateau(scheduler: LRScheduler) -> bool:
     return isinstance(scheduler, ReduceLROnPlateau)
+
+
+def _plain(value: object) -> str:
+    return repr(value.tolist()) if isinstance(value, Tensor) else repr(value)

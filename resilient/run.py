@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,9 +37,12 @@ class Run:
         self._team = team
         self._seed = seed
         self._protected: Protected | None = None
-        self._loop_ran = False
+        self._loop: weakref.ref[Generator[Any, None, None]] | None = None
+        """The loop that was asked for. Held by the user alone, so that a break ends it at once."""
+        self._entered = False
         self._leaf: int | None = None
         self._backward_done = False
+        self._paused = False
         self._sought: tuple[int, tuple[int, ...]] | None = None
         self._left_in_step: int | None = None
         self._logged: dict[int, dict[str, float]] = {}
@@ -76,7 +80,7 @@ class Run:
         load_state_dict. They are changed in place: updates act once per step. Rank 0's state is
         everybody's. Raises ValueError or TypeError naming the argument and what to do.
         """
-        if self._loop_ran:
+        if self._loop is not None:
             raise ValueError("protect was called after run.batches began; call it once, before the loop")
         if self._protected is not None:
             raise ValueError("protect was called twice; pass everything in one call: protect(model=..., optimizer=...)")
@@ -102,7 +106,7 @@ class Run:
         """
         if self._protected is None:
             raise ValueError("run.batches was called before run.protect; call protect(model=..., optimizer=...) first")
-        if self._loop_ran:
+        if self._loop is not None:
             raise ValueError("run.batches was called twice; a run has one loop: ask for all its steps at once")
         feed = Feed(
             dataset,
@@ -120,8 +124,9 @@ class Run:
                 f"(global_batch {global_batch} / micro_batch {micro_batch}) and every rank needs one: "
                 f"use workers of at most {feed.micro_batches}, or a smaller micro_batch"
             )
-        self._loop_ran = True
-        return self._iterate(feed, self._protected)
+        loop = self._iterate(feed, self._protected)
+        self._loop = weakref.ref(loop)
+        return loop
 
     def log(self, **values: float | Tensor) -> None:
         """Record values for this step. What each micro-batch logs is averaged over the step.
@@ -130,6 +135,10 @@ class Run:
         """
         if self._leaf is None:
             raise LoopError("run.log was called outside the training loop; return values from the function instead")
+        if "step" in values:
+            raise ValueError(
+                f"run.log(step={values['step']!r}): every row has its step already; log it by another name"
+            )
         mine = self._logged.setdefault(self._leaf, {})
         for name, value in values.items():
             if name != "loss":
@@ -146,28 +155,37 @@ class Run:
 
     @contextmanager
     def pause(self, reason: str) -> Iterator[None]:
-        """Around work that makes no training progress, such as a long validation: not taken for a hang."""
+        """Around work that makes no training progress, such as a long validation: not taken for a hang.
+
+        A backward inside it is the user's own affair, and not the micro-batch's.
+        """
         self._team.pause(reason)
+        self._paused = True
         try:
             yield
         finally:
+            self._paused = False
             self._team.pause(None)
 
     # The loop around the loop
 
-    def _iterate(self, feed: Feed, protected: Protected) -> Iterator[Any]:
+    def _iterate(self, feed: Feed, protected: Protected) -> Generator[Any, None, None]:
+        self._entered = True
         gates = Gates(protected)
         buffers = Buffers(protected.modules)
         sums = StepSums(protected.parameters, buffers, feed.micro_batches)
+        protected.check_schedulers()
         gates.set()
 
         def after_backward(root: Tensor | None) -> None:
-            self._fold(sums, None if root is None else gates.unscaled(root))
+            if self._leaf is None or self._paused:
+                return
+            self._fold(sums, protected, None if root is None else gates.unscaled(root))
             self._commit_or_go_on(sums, gates)
 
         try:
             with watched_backward(self._before_backward, after_backward):
-                self._team.enter(self._loop(feed, protected, sums))
+                self._team.enter(self._brought(feed, protected, sums))
                 buffers.begin_step()
                 while self._has_more(feed):
                     todo = self._team.next()
@@ -187,7 +205,7 @@ class Run:
             gates.take_off()
             feed.close()
 
-    def _loop(self, feed: Feed, protected: Protected, sums: StepSums) -> Loop:
+    def _brought(self, feed: Feed, protected: Protected, sums: StepSums) -> Loop:
         def objects() -> Mapping[str, object]:
             return {
                 **{f"user:{name}": thing for name, thing in protected.objects.items()},
@@ -196,10 +214,13 @@ class Run:
                 "run.buffers": _KnownBuffers(sums),
             }
 
-        def control_state() -> dict[str, object]:
-            return _control_state(protected)
-
-        return Loop(sums=sums, steps=feed.steps, objects=objects, control_state=control_state)
+        return Loop(
+            sums=sums,
+            steps=feed.steps,
+            objects=objects,
+            control_state=protected.control_state,
+            leave=self._end_loop,
+        )
 
     def _has_more(self, feed: Feed) -> bool:
         return feed.has_step(self.step)
@@ -224,20 +245,20 @@ class Run:
         self._sought = aim
 
     def _before_backward(self) -> None:
-        if self._leaf is None:
+        if self._leaf is None or self._paused:
             return
         if self._backward_done:
             raise LoopError("backward was called twice for one micro-batch; add the losses up and call backward once")
 
-    def _fold(self, sums: StepSums, loss: Tensor | None) -> None:
-        if self._leaf is None:
-            return
+    def _fold(self, sums: StepSums, protected: Protected, loss: Tensor | None) -> None:
+        assert self._leaf is not None
         self._backward_done = True
+        protected.check_frozen()
         sums.fold_leaf(self._leaf, loss)
         self._team.folded(self._leaf)
 
     def _commit_or_go_on(self, sums: StepSums, gates: Gates) -> None:
-        if self._leaf is None or not isinstance(self._team.next(), Apply):
+        if not isinstance(self._team.next(), Apply):
             return
         losses = sums.apply()
         self._team.committed(losses)
@@ -274,6 +295,12 @@ class Run:
         else:
             self._left_in_step = self.step
 
+    def _end_loop(self) -> None:
+        """Leave the loop now, although the user or a traceback still holds its iterator."""
+        loop = self._loop() if self._loop is not None else None
+        if loop is not None:
+            loop.close()
+
     def digest(self) -> str:
         """xxh3-128 of the bits of all that is protected, and of run.state."""
         assert self._protected is not None
@@ -281,13 +308,16 @@ class Run:
 
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""
-        if self._protected is None or not self._loop_ran:
+        self._end_loop()
+        if self._protected is None or self._loop is None:
             missing = "run.protect" if self._protected is None else "run.batches"
             raise LoopError(f"the training function returned without calling {missing}; see the README for the loop")
+        if not self._entered:
+            raise LoopError("the training function returned without iterating over what run.batches gave it")
         if self._left_in_step is not None:
             raise LoopError(
                 f"the loop was left in the middle of step {self._left_in_step}; break only where run.committing is "
-                "true, and on what is equal on all ranks"
+                "true, after optimizer.step(), and on what is equal on all ranks"
             )
 
 
@@ -316,24 +346,3 @@ class _KnownBuffers:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if tuple(state["names"]) != self._sums.known_buffers:
             self._sums.widen(state["names"])
-
-
-def _control_state(protected: Protected) -> dict[str, object]:
-    values: dict[str, object] = {}
-    for name, optimizer in protected.optimizers:
-        for number, group in enumerate(optimizer.param_groups):
-            for key, value in group.items():
-                if key != "params":
-                    values[f"{name}.param_groups[{number}].{key}"] = _plain(value)
-        for place, state in enumerate(optimizer.state.values()):
-            counter = state.get("step")
-            if counter is not None and (not isinstance(counter, Tensor) or counter.device.type == "cpu"):
-                values[f"{name}.state[{place}].step"] = float(counter)
-    for name, scheduler in protected.schedulers:
-        for key, value in scheduler.state_dict().items():
-            values[f"{name}.{key}"] = _plain(value)
-    return values
-
-
-def _plain(value: object) -> str:
-    return repr(value.tolist()) if isinstance(value, Tensor) else repr(value)

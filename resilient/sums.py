@@ -118,9 +118,8 @@ class StepSums:
             number = places[f"gradient:{name}"]
             parameter.grad = mean.views[number] if result.counts[number] else None
         for name in self.known_buffers:
-            number = places.get(name)
-            if number is not None and result.counts[number]:
-                self.buffers.put(name, _mean_of(result, number))
+            if name in places and result.counts[places[name]]:
+                self.buffers.put(name, _mean_of(result, places[name]))
         return [float(loss) for loss in result.views[places[LOSS]].tolist()]
 
     def _lay_out(self) -> Layout:

@@ -24,6 +24,8 @@ class Loop:
     """Everything that makes up the state, by name; captured and loaded at a step boundary."""
     control_state: Callable[[], dict[str, object]]
     """Values that must be equal on all ranks in every step: learning rates, scheduler and step counters."""
+    leave: Callable[[], None]
+    """Take off all that the loop has put around torch and the user's objects, wherever it stands."""
 
 
 class Team(Protocol):
@@ -121,6 +123,11 @@ class Alone:
 
     def pause(self, reason: str | None) -> None:
         pass
+
+    def close(self) -> None:
+        """This process goes on without the run: nothing of its loop may stay."""
+        if self._loop is not None:
+            self._loop.leave()
 
 
 def mean(values: list[float]) -> float:
