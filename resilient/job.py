@@ -42,12 +42,12 @@ class Settings:
             )
         for field in ("detection_s", "wait_for_nodes_s"):
             value = getattr(self, field)
-            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            if not (_is_number(value) and value > 0):
                 raise ValueError(f"{field}={value!r}: needs a positive number of seconds")
         for resource, amount in self.resources.items():
-            if not (isinstance(amount, int | float) and math.isfinite(amount) and amount >= 0):
+            if not (_is_number(amount) and amount >= 0):
                 raise ValueError(f"resources[{resource!r}]={amount!r}: needs a number of 0 or more")
-        if not self.name or set(self.name) & set("/ \n"):
+        if not any(map(str.isalnum, self.name)) or not all(sign.isalnum() or sign in "-_." for sign in self.name):
             raise ValueError(f"name={self.name!r}: needs letters, digits, '-', '_' or '.', without spaces or slashes")
 
     @property
@@ -93,15 +93,15 @@ class Job:
 
 def settings_from(
     *,
-    name: str,
+    name: Any,
     workers: Any,
     spares: Any,
-    resources: Mapping[str, float] | None,
+    resources: Any,
     seed: Any,
     reduction: Any,
     detection_s: Any,
     wait_for_nodes_s: Any,
-    allow_different_bits: bool,
+    allow_different_bits: Any,
 ) -> Settings:
     """Bring what users write into one form: workers=4 means (4, 4); spares and seed are whole numbers."""
     pair = (workers, workers) if _is_whole(workers) else workers
@@ -110,6 +110,12 @@ def settings_from(
     for field, value in (("spares", spares), ("seed", seed)):
         if not _is_whole(value):
             raise TypeError(f"{field}={value!r}: is a whole number")
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}: is a string")
+    if not (resources is None or isinstance(resources, Mapping)):
+        raise TypeError(f'resources={resources!r}: is a dict, such as {{"CPU": 2, "GPU": 1}}')
+    if not isinstance(allow_different_bits, bool):
+        raise TypeError(f"allow_different_bits={allow_different_bits!r}: is True or False")
     return Settings(
         name=name,
         workers=(pair[0], pair[1]),
@@ -125,3 +131,7 @@ def settings_from(
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
