@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 OURS = ("resilient", "actors", "snapshot")
+HOME = Path(__file__).resolve().parent.parent
 
 
 def check_not_hidden(search: list[str] | None = None) -> None:
     """Raises ValueError naming the path and the remedy.
 
-    Ray puts the script's folder in front of the workers' search path, so a module of one of our names
-    there would be imported in place of ours.
+    Ray puts the current folder and the script's in front of the workers' search path, so a module of one
+    of our names there would be imported in place of ours. Python itself is asked what it would find: a
+    folder without __init__.py gives way to a package anywhere later on the path, but it does hide one
+    that is not on the path at all, as after an editable installation.
     """
-    home = Path(__file__).resolve().parent.parent
-    for entry in sys.path if search is None else search:
-        folder = Path(entry or ".").resolve()
-        if folder == home:
-            return
-        for name in OURS:
-            for hiding in (folder / f"{name}.py", folder / name / "__init__.py"):
-                if hiding.is_file() and hiding.resolve().parent != home / name:
-                    path = hiding if hiding.name != "__init__.py" else hiding.parent
-                    raise ValueError(
-                        f"{path} would hide the package `{name}` of resilient in the workers: "
-                        "rename it, or run the script from another folder"
-                    )
+    importlib.invalidate_caches()
+    folders = [os.getcwd(), *sys.path] if search is None else search
+    for name in OURS:
+        spec = PathFinder.find_spec(name, folders)
+        if spec is None:
+            continue
+        places = list(spec.submodule_search_locations or ())
+        found = Path(places[0] if places else spec.origin or name)
+        if found.resolve() != HOME / name:
+            raise ValueError(
+                f"{found} would hide the package `{name}` of resilient in the workers: "
+                "rename it, or run the script from another folder"
+            )
