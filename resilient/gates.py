@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
@@ -32,12 +33,13 @@ class Gates:
         self._protected = protected
         self._covered: list[tuple[Any, str, Any]] = []
         """What an instance had in a gate's place before: a scheduler's own wrapper, or nothing."""
+        self._optimizer_gates: dict[str, MethodType] = {}
         self._classes: list[tuple[Any, type]] = []
         self._scaled: tuple[Tensor, Tensor] | None = None
 
     def set(self) -> None:
-        for _, optimizer in self._protected.optimizers:
-            self._gate(optimizer, "step", self._optimizer_step)
+        for name, optimizer in self._protected.optimizers:
+            self._optimizer_gates[name] = self._gate(optimizer, "step", self._optimizer_step)
         for name, scheduler in self._protected.schedulers:
             check = functools.partial(_check_plateau, name) if is_plateau(scheduler) else None
             self._gate_by_class(scheduler, functools.partial(self._only_open, check))
@@ -64,7 +66,7 @@ class Gates:
     def check_in_place(self) -> None:
         """Raises LoopError if something has been put around a gate, as a late scheduler does."""
         for name, optimizer in self._protected.optimizers:
-            if getattr(optimizer.step, "_resilient_gate", None) is not self:
+            if optimizer.__dict__.get("step") is not self._optimizer_gates[name]:
                 raise LoopError(
                     f"{name}.step was replaced after protect, as a scheduler that is created later does; "
                     "create schedulers first, and pass them as protect(..., scheduler=scheduler)"
@@ -76,16 +78,17 @@ class Gates:
             return self._scaled[1]
         return loss
 
-    def _gate(self, thing: Any, method: str, gate: Callable[..., Any]) -> None:
+    def _gate(self, thing: Any, method: str, gate: Callable[..., Any]) -> MethodType:
+        """A bound method like the original: a scheduler that wraps it later expects one."""
         original = getattr(thing, method)
 
-        @functools.wraps(original)
-        def gated(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(getattr(original, "__func__", original))
+        def gated(_: Any, *args: Any, **kwargs: Any) -> Any:
             return gate(original, *args, **kwargs)
 
-        gated._resilient_gate = self  # type: ignore[attr-defined]
         self._covered.append((thing, method, thing.__dict__.get(method)))
-        thing.__dict__[method] = gated
+        thing.__dict__[method] = bound = MethodType(gated, thing)
+        return bound
 
     def _gate_by_class(self, scheduler: Any, gate: Callable[..., Any]) -> None:
         """A scheduler's state is all of its attributes, so its gate must not be one of them."""

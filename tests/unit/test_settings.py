@@ -1,0 +1,107 @@
+"""The decorator's arguments: what is refused, and with which words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import resilient
+from resilient.job import settings_from
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"workers": 0}, ValueError, r"workers=\(0, 0\): needs 1 <= min <= max"),
+        ({"workers": -1}, ValueError, "workers="),
+        ({"workers": (3, 2)}, ValueError, r"workers=\(3, 2\): needs 1 <= min <= max"),
+        ({"workers": (0, 2)}, ValueError, r"workers=\(0, 2\)"),
+        ({"workers": 2.0}, TypeError, "workers=2.0: is a whole number"),
+        ({"workers": True}, TypeError, "workers=True"),
+        ({"workers": "2"}, TypeError, "workers='2'"),
+        ({"workers": "24"}, TypeError, "workers='24'"),
+        ({"workers": (1, 2, 3)}, TypeError, "workers="),
+        ({"workers": (1, 2.5)}, TypeError, "workers="),
+        ({"workers": (True, 2)}, TypeError, "workers="),
+        ({"workers": None}, TypeError, "workers=None"),
+        ({"spares": -1}, ValueError, "spares=-1: needs 0 or more"),
+        ({"spares": 1.5}, TypeError, "spares=1.5: is a whole number"),
+        ({"spares": True}, TypeError, "spares=True"),
+        ({"seed": "0"}, TypeError, "seed='0': is a whole number"),
+        ({"seed": 0.5}, TypeError, "seed=0.5"),
+        ({"seed": None}, TypeError, "seed=None"),
+        ({"seed": False}, TypeError, "seed=False"),
+        ({"name": ""}, ValueError, "name='': needs letters"),
+        ({"name": "a b"}, ValueError, "name='a b'"),
+        ({"name": "a/b"}, ValueError, "name='a/b'"),
+        ({"name": "a\tb"}, ValueError, "name="),
+        ({"name": "a\0"}, ValueError, "name="),
+        ({"name": ".."}, ValueError, r"name='\.\.'"),
+        ({"name": "<lambda>"}, ValueError, "name='<lambda>'"),
+        ({"name": 7}, TypeError, "name=7: is a string"),
+        ({"resources": {"CPU": -1}}, ValueError, r"resources\['CPU'\]=-1: needs a number of 0 or more"),
+        ({"resources": {"CPU": "1"}}, ValueError, r"resources\['CPU'\]='1'"),
+        ({"resources": {"GPU": True}}, ValueError, r"resources\['GPU'\]=True"),
+        ({"resources": {"GPU": math.nan}}, ValueError, r"resources\['GPU'\]=nan"),
+        ({"resources": 4}, TypeError, "resources=4: is a dict"),
+        ({"resources": "CPU"}, TypeError, "resources='CPU': is a dict"),
+        ({"reduction": "slow"}, ValueError, "reduction='slow': is \"exact\""),
+        ({"reduction": None}, ValueError, "reduction=None"),
+        ({"detection_s": 0}, ValueError, "detection_s=0: needs a positive number of seconds"),
+        ({"detection_s": -2.0}, ValueError, "detection_s=-2.0"),
+        ({"detection_s": math.inf}, ValueError, "detection_s=inf"),
+        ({"detection_s": "2"}, ValueError, "detection_s='2'"),
+        ({"detection_s": True}, ValueError, "detection_s=True"),
+        ({"wait_for_nodes_s": math.nan}, ValueError, "wait_for_nodes_s=nan"),
+        ({"allow_different_bits": "no"}, TypeError, "allow_different_bits='no': is True or False"),
+    ],
+)
+def test_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        resilient.train(**arguments)(main)
+
+
+def main(run: resilient.Run) -> None:
+    raise AssertionError("never run here")
+
+
+def test_defaults() -> None:
+    settings = resilient.train()(main).settings
+    assert (settings.name, settings.workers, settings.seed, settings.threads) == ("main", (1, 1), 0, 1)
+    assert settings.limits.max_workers == 1
+    assert settings.lease_s > settings.driver_lease_s > settings.detection_s
+
+
+def test_accepted() -> None:
+    settings = resilient.train(
+        workers=(2, 4),
+        spares=1,
+        seed=-(2**70),
+        name="größe-1.b_c",
+        resources={"CPU": 3.5, "GPU": 0, "special": 0.5},
+        detection_s=1,
+    )(main).settings
+    assert (settings.workers, settings.threads, settings.spares) == ((2, 4), 3, 1)
+    assert resilient.train(workers=[1, 2])(main).settings.workers == (1, 2)  # type: ignore[arg-type]
+    assert resilient.train(resources={"CPU": 0.5})(main).settings.threads == 1
+
+
+def test_resources_are_the_runs_own() -> None:
+    resources = {"CPU": 1.0}
+    settings = resilient.train(resources=resources)(main).settings
+    resources["CPU"] = 5.0
+    assert settings.threads == 1
+
+
+def test_settings_come_from_keywords_only() -> None:
+    with pytest.raises(TypeError):
+        settings_from("main")  # type: ignore[misc, call-arg]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_without_cuda() -> None:
+    with pytest.raises(ValueError, match=r"resources=\{'GPU': 1\} asks for a GPU.*no CUDA device.*leave GPU out"):
+        resilient.train(resources={"GPU": 1})(main).local()
