@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import (
-    AllreduceOptions,
-    PrefixStore,
-    ProcessGroupGloo,
-    ReduceOp,
-    TCPStore,
-)
 
 FORM_LIMIT_S = 300.0
 """A formation that takes longer has failed: far beyond what any cluster needs."""
 NEVER = datetime.timedelta(days=10_000)
+
+# torch's stubs lack these.
+Gloo: Any = dist.ProcessGroupGloo
+TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
+PrefixStore: Any = dist.PrefixStore  # type: ignore[attr-defined]
+MINIMUM: Any = dist.ReduceOp.MIN
 
 _abandoned: list[Group] = []
 
@@ -66,7 +66,7 @@ class Pending:
             raise LinkBroken(str(error)) from error
 
 
-def open_store(host: str) -> TCPStore:
+def open_store(host: str) -> Any:
     """A store server in this process, on a free port; its `port` goes into the plan."""
     return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=FORM_LIMIT_S))
 
@@ -87,7 +87,7 @@ class Group:
         try:
             client = TCPStore(store[0], store[1], is_master=False, wait_for_workers=False, timeout=limit)
             self._store = PrefixStore(prefix, client)
-            self._control = ProcessGroupGloo(self._store, rank, size, _gloo_options(host))
+            self._control = Gloo(self._store, rank, size, _gloo_options(host))
             self._data: Any = self._control
             if device.type == "cuda":
                 self._data = _nccl(PrefixStore("nccl", self._store), rank, size)
@@ -97,8 +97,8 @@ class Group:
     def minimum(self, values: Sequence[int]) -> list[int]:
         """The element-wise minimum over all ranks of a few 64-bit integers."""
         vector = torch.tensor(values, dtype=torch.int64)
-        options = AllreduceOptions()
-        options.reduceOp = ReduceOp.MIN
+        options = dist.AllreduceOptions()
+        options.reduceOp = MINIMUM
         Pending([self._control.allreduce([vector], options)], vector).wait()
         return [int(value) for value in vector.tolist()]
 
@@ -112,7 +112,7 @@ class Group:
     def gather_bytes(self, text: bytes) -> list[bytes]:
         """Every rank's bytes, in rank order, of any length."""
         lengths = [length for (length,) in self.gather([len(text)])]
-        mine = torch.zeros(max(max(lengths), 1), dtype=torch.uint8)
+        mine = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
         mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else mine[:0]
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         Pending([self._control.allgather([everyone], [mine])], everyone).wait()
@@ -121,7 +121,7 @@ class Group:
 
     def sum(self, data: Tensor) -> None:
         """Plain all-reduce in place: fast, and in whatever order the library likes."""
-        Pending([self._data.allreduce([data], AllreduceOptions())], data).wait()
+        Pending([self._data.allreduce([data], dist.AllreduceOptions())], data).wait()
 
     def post(self, sends: Iterable[Move], receives: Iterable[Move]) -> Pending:
         """Begin transfers on the group's device. Pairs match by peer and tag, in order.
@@ -161,14 +161,14 @@ def _post(group: Any, sends: Iterable[Move], receives: Iterable[Move]) -> Pendin
 
 
 def _gloo_options(host: str) -> Any:
-    options = ProcessGroupGloo._Options()
+    options = Gloo._Options()
     options._timeout = NEVER
-    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    options._devices = [Gloo.create_device(hostname=host)]
     options._threads = 2
     return options
 
 
-def _nccl(store: PrefixStore, rank: int, size: int) -> Any:
+def _nccl(store: Any, rank: int, size: int) -> Any:
     from torch.distributed import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()

@@ -24,7 +24,9 @@ from .result import Result
 
 POLL_EVERY_S = 0.1
 CONTROLLER_LIMIT_S = 60.0
-"""How long the driver waits for a controller that does not answer."""
+"""How long the driver waits for a controller that no longer answers."""
+CONTROLLER_START_LIMIT_S = 300.0
+"""How long it waits for the first answer: a busy cluster starts processes slowly."""
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -102,19 +104,19 @@ def _keep_lease(controller: Any, ended: threading.Event, settings: Settings) -> 
 def _follow(controller: Any, progress: Progress) -> Result:
     rows: list[dict[str, float]] = []
     recoveries: dict[tuple[int, int], dict[str, Any]] = {}
-    answered_at = time.monotonic()
+    answered_at, limit_s = time.monotonic(), CONTROLLER_START_LIMIT_S
     while True:
         try:
             news = ray.get(controller.poll.remote(len(rows) - 1), timeout=CONTROLLER_LIMIT_S)
         except (RayActorError, GetTimeoutError) as error:
-            if time.monotonic() - answered_at > CONTROLLER_LIMIT_S:
+            if time.monotonic() - answered_at > limit_s:
                 raise RunLost(
-                    f"the controller has not answered for {CONTROLLER_LIMIT_S:.0f} s ({error}); "
+                    f"the controller has not answered for {limit_s:.0f} s ({error}); "
                     "the cluster's head node may be gone"
                 ) from error
             time.sleep(POLL_EVERY_S)
             continue
-        answered_at = time.monotonic()
+        answered_at, limit_s = time.monotonic(), CONTROLLER_LIMIT_S
         for row in news["rows"]:
             if int(row["step"]) == len(rows):
                 rows.append(row)

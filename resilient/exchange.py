@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def slices(nbytes: int, size: int) -> tuple[tuple[int, int], ...]:
     """The payload cut into `size` byte ranges as even as alignment allows."""
     units = -(-nbytes // ALIGN_BYTES)
     cuts = [min(nbytes, units * rank // size * ALIGN_BYTES) for rank in range(size)] + [nbytes]
-    return tuple(zip(cuts, cuts[1:], strict=False))
+    return tuple(pairwise(cuts))
 
 
 def chunks(start: int, stop: int) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,7 +91,7 @@ class GenerationThread(threading.Thread):
             self._member.link_broken(self.plan, str(error))
         except Superseded:
             pass
-        except BaseException as error:  # the thread's edge: an error of ours must end the run, not hang it
+        except BaseException as error:  # noqa: BLE001  the thread's edge: an error of ours must end the run, not hang it
             self._member.crashed(self.plan, error)
 
     # Leveling
@@ -226,8 +227,7 @@ def _parts(nbytes: int, ways: int) -> list[list[tuple[int, int]]]:
     """Bytes cut into `ways` ranges, each cut into chunks."""
     cuts = [nbytes * way // ways for way in range(ways + 1)]
     return [
-        [(at, min(at + CHUNK_BYTES, stop)) for at in range(start, stop, CHUNK_BYTES)]
-        for start, stop in zip(cuts, cuts[1:], strict=False)
+        [(at, min(at + CHUNK_BYTES, stop)) for at in range(start, stop, CHUNK_BYTES)] for start, stop in pairwise(cuts)
     ]
 
 

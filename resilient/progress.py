@@ -23,7 +23,12 @@ def on_terminal(name: str) -> Iterator[Callable[[dict[str, Any]], None]]:
         return fresh
 
     if not sys.stderr.isatty():
-        yield lambda news: [log.info("%s: %s", name, text) for text in new_messages(news)] and None
+
+        def write(news: dict[str, Any]) -> None:
+            for text in new_messages(news):
+                log.info("%s: %s", name, text)
+
+        yield write
         return
     from rich.console import Console
 

@@ -38,7 +38,7 @@ class RankBody:
     def train(self) -> None:
         try:
             value, digest = self._train()
-        except BaseException as error:  # the thread's edge: whatever the user's code raises ends the run
+        except BaseException as error:  # noqa: BLE001  the thread's edge: whatever the user's code raises ends the run
             if is_machine_error(error):
                 traceback.print_exc()
                 os._exit(1)

@@ -205,9 +205,7 @@ class _Loading:
             if known is not None and place_of(known) == place_of(current):
                 return current
             same = (current.shape, current.dtype, current.device) == (source.shape, source.dtype, device)
-            overlaps = any(
-                stride == 0 < size - 1 for size, stride in zip(current.shape, current.stride(), strict=True)
-            )
+            overlaps = any(stride == 0 < size - 1 for size, stride in zip(current.shape, current.stride(), strict=True))
             if known is None and same and not overlaps and place_of(current) not in self._claimed:
                 self._claimed[place_of(current)] = index
                 self._targets[index] = current

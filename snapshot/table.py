@@ -48,9 +48,7 @@ class StateTable:
             if (tuple(tensor.shape), tensor.dtype) != (spec.shape, DTYPES.get(spec.dtype)):
                 raise ValueError(f"tensors: {spec.name} is {describe(tensor)}, the layout says {spec}")
             if memory_order(tensor) != spec.order:
-                raise ValueError(
-                    f"tensors: {spec.name} lies in memory as {tensor.stride()}, not {spec.order}"
-                )
+                raise ValueError(f"tensors: {spec.name} lies in memory as {tensor.stride()}, not {spec.order}")
         object.__setattr__(self, "skeleton", self.layout.to_bytes())
         object.__setattr__(self, "_offsets", self.layout.offsets)
 
@@ -115,9 +113,7 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     if tensor.is_contiguous():
         return tuple(axes)
     # The stride of an axis of size 1 says nothing and is not kept by copies: such axes come first.
-    strides = [
-        0 if size == 1 else -stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
+    strides = [0 if size == 1 else -stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     order = tuple(sorted(axes, key=lambda axis: (tensor.shape[axis] > 1, strides[axis], axis)))
     return order if tensor.permute(order).is_contiguous() else None
 

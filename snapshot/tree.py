@@ -58,8 +58,7 @@ def encode(value: object, *, path: str, leaf: EncodeLeaf, depth: int = 0) -> Jso
     if kind is list or kind is tuple:
         assert isinstance(value, list | tuple)
         elements = [
-            encode(item, path=f"{path}[{position}]", leaf=leaf, depth=depth + 1)
-            for position, item in enumerate(value)
+            encode(item, path=f"{path}[{position}]", leaf=leaf, depth=depth + 1) for position, item in enumerate(value)
         ]
         return elements if kind is list else {"tuple": elements}
     if kind in _PLAIN or kind in _SETS:
@@ -122,9 +121,7 @@ def decode(node: Json, *, leaf: DecodeLeaf, current: object = None) -> Any:
     reuse it. Containers are always new.
     """
     if isinstance(node, list):
-        return [
-            decode(item, leaf=leaf, current=_element(current, position)) for position, item in enumerate(node)
-        ]
+        return [decode(item, leaf=leaf, current=_element(current, position)) for position, item in enumerate(node)]
     if not isinstance(node, dict):
         return node
     if len(node) != 1:

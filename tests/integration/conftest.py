@@ -26,6 +26,7 @@ def cluster() -> Iterator[Any]:
         head_node_args={
             **node,
             "_system_config": {
+                "prestart_worker_first_driver": False,
                 "health_check_initial_delay_ms": 0,
                 "health_check_period_ms": 500,
                 "health_check_failure_threshold": 4,

@@ -113,9 +113,8 @@ def _arm_reduce(run: resilient.Run, fault: Fault) -> None:
 
 def _arm_partial(run: resilient.Run, fault: Fault) -> None:
     """After the exchange's result slice of this rank has gone to rank 0, and to nobody else."""
-    from resilient import exchange
-
     from actors.group import Group
+    from resilient import exchange
 
     post = Group.post
 

@@ -16,7 +16,7 @@ import ray
 from actors import launch
 
 
-def until(true: Callable[[], Any], what: str, limit_s: float = 60.0) -> Any:
+def until(true: Callable[[], Any], what: str, limit_s: float = 180.0) -> Any:
     """Poll until something holds; its value."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
@@ -41,30 +41,31 @@ class Watched:
     def _run(self, function: Any, kwargs: dict[str, Any]) -> None:
         try:
             self._result = function.watched(self.news.update, **kwargs)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  handed to the test's thread
             self._error = error
+
+    def until(self, true: Callable[[dict[str, Any]], Any], what: str) -> None:
+        """Until something holds of the run's news; an error of the run's own is raised at once."""
+
+        def holds() -> bool:
+            if self._error is not None:
+                raise self._error
+            return bool(true(self.news))
+
+        until(holds, f"{what}: {self.news}")
 
     def at_step(self, step: int, ranks: int = 0) -> None:
         """Until the run has committed so many steps (and has so many ranks)."""
+        self.until(lambda news: news["step"] >= step and news["ranks"] >= ranks, f"step {step} with {ranks} ranks")
 
-        def reached() -> bool:
-            if self._error is not None:
-                raise self._error
-            return bool(self.news["step"] >= step and self.news["ranks"] >= ranks)
+    def until_said(self, text: str) -> None:
+        self.until(lambda news: any(text in line for line in news["messages"]), f"it says {text!r}")
 
-        until(reached, f"step {step} with {ranks} ranks: {self.news}")
-
-    def until_recovered(self, times: int, limit_s: float = 90.0) -> None:
+    def until_recovered(self, times: int) -> None:
         """Until so many recoveries have been recorded."""
+        self.until(lambda news: len(news["recoveries"]) >= times, f"{times} recoveries")
 
-        def recovered() -> bool:
-            if self._error is not None:
-                raise self._error
-            return len(self.news["recoveries"]) >= times
-
-        until(recovered, f"{times} recoveries: {self.news}", limit_s)
-
-    def result(self, limit_s: float = 90.0) -> Any:
+    def result(self, limit_s: float = 180.0) -> Any:
         """Let it go at full speed, and wait for its end."""
         if self._hold:
             Path(self._hold).touch()

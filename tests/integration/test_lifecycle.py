@@ -28,8 +28,8 @@ def test_controller_killed_in_mid_step_and_a_rank_after_that(cluster: Any, tmp_p
     pid = run.pid_of_rank(1)
     run.kill_controller()
     os.kill(pid, signal.SIGKILL)
-    until(lambda: any("restarted" in text for text in run.news["messages"]), f"a new controller: {run.news}")
-    until(lambda: run.news["generation"] >= 2, f"the death is handled: {run.news}")
+    run.until_said("restarted")
+    run.until(lambda news: news["generation"] >= 2, "the death is handled")
     result = run.result()
     assert result.digest == undisturbed.digest
     assert [row["loss"] for row in result.metrics] == [row["loss"] for row in undisturbed.metrics]

@@ -35,7 +35,7 @@ def test_joiners_that_die_while_receiving_and_once_seated(cluster: Any, undistur
         fault(tmp_path, -1, 0, "joined"),
     )
     run = Watched(train("joiners", workers=(1, 2)), steps=LONG, hold=str(tmp_path / "go"), faults=faults)
-    until(lambda: all(Path(item.marker).exists() for item in faults), f"all have died: {run.news}", 120)
+    run.until(lambda news: all(Path(item.marker).exists() for item in faults), "all have died")
     run.at_step(run.news["step"], ranks=2)
     result = run.result()
     assert result.digest == undisturbed.digest
@@ -49,7 +49,7 @@ def test_a_holder_dies_while_it_welcomes_a_joiner_and_a_spare_takes_over(
     state. The proposal is cancelled, and made again."""
     faults = (fault(tmp_path, 2, 4, "forward"), fault(tmp_path, 0, 4, "welcoming"))
     run = Watched(train("welcome", workers=(1, 3), spares=1), steps=LONG, hold=str(tmp_path / "go"), faults=faults)
-    until(lambda: any(item["kind"] == "joined" for item in run.news["recoveries"]), f"a spare joins: {run.news}")
+    run.until(lambda news: any(item["kind"] == "joined" for item in news["recoveries"]), "a spare joins")
     result = run.result()
     assert result.digest == undisturbed.digest
     assert all(Path(item.marker).exists() for item in faults), run.news["messages"]
@@ -100,7 +100,7 @@ def test_below_min_it_stands_still_until_a_rank_is_back(cluster: Any, undisturbe
     run = Watched(train("min", workers=2), steps=LONG, hold=str(tmp_path / "go"))
     run.at_step(4, ranks=2)
     run.signal_rank(0)
-    until(lambda: any("1 of at least 2" in text for text in run.news["messages"]), "it says what it waits for")
+    run.until_said("1 of at least 2")
     assert run.result().digest == undisturbed.digest
 
 

@@ -18,9 +18,7 @@ from snapshot.table import DTYPES, StateTable
 # Creating a ComplexHalf tensor warns that it is experimental.
 DTYPE_NAMES = sorted(set(DTYPES) - {"complex32"})
 
-floats = st.floats() | st.integers(0, 2**64 - 1).map(
-    lambda bits: struct.unpack("<d", struct.pack("<Q", bits))[0]
-)
+floats = st.floats() | st.integers(0, 2**64 - 1).map(lambda bits: struct.unpack("<d", struct.pack("<Q", bits))[0])
 keys = st.recursive(
     st.none() | st.booleans() | st.integers() | floats | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=3).map(tuple),
@@ -47,9 +45,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 arrays = st.sampled_from(["b", "B", "h", "H", "i", "I", "q", "Q", "e", "f", "d", "F", "D", "?"]).flatmap(
     lambda char: st.integers(0, 3).map(lambda size: np.ones((size, 2), dtype=char))
 )
-leaves = (
-    keys | st.complex_numbers() | tensors() | arrays | st.sampled_from([torch.float8_e5m2, torch.Size([1])])
-)
+leaves = keys | st.complex_numbers() | tensors() | arrays | st.sampled_from([torch.float8_e5m2, torch.Size([1])])
 trees = st.recursive(
     leaves,
     lambda inner: st.one_of(

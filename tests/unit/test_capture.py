@@ -245,9 +245,7 @@ def test_the_table_refers_to_live_tensors() -> None:
 
 
 def test_the_digest_sees_every_bit() -> None:
-    table = received(
-        capture({"state": {"x": torch.rand(3), "flag": torch.tensor(True), "half": torch.ones(2).half()}})
-    )
+    table = received(capture({"state": {"x": torch.rand(3), "flag": torch.tensor(True), "half": torch.ones(2).half()}}))
     seen = {table.digest()}
     (flat,) = [list(table.pieces(0, table.nbytes))]
     for piece in flat:

@@ -7,14 +7,14 @@ import threading
 
 import pytest
 import torch
+
+from actors.group import Group, open_store
 from resilient.core import planner
 from resilient.core.plan import Address, Place, Plan
 from resilient.core.tree import Node, fold_order, leaf, roots, split
 from resilient.exact import PartialSums
 from resilient.exchange import Scratch, exchange, exchange_fast
 from resilient.payload import Layout, Payload, Pool
-
-from actors.group import Group, open_store
 
 CPU = torch.device("cpu")
 
@@ -134,7 +134,7 @@ def run_ranks(leaves: list[list[int]], micro_batches: int, absent: float, fast: 
             else:
                 everyone = None
                 if absent:
-                    everyone = {node: ps for node, ps in counts_of(plan, values).items()}
+                    everyone = counts_of(plan, values)
                 exchange(group, plan, sums.nodes, result, scratch, everyone)
         assert all(torch.equal(sums.nodes[node].flat, copy) for node, copy in kept.items())
         results[rank] = result

@@ -49,11 +49,7 @@ def imported_modules(path: Path) -> list[tuple[str, int]]:
 
 
 def violations(path: Path, forbidden: set[str]) -> list[str]:
-    return [
-        f"{path}:{line} imports {name}"
-        for name, line in imported_modules(path)
-        if name.split(".")[0] in forbidden
-    ]
+    return [f"{path}:{line} imports {name}" for name, line in imported_modules(path) if name.split(".")[0] in forbidden]
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)
