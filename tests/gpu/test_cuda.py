@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.integration.loops import body
+from tests.integration.loops import Noisy
+from torch import nn
 
 import resilient
 
@@ -12,12 +13,15 @@ pytestmark = pytest.mark.gpu
 
 
 def on_gpu(run: resilient.Run, steps: int) -> str:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.set_default_device(run.device)
-    try:
-        body(run, steps=steps)
-    finally:
-        torch.set_default_device("cpu")
+    model = nn.Sequential(nn.Linear(12, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
+    model.to(run.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run.protect(model=model, optimizer=optimizer)
+    for x, y in run.batches(Noisy(), global_batch=32, micro_batch=4, steps=steps):
+        loss = nn.functional.cross_entropy(model(x.to(run.device)), y.to(run.device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return str(run.device)
 
 
