@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.integration.loops import Noisy
 from torch import nn
 
 import resilient
+from tests.integration.loops import Noisy
 
 pytestmark = pytest.mark.gpu
 
