@@ -1,8 +1,9 @@
 """Buffers that forward changes, such as BatchNorm's statistics, kept independent of the ranks.
 
 Every micro-batch of a step starts from the step's value. What it changed is put back afterwards and
-travels with its gradients; the step's new value is the mean along the tree, for integers the value of
-the lowest micro-batch. Unchanged buffers are not touched: averaging equal values would change bits.
+travels with its gradients; the step's new value is the mean along the tree of those that changed it, for
+integers the value of the lowest such micro-batch. Unchanged buffers are not touched: averaging equal
+values would change bits.
 """
 
 from __future__ import annotations
@@ -65,8 +66,10 @@ class Buffers:
             current = buffer.current
             if current is None or not buffer.may_have_changed(current):
                 continue
-            if not _equal_bits(current, buffer.value):
+            same = _equal_bits(current, buffer.value)
+            if not same:
                 changed[name] = current.detach().clone()
+            if not same or current is not buffer.tensor:
                 self._put(buffer, buffer.value)
         return changed
 
@@ -92,6 +95,8 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
             f"a buffer changed from {other.dtype} {tuple(other.shape)} to {one.dtype} {tuple(one.shape)} "
             "in forward: buffers must keep type and shape; hold growing state outside the module"
         )
+    if one.is_complex():
+        one, other = torch.view_as_real(one.detach().resolve_conj()), torch.view_as_real(other)
     if torch.equal(one, other):
         return not one.is_floating_point() or torch.equal(torch.signbit(one), torch.signbit(other))
     return bool(one.is_floating_point() and _bytes(one).equal(_bytes(other)))
