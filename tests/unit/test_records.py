@@ -1,0 +1,74 @@
+"""Rows of metrics: the mean of what micro-batches logged, once nothing more can come."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from resilient.probe import probe
+from resilient.records import LATE_STEPS, Records, StepValues, mean_values
+
+
+def account(step: int, losses: tuple[float, ...] = (1.0, 2.0), **values: Any) -> StepValues:
+    return StepValues(step=step, losses=losses, values={int(leaf[1:]): row for leaf, row in values.items()})
+
+
+def test_means_are_over_those_who_logged() -> None:
+    values = {1: {"a": 3.0}, 0: {"a": 1.0, "b": 5.0}, 2: {}}
+    assert mean_values(values) == {"a": 2.0, "b": 5.0}
+    assert mean_values({}) == {}
+
+
+def test_the_order_of_ranks_changes_no_bit() -> None:
+    numbers = {0: {"a": 1e16}, 1: {"a": 1.0}, 2: {"a": -1e16}, 3: {"a": 3.0}}
+    expected = mean_values(numbers)
+    for order in ([3, 1, 0, 2], [2, 3, 1, 0]):
+        assert mean_values({leaf: numbers[leaf] for leaf in order}) == expected
+
+
+def test_a_row_is_given_out_when_it_is_final() -> None:
+    records = Records()
+    for step in range(4):
+        records.add(account(step, l0={"a": 1.0}))
+    rows = records.after(-1, all_of_them=False)
+    assert [row["step"] for row in rows] == [float(step) for step in range(4 - LATE_STEPS)]
+    records.add(account(0, l1={"a": 5.0}))
+    row, *_ = records.after(-1, all_of_them=True)
+    assert row == {"step": 0.0, "loss": 1.5, "a": 3.0}
+
+
+def test_what_was_fetched_is_forgotten_and_not_taken_again() -> None:
+    records = Records()
+    for step in range(5):
+        records.add(account(step))
+    assert [row["step"] for row in records.after(2, all_of_them=True)] == [3.0, 4.0]
+    records.add(account(1))
+    assert records.after(4, all_of_them=True) == []
+    assert records.fetched == 4
+    assert records.after(1, all_of_them=True) == []
+
+
+def test_rows_have_no_gaps() -> None:
+    records = Records()
+    for step in (0, 1, 3, 4, 5, 6):
+        records.add(account(step))
+    assert [row["step"] for row in records.after(-1, all_of_them=True)] == [0.0, 1.0]
+    records.add(account(2))
+    assert [row["step"] for row in records.after(-1, all_of_them=False)] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_loss_that_is_not_a_number() -> None:
+    records = Records()
+    records.add(account(0, losses=(math.nan, 1.0)))
+    (row,) = records.after(-1, all_of_them=True)
+    assert math.isnan(row["loss"])
+
+
+def test_the_probe_is_repeatable() -> None:
+    threads = torch.get_num_threads()
+    digest, fields = probe(threads)
+    assert (digest, fields) == probe(threads)
+    assert f"torch {torch.__version__}, {threads} threads" in fields
+    assert probe(threads + 1)[0] != digest
