@@ -63,9 +63,10 @@ class Lifeline:
         self._address: tuple[str, int] | None = None
         self._connection: socket.socket | None = None
 
-    def hold(self, address: tuple[str, int]) -> None:
+    def hold(self, address: tuple[str, int]) -> bool:
+        """Connect there, unless it is connected already; whether this is another controller than before."""
         if address == self._address:
-            return
+            return False
         former = self._connection
         with contextlib.suppress(OSError):  # the controller has gone again; it will name a new address
             self._connection = socket.create_connection(address, timeout=HELLO_LIMIT_S)
@@ -73,3 +74,4 @@ class Lifeline:
             self._address = address
         if former is not None:
             former.close()
+        return former is not None

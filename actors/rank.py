@@ -39,6 +39,9 @@ class Body(Protocol):
     def acknowledged(self, through: int) -> None:
         """The driver has all records up to this step."""
 
+    def repeat_records(self) -> None:
+        """A new controller has none of what was told to the former."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSpec:
@@ -88,7 +91,8 @@ class Rank:
     def renew(self, lifeline: tuple[str, int], acknowledged: int) -> None:
         """The controller lives, and this is where its lifelines end."""
         self._lease.renew()
-        self._lifeline.hold(lifeline)
+        if self._lifeline.hold(lifeline):
+            self._body.repeat_records()
         self._body.acknowledged(acknowledged)
 
     def process(self) -> int:

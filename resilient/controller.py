@@ -104,13 +104,14 @@ class Controller:
     def renew(self) -> None:
         self._driver.renew()
 
-    def poll(self, fetched: int) -> dict[str, Any]:
-        """What has happened; `fetched` is the last step whose row of metrics the driver has."""
+    def poll(self, fetched: int, known: tuple[int, int]) -> dict[str, Any]:
+        """What is new: `fetched` is the last step whose row of metrics the driver has, `known` the process
+        id of the controller it last heard, with the number of recoveries it has from it."""
         self._driver.renew()
         with self._lock:
-            return self._news(fetched)
+            return self._news(fetched, known[1] if known[0] == os.getpid() else 0)
 
-    def _news(self, fetched: int) -> dict[str, Any]:
+    def _news(self, fetched: int, known: int) -> dict[str, Any]:
         chronicle = self._control.chronicle
         current = self._control.current
         return {
@@ -118,7 +119,8 @@ class Controller:
             "step": self._records.newest + 1,
             "generation": current.generation if current else 0,
             "ranks": current.size if current else 0,
-            "recoveries": [{**asdict(item), "total_s": item.total_s} for item in chronicle.recoveries],
+            "recoveries": [{**asdict(item), "total_s": item.total_s} for item in chronicle.recoveries[known:]],
+            "known": (os.getpid(), len(chronicle.recoveries)),
             "messages": list(self._messages),
             "outcome": None if self._outcome is None else asdict(self._outcome),
             "value": self._return_value() if self._outcome is not None else None,

@@ -103,11 +103,12 @@ def _keep_lease(controller: Any, ended: threading.Event, settings: Settings) -> 
 
 def _follow(controller: Any, progress: Progress) -> Result:
     rows: list[dict[str, float]] = []
-    recoveries: dict[tuple[int, int], dict[str, Any]] = {}
+    recoveries: list[dict[str, Any]] = []
+    known = (0, 0)
     answered_at, limit_s = time.monotonic(), CONTROLLER_START_LIMIT_S
     while True:
         try:
-            news = ray.get(controller.poll.remote(len(rows) - 1), timeout=CONTROLLER_LIMIT_S)
+            news = ray.get(controller.poll.remote(len(rows) - 1, known), timeout=CONTROLLER_LIMIT_S)
         except (RayActorError, GetTimeoutError) as error:
             if time.monotonic() - answered_at > limit_s:
                 raise RunLost(
@@ -120,8 +121,9 @@ def _follow(controller: Any, progress: Progress) -> Result:
         for row in news["rows"]:
             if int(row["step"]) == len(rows):
                 rows.append(row)
-        recoveries.update({(item["generation"], item["step"]): item for item in news["recoveries"]})
-        news["rows"], news["recoveries"] = rows, [recoveries[key] for key in sorted(recoveries)]
+        recoveries += news["recoveries"]
+        known = news["known"]
+        news["rows"], news["recoveries"] = rows, recoveries
         progress(news)
         if news["outcome"] is not None:
             return _result(news)
@@ -147,7 +149,7 @@ def _await_end(controller: Any) -> None:
     deadline = time.monotonic() + 10.0
     while time.monotonic() < deadline:
         try:
-            if ray.get(controller.poll.remote(-1), timeout=5.0)["outcome"] is not None:
+            if ray.get(controller.poll.remote(-1, (0, 0)), timeout=5.0)["outcome"] is not None:
                 return
         except (RayActorError, GetTimeoutError):
             return

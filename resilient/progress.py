@@ -14,12 +14,14 @@ log = logging.getLogger("resilient")
 @contextmanager
 def on_terminal(name: str) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A line that is kept up to date on a terminal; elsewhere only the log."""
-    seen = 0
+    last = ""
 
     def new_messages(news: dict[str, Any]) -> list[str]:
-        nonlocal seen
+        """Those after the last one shown; older ones are dropped from the front of the list."""
+        nonlocal last
         messages: list[str] = news["messages"]
-        fresh, seen = messages[seen:], len(messages)
+        fresh = messages[messages.index(last) + 1 :] if last in messages else messages
+        last = messages[-1] if messages else ""
         return fresh
 
     if not sys.stderr.isatty():
