@@ -67,7 +67,7 @@ class Lifeline:
         """Connect there, unless it is connected already; whether this is another controller than before."""
         if address == self._address:
             return False
-        former = self._connection
+        former, self._address = self._connection, None
         with contextlib.suppress(OSError):  # the controller has gone again; it will name a new address
             self._connection = socket.create_connection(address, timeout=HELLO_LIMIT_S)
             self._connection.sendall(self._hello)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from .imports import check_not_hidden
 from .job import settings_from
 from .result import Result
 
@@ -71,6 +72,7 @@ class TrainFunction:
         lost or no nodes came, RunStopped when somebody stopped it, KeyboardInterrupt on Ctrl-C after
         all processes have ended.
         """
+        check_not_hidden()
         from .driver import run_on_ray
         from .progress import on_terminal
 
@@ -79,12 +81,14 @@ class TrainFunction:
 
     def watched(self, progress: Callable[[dict[str, Any]], None], *args: Any, **kwargs: Any) -> Result:
         """As a call, but news goes to `progress`: step, generation, ranks, rows, recoveries, messages."""
+        check_not_hidden()
         from .driver import run_on_ray
 
         return run_on_ray(self.settings, self._packed(args, kwargs), progress)
 
     def local(self, *args: Any, **kwargs: Any) -> Result:
         """Run in this process, without Ray: the same bits as on any number of ranks."""
+        check_not_hidden()
         from .local import run_locally
 
         return run_locally(self.settings, self._packed(args, kwargs))

@@ -18,7 +18,6 @@ from actors import launch
 
 from .controller import Controller
 from .errors import ResilientError, RunLost, RunStopped, TrainingFailed
-from .imports import check_not_hidden
 from .job import Job, Settings
 from .result import Result
 
@@ -33,7 +32,6 @@ Progress = Callable[[dict[str, Any]], None]
 
 def run_on_ray(settings: Settings, function: bytes, progress: Progress) -> Result:
     """Start or join Ray, run, and return the result. Raises the errors of `resilient.errors`."""
-    check_not_hidden()
     if not ray.is_initialized():
         ray.init(log_to_driver=os.environ.get("RESILIENT_WORKER_LOGS") == "1")
     job = Job(
