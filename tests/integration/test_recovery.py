@@ -75,3 +75,11 @@ def test_a_laggard_is_caught_up_from_the_kept_result(cluster: Any, undisturbed: 
     result = train("laggard", workers=(1, 3))(steps=STEPS, faults=(fault(tmp_path, 2, 5, "sent to rank 0 only"),))
     assert result.digest == undisturbed.digest
     assert losses(result) == losses(undisturbed)
+
+
+def test_the_fast_reduction_survives_a_death_too(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    """Without the bits: ranks still agree with each other (the run fails if not), and nearly with one alone."""
+    run = train("fast", workers=(1, 3), reduction="fast")
+    result = run(steps=STEPS, faults=(fault(tmp_path, 1, 3, "reduced"),))
+    assert result.step == STEPS and result.recoveries[0]["kind"] == "rank lost"
+    assert losses(result)[0] == pytest.approx(losses(undisturbed)[0], rel=1e-5)
