@@ -20,6 +20,7 @@ from typing import Any
 
 from .lease import Lease
 from .lifeline import Lifeline
+from .priority import raise_priority
 from .words import read_words
 
 
@@ -54,6 +55,7 @@ class _Watched:
 
 class Keeper:
     def __init__(self, spec: KeeperSpec, controller: Any) -> None:
+        raise_priority()
         self._spec = spec
         self._controller = controller
         self._watched: dict[int, _Watched] = {}

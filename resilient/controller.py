@@ -21,6 +21,7 @@ from actors import launch
 from actors.keeper import KeeperSpec, Pulse
 from actors.lease import Lease
 from actors.lifeline import Lifelines
+from actors.priority import raise_priority
 from actors.rank import RankSpec
 
 from .core.control import Control
@@ -66,6 +67,7 @@ class Controller:
     """Actor. Its methods only take in facts or hand out what is known; all decisions are the core's."""
 
     def __init__(self, job: Job) -> None:
+        raise_priority()
         self._job = job
         settings = job.settings
         self._control = Control(limits=settings.limits, allow_different_bits=settings.allow_different_bits)

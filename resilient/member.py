@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from actors.group import Group
+from actors.priority import raise_priority
 from actors.rank import Host
 
 from .core.events import RankFailed, RankReady, RankReported, RankReturned
@@ -111,6 +112,7 @@ class Member:
 
     def enter(self, loop: Loop) -> None:
         digest, fields = probe(self.threads)
+        raise_priority()
         with self._changed:
             self._loop = loop
             self._ready = RankReady(
