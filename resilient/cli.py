@@ -19,7 +19,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
-@click.option("--steps", type=int, default=160, show_default=True, help="Steps to train.")
+@click.option("--steps", type=int, default=140, show_default=True, help="Steps to train.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides who is hit, and when within a step.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON; progress goes to stderr.")
 def demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
@@ -32,6 +32,7 @@ def demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
 
     from .demo import run_demo, show
     from .demo_screen import Screen
+    from .errors import ResilientError
 
     for sign in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, _interrupted)
@@ -40,6 +41,8 @@ def demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
             outcome = run_demo(out=out, steps=steps, seed=seed, screen=screen)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    except ResilientError as error:
+        raise click.ClickException(f"{type(error).__name__}: {error}") from error
     show(outcome, out, screen)
     if as_json:
         print(json.dumps(outcome.to_json()))

@@ -11,8 +11,6 @@ import os
 import signal
 import sys
 
-NICE = 2
-"""It must not take the processor from the run on the cluster, with which it shares the machine."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -20,7 +18,6 @@ def main(steps: int, parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         return  # the demo has ended before that
-    os.nice(NICE)
     from .demo_model import main as train
 
     result = train.local(steps, tell_step)

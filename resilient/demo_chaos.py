@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from .demo_cluster import LocalCluster
+from .demo_result import unanswered
 
 ANSWER_LIMIT_S = 30.0
-KILL_AT, LOSE_NODE_AT, ADD_NODE_AT = 0.2, 0.4, 0.5
+KILL_AT, LOSE_NODE_AT, ADD_NODE_AT = 0.2, 0.46, 0.54
 """Parts of the run after which each happens, if the run has recovered from what came before."""
-SLOW_FROM = 0.85
+SLOW_FROM = 0.9
 """Part of the run after which it is slowed down until everything has happened to it."""
 SLOW_STEP_S = 2.0
 
@@ -145,13 +146,13 @@ class Chaos(threading.Thread):
 
     def _until_recovered(self, times: int, ranks: int) -> None:
         """All that was done has been answered, and so many ranks train."""
-        from .demo_result import unanswered
+        assert len(self.events) == times, self.events
 
-        self._watch.until(
-            lambda news: (
-                len(self.events) == times and not unanswered(self.events, news["recoveries"]) and news["ranks"] == ranks
-            )
-        )
+        def recovered(news: dict[str, Any]) -> bool:
+            recoveries = news["recoveries"]
+            return not unanswered(self.events, recoveries) and bool(recoveries[-1]["ranks"] == ranks)
+
+        self._watch.until(recovered)
 
     def _within_step(self, part: float) -> int:
         """Returns at a random moment of the first step after this part of the run."""

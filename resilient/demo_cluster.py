@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ QUICK_HEALTH_CHECKS = {
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 4,
 }
-START_LIMIT_S, END_LIMIT_S = 120.0, 10.0
+START_CHANCES = 3
+END_LIMIT_S = 10.0
 
 
 class LocalCluster:
@@ -39,7 +40,6 @@ class LocalCluster:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # of a busy machine
         self._size = nodes
         self._cluster: Any = None
         self._not_mine: list[psutil.Process] = []
@@ -62,11 +62,25 @@ class LocalCluster:
     def _start(self) -> None:
         import ray
 
-        self._cluster.add_node(**NODE, _system_config=QUICK_HEALTH_CHECKS)
+        self._add_node(_system_config=QUICK_HEALTH_CHECKS)
         for _ in range(self._size - 1):
-            self._cluster.add_node(**NODE, wait=False)
-        self._cluster.wait_for_nodes(timeout=START_LIMIT_S)
+            self._add_node()
         ray.init(address=self._cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+
+    def _add_node(self, **head: Any) -> Any:
+        """One at a time, and again where it fails: Ray gives a node's agents 15 s to start, come what may.
+
+        On a busy machine they take longer (https://github.com/ray-project/ray/issues/65983).
+        """
+        for chance in range(START_CHANCES):
+            before = psutil.Process().children()
+            try:
+                return self._cluster.add_node(**NODE, **head)
+            except Exception:  # all that Ray raises here is a plain Exception
+                if chance == START_CHANCES - 1:
+                    raise
+                end(with_descendants(child for child in psutil.Process().children() if child not in before))
+        raise AssertionError
 
     def __exit__(self, *exception: object) -> None:
         self._end()
@@ -79,7 +93,7 @@ class LocalCluster:
             ray.shutdown()
             with contextlib.suppress(Exception):  # of nodes already dead; the sweep below is what counts
                 self._cluster.shutdown()
-            end_descendants(END_LIMIT_S, but=self._not_mine)
+            end([process for process in psutil.Process().children(recursive=True) if process not in self._not_mine])
 
     @property
     def head(self) -> str:
@@ -88,29 +102,30 @@ class LocalCluster:
 
     def add_node(self) -> str:
         """A new machine arrives; its id."""
-        return str(self._cluster.add_node(**NODE).node_id)
+        return str(self._add_node().node_id)
 
     def lose_node(self, node_id: str) -> int:
         """The machine disappears: raylet and all its processes in the same instant. Returns how many."""
         (node,) = (node for node in self._cluster.worker_nodes if node.node_id == node_id)
         started = [info.process.pid for kind in node.all_processes.values() for info in kind]
-        victims = [psutil.Process(pid) for pid in started if psutil.pid_exists(pid)]
-        victims += [child for victim in victims for child in victim.children(recursive=True)]
-        for victim in victims:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.kill()
-        psutil.wait_procs(victims, timeout=END_LIMIT_S)
+        victims = with_descendants(psutil.Process(pid) for pid in started if psutil.pid_exists(pid))
+        end(victims)
         self._cluster.worker_nodes.discard(node)
         return len(victims)
 
 
-def end_descendants(limit_s: float, *, but: Sequence[psutil.Process]) -> None:
-    """Kill every other process that descends from this one, and wait until they are gone."""
-    descendants = [process for process in psutil.Process().children(recursive=True) if process not in but]
-    for process in descendants:
+def with_descendants(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """These, and all that they have started."""
+    found = list(processes)
+    return found + [child for process in found for child in process.children(recursive=True)]
+
+
+def end(processes: Sequence[psutil.Process]) -> None:
+    """Kill them all at once, and wait until they are gone."""
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(descendants, timeout=limit_s)
+    psutil.wait_procs(processes, timeout=END_LIMIT_S)
 
 
 def remove_files(folder: str, prefix: str) -> None:

@@ -20,9 +20,9 @@ import resilient
 
 BYTES = 256
 CONTEXT = 64
-WIDTH = 160
+WIDTH = 176
 HEADS = 4
-LAYERS = 4
+LAYERS = 3
 DROPOUT = 0.1
 
 
@@ -102,7 +102,8 @@ def warm_up_then_cosine(step: int, *, steps: int, warm_up: int = 10) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-@resilient.train(workers=(2, 4), resources={"CPU": 1}, name="demo")
+# detection_s is above the default because all nodes share one machine, which may be slow for all at once.
+@resilient.train(workers=(2, 4), resources={"CPU": 1}, name="demo", detection_s=6.0)
 def main(run: resilient.Run, steps: int, after_step: Callable[[int, float], None], lr: float = 3e-3) -> int:
     """Train for this many steps; returns the number of parameters.
 
