@@ -23,6 +23,9 @@ from .lifeline import Lifeline
 from .priority import raise_priority
 from .words import read_words
 
+OWNER = "keeper.pid"
+"""Which process a run's folder on this node belongs to."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeeperSpec:
@@ -65,7 +68,9 @@ class Keeper:
         self._poll = select.poll()
         self._wake_read, self._wake_write = os.pipe()
         self._poll.register(self._wake_read, select.POLLIN)
+        _sweep(Path(spec.folder).parent)
         Path(spec.folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        (Path(spec.folder) / OWNER).write_text(str(os.getpid()))
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def watch(self, member: int, pid: int) -> None:
@@ -135,6 +140,14 @@ class Keeper:
             work=work,
             longest_s=longest_s,
         )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what keepers left that were killed together with their host's processes."""
+    for owner in folder.glob(f"*/{OWNER}"):
+        with contextlib.suppress(OSError, ValueError):  # another keeper sweeps too, or it is not ours to read
+            if not Path(f"/proc/{int(owner.read_text())}").exists():
+                shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def is_stopped(pid: int) -> bool:

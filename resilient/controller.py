@@ -297,9 +297,11 @@ class Controller:
         """Leave no process, file or key behind, then end; the outcome waits for the driver a while."""
         superseded = self._outcome is not None and self._outcome.outcome == "superseded"
         if not superseded:
+            for handle in self._ranks.values():
+                launch.end(handle)
             cleaning = [keeper.clean_up.remote() for keeper in self._keepers.values()]
             ray.wait(cleaning, num_returns=len(cleaning), timeout=self._job.settings.detection_s) if cleaning else None
-            for handle in [*self._ranks.values(), *self._keepers.values()]:
+            for handle in self._keepers.values():
                 launch.end(handle)
         while time.monotonic() - self._ended_at < OUTCOME_KEPT_S and not self._driver.expired():
             time.sleep(TICK_S)

@@ -17,6 +17,7 @@ from typing import Literal
 
 HUNG_AT_LEAST_S = 60.0
 HUNG_TIMES_LONGEST = 10.0
+ALL_SILENT_TIMES = 3.0
 
 Activity = Literal["starting", "computing", "waiting", "paused", "ended"]
 
@@ -113,7 +114,7 @@ class Detector:
         found = [
             Verdict(what="node", node=node, why="its keeper has fallen silent", silent_s=now - heard)
             for node, heard in sorted(self.nodes.items())
-            if now - heard > self.detection_s
+            if now - heard > self._silence_limit_s(now)
         ]
         silent_nodes = {verdict.node for verdict in found}
         for member, rank in sorted(self.ranks.items()):
@@ -125,6 +126,11 @@ class Detector:
             else:
                 self.forget_rank(verdict.member)
         return tuple(found)
+
+    def _silence_limit_s(self, now: float) -> float:
+        """When all nodes are silent at once, it is more likely the controller that does not hear."""
+        all_silent = all(now - heard > self.detection_s for heard in self.nodes.values())
+        return ALL_SILENT_TIMES * self.detection_s if all_silent else self.detection_s
 
     def _verdict(self, member: int, rank: _Rank, now: float) -> Verdict | None:
         if rank.stopped_at is not None and now - rank.stopped_at > self.detection_s:
@@ -140,9 +146,10 @@ class Detector:
         return Verdict(what="rank", member=member, node=rank.node, why=why, silent_s=silent_s)
 
     def _excuse(self, now: float) -> None:
-        """Take the time in which the controller did not look off everybody's silence."""
+        """Take the time in which the controller did not look off everybody's silence: on a busy machine
+        that may be many small gaps."""
         before, self._looked_at = self._looked_at, now
-        if before is None or now - before <= self.detection_s / 2:
+        if before is None or now - before <= self.detection_s / 4:
             return
         gap = now - before
         self.nodes = {node: heard + gap for node, heard in self.nodes.items()}

@@ -29,8 +29,10 @@ def watch(detector: Detector, start: float, seconds: float, *vitals: Vital) -> l
 
 
 def look(detector: Detector, start: float, seconds: float) -> list[str]:
+    """What is found while another node goes on beating."""
     found = []
     for count in range(int(seconds / BEAT_S) + 1):
+        detector.beat("other", (), start + count * BEAT_S)
         verdicts = detector.verdicts(start + count * BEAT_S)
         found += [f"{verdict.what} after {verdict.silent_s:.1f} s: {verdict.why}" for verdict in verdicts]
     return found
@@ -129,3 +131,21 @@ def test_a_controller_that_slept_blames_nobody() -> None:
     slept_until = 500.0
     assert detector.verdicts(slept_until) == ()
     assert watch(detector, slept_until, 3.0, vital()) == []
+
+
+def test_many_small_gaps_in_the_controllers_own_time_count_against_nobody() -> None:
+    detector = Detector(detection_s=2.0)
+    detector.beat("a", (), 0.0)
+    detector.beat("b", (), 0.0)
+    for turn in range(1, 9):  # looks every 0.9 s, and takes in b's beats only
+        detector.beat("b", (), turn * 0.9)
+        assert detector.verdicts(turn * 0.9) == ()
+
+
+def test_when_all_are_silent_the_controller_suspects_itself_for_a_while() -> None:
+    detector = Detector(detection_s=2.0)
+    for node in ("a", "b"):
+        detector.beat(node, (), 0.0)
+    looks = [look / 10 for look in range(1, 80)]
+    silent = [look for look in looks if detector.verdicts(look)]
+    assert silent and 6.0 < silent[0] < 6.3
