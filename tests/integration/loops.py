@@ -136,15 +136,19 @@ def _arm_leveling(run: resilient.Run, fault: Fault) -> None:
     been seated ("joined"). The fault's step is that which the rank is in; for joiners any."""
     from resilient.generation import GenerationThread
 
+    afterwards = fault.phase in ("joined", "receiving")
+
     def wrap(method: str, when: Callable[[GenerationThread], bool]) -> None:
         original = getattr(GenerationThread, method)
 
         def wrapped(self: GenerationThread, *args: Any) -> Any:
-            if when(self) and fault.step <= run.step + 1 and (self.rank == fault.rank or fault.rank < 0):
-                if fault.phase in ("joined", "receiving"):
-                    original(self, *args)
+            strikes = when(self) and fault.step <= run.step + 1 and fault.rank in (self.rank, -1)
+            if strikes and not afterwards:
                 fault.now()
-            return original(self, *args)
+            result = original(self, *args)
+            if strikes and afterwards:
+                fault.now()
+            return result
 
         setattr(GenerationThread, method, wrapped)
 
