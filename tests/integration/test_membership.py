@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 import resilient
+from tests.integration.conftest import add_node
 from tests.integration.loops import fault, train
 from tests.integration.processes import Watched, kill_host, until
 
@@ -56,15 +57,15 @@ def test_a_holder_dies_while_it_welcomes_a_joiner_and_a_spare_takes_over(
 
 
 def test_a_host_dies_without_a_word_and_a_new_one_joins(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
-    host = cluster.add_node(num_cpus=2, object_store_memory=80 << 20, resources={"spot": 2})
-    other = cluster.add_node(num_cpus=1, object_store_memory=80 << 20, resources={"spot": 1})
+    host = add_node(cluster, num_cpus=2, object_store_memory=80 << 20, resources={"spot": 2})
+    other = add_node(cluster, num_cpus=1, object_store_memory=80 << 20, resources={"spot": 1})
     train_on_spot = train("hosts", workers=(1, 3), resources={"CPU": 1, "spot": 1})
     run = Watched(train_on_spot, steps=LONG, hold=str(tmp_path / "go"))
     try:
         run.at_step(5, ranks=3)
         kill_host(host)
         run.at_step(run.news["step"] + 3)
-        cluster.add_node(num_cpus=2, object_store_memory=80 << 20, resources={"spot": 2})
+        add_node(cluster, num_cpus=2, object_store_memory=80 << 20, resources={"spot": 2})
         run.at_step(run.news["step"], ranks=3)
         run.at_step(run.news["step"] + 2)
         result = run.result()
