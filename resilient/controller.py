@@ -120,7 +120,7 @@ class Controller:
             "rows": self._records.after(fetched, all_of_them=self._outcome is not None),
             "step": self._records.newest + 1,
             "generation": current.generation if current else 0,
-            "ranks": current.size if current else 0,
+            "ranks": self._control.formed.size if self._control.formed else 0,
             "recoveries": [{**asdict(item), "total_s": item.total_s} for item in chronicle.recoveries[known:]],
             "known": (os.getpid(), len(chronicle.recoveries)),
             "messages": list(self._messages),
