@@ -23,7 +23,7 @@ from actors.group import Group, Move
 
 from .core.plan import Plan
 from .core.tree import Fold, Node, fold_order, roots
-from .payload import ALIGN_BYTES, Layout, Payload, fold_range, merged_counts
+from .payload import ALIGN_BYTES, Layout, Payload, fold_range, merged_counts, release_pages
 from .sums import StepSums
 
 CHUNK_BYTES = 2 << 20
@@ -31,11 +31,19 @@ GATHER_TAG = 1 << 20
 """Tags from here on belong to the way back."""
 
 
+_given_up: list[Tensor] = []
+
+
 @dataclass(slots=True)
 class Scratch:
     """Receiving buffers of one group, kept between steps; dropped with the group when it is abandoned."""
 
     flat: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def give_up(self) -> None:
+        """An abandoned exchange may still write here: keep the addresses, give the pages back."""
+        release_pages(self.flat)
+        _given_up.append(self.flat)
 
     def rows(self, count: int, nbytes: int, device: torch.device) -> list[Tensor]:
         if self.flat.numel() < count * nbytes or self.flat.device != device:

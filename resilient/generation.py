@@ -29,7 +29,7 @@ from snapshot.table import StateTable
 from .core.plan import Plan
 from .core.tree import Node
 from .errors import StateDiverged
-from .exchange import CHUNK_BYTES, Scratch, exchange, exchange_alone, exchange_fast
+from .exchange import CHUNK_BYTES, Scratch, exchange, exchange_fast
 from .payload import Payload
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class GenerationThread(threading.Thread):
             self.group.abandon()
         if self._in_flight is not None:
             self._member.sums.pool.give_up(self._in_flight)
+        self._scratch.give_up()
         self.retire()
 
     def run(self) -> None:
@@ -199,17 +200,15 @@ class GenerationThread(threading.Thread):
         agreed = low[0]
         if low[1] != -low[2]:
             names = [json.loads(text) for text in group.gather_bytes(json.dumps(sums.known_buffers).encode())]
-            sums.widen([name for row in names for name in row])
+            member.widen(self.plan.generation, [name for row in names for name in row])
             low[5] = 0
         if low[3] != -low[4]:
             _explain_difference(group, member.control_state(), step)
         counts = None if low[5] and low[6] == -low[7] else self._all_counts(group)
+        result = self._in_flight = member.take_result(self.plan.generation)
         sums.partial.freeze()
         nodes = dict(sums.partial.nodes)
-        result = self._in_flight = member.take_result(self.plan.generation)
-        if group.size == 1:
-            result = exchange_alone(sums)
-        elif member.reduction == "fast":
+        if member.reduction == "fast":
             exchange_fast(group, nodes, result)
         else:
             exchange(group, self.plan, nodes, result, self._scratch, counts)

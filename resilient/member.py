@@ -296,6 +296,12 @@ class Member:
             self.require_current(generation)
             return self._seat.newest_held
 
+    def widen(self, generation: int, buffers: list[str]) -> None:
+        """Let more buffers take part; never for a generation that was left behind."""
+        with self._changed:
+            self.require_current(generation)
+            self.sums.widen(buffers)
+
     def take_result(self, generation: int) -> Payload:
         with self._changed:
             self.require_current(generation)
