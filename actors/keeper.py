@@ -33,6 +33,8 @@ class KeeperSpec:
     node: str
     folder: str
     secret: str
+    incarnation: int
+    """Grows from one keeper of a node to the next; in every heartbeat."""
     beat_s: float
     lease_s: float
 
@@ -71,15 +73,31 @@ class Keeper:
         _sweep(Path(spec.folder).parent)
         Path(spec.folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         (Path(spec.folder) / OWNER).write_text(str(os.getpid()))
+        self._adopt()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def watch(self, member: int, pid: int) -> None:
         """Called by a rank as the first thing it does, so the process id is certainly its own."""
+        self._hold(member, pid)
+        record = Path(self._spec.folder) / f"rank-{member}.process"
+        record.write_text(f"{pid} {started_at(pid)}")
+        os.write(self._wake_write, b"w")
+
+    def _adopt(self) -> None:
+        """Take over the ranks of a keeper that died before this one was started in its place."""
+        for record in sorted(Path(self._spec.folder).glob("rank-*.process")):
+            member = int(record.stem.partition("-")[2])
+            pid, started = record.read_text().split()
+            if started_at(int(pid)) == started:
+                with contextlib.suppress(ProcessLookupError):
+                    self._hold(member, int(pid))
+            self._watched.setdefault(member, _Watched(int(pid), -1, alive=False))
+
+    def _hold(self, member: int, pid: int) -> None:
         pidfd = os.pidfd_open(pid)
         with self._lock:
             self._watched[member] = _Watched(pid, pidfd)
             self._poll.register(pidfd, select.POLLIN)
-        os.write(self._wake_write, b"w")
 
     def kill(self, member: int) -> None:
         """End a rank for good. SIGKILL also ends what is stopped."""
@@ -96,11 +114,13 @@ class Keeper:
     def process(self) -> int:
         return os.getpid()
 
-    def clean_up(self) -> None:
-        """End all ranks and leave nothing behind; the caller ends this process."""
-        with self._lock:
-            members = list(self._watched)
-        for member in members:
+    def clean_up(self, patience_s: float = 0.0) -> None:
+        """End all ranks, those that do not end by themselves soon enough by force, and leave nothing behind;
+        the caller ends this process."""
+        deadline = time.monotonic() + patience_s
+        while any(watched.alive for watched in self._all_watched().values()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for member in self._all_watched():
             self.kill(member)
         shutil.rmtree(self._spec.folder, ignore_errors=True)
 
@@ -115,7 +135,7 @@ class Keeper:
             if self._lease.expired():
                 self.clean_up()
                 os._exit(0)
-            self._controller.beat.remote(self._spec.node, self._pulses(), time.time())
+            self._controller.beat.remote(self._spec.node, self._spec.incarnation, self._pulses())
 
     def _ended(self, pidfd: int) -> None:
         with self._lock:
@@ -125,9 +145,11 @@ class Keeper:
                     watched.alive = False
 
     def _pulses(self) -> tuple[Pulse, ...]:
+        return tuple(self._pulse(member, process) for member, process in self._all_watched().items())
+
+    def _all_watched(self) -> dict[int, _Watched]:
         with self._lock:
-            watched = list(self._watched.items())
-        return tuple(self._pulse(member, process) for member, process in watched)
+            return dict(self._watched)
 
     def _pulse(self, member: int, process: _Watched) -> Pulse:
         words = read_words(Path(self._spec.folder) / f"rank-{member}.words")
@@ -152,8 +174,20 @@ def _sweep(folder: Path) -> None:
 
 def is_stopped(pid: int) -> bool:
     """Whether the kernel shows the process as stopped, by a signal or by a debugger."""
+    shown = _stat(pid)
+    return bool(shown) and shown[0] in "Tt"
+
+
+def started_at(pid: int) -> str:
+    """When the process was started, in the kernel's clock ticks: with it a process id is never mistaken for
+    that of a later process. Empty if there is none."""
+    shown = _stat(pid)
+    return shown[19] if shown else ""
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat from the state on; empty if there is no such process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] in "Tt"
+        return []

@@ -52,11 +52,11 @@ def start_rank(
     )
 
 
-def start_keeper(spec: KeeperSpec, *, incarnation: int, controller: Any) -> Any:
+def start_keeper(spec: KeeperSpec, *, controller: Any) -> Any:
     return (
         ray.remote(Keeper)
         .options(
-            name=f"{spec.key}/keeper/{spec.node}/{incarnation}",
+            name=f"{spec.key}/keeper/{spec.node}/{spec.incarnation}",
             namespace=NAMESPACE,
             lifetime="detached",
             num_cpus=0,
@@ -86,6 +86,12 @@ def end(handle: Any) -> None:
     """End an actor's process, if it still has one."""
     with contextlib.suppress(Exception):  # already gone, whichever way Ray says so
         ray.kill(handle, no_restart=True)
+
+
+def wait(calls: list[Any], limit_s: float) -> None:
+    """Until all of these calls have been answered or failed, or the time is up."""
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=limit_s)
 
 
 def capacities(resources: dict[str, float]) -> dict[str, int]:

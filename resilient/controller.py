@@ -6,7 +6,6 @@ ranks started) and in the ranks' repeated reports. Training needs it only when m
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import queue
@@ -18,11 +17,10 @@ from typing import Any
 import ray
 
 from actors import launch
-from actors.keeper import KeeperSpec, Pulse
+from actors.keeper import Pulse
 from actors.lease import Lease
 from actors.lifeline import Lifelines
 from actors.priority import raise_priority
-from actors.rank import RankSpec
 
 from .core.control import Control
 from .core.detector import Detector, Verdict, Vital
@@ -41,7 +39,7 @@ from .core.instructions import CreateGeneration, End, Instruction, Kill, Say, Se
 from .core.plan import Plan
 from .job import Job
 from .records import Records, ReturnValue, StepValues
-from .worker import RankBody
+from .workers import Workers
 
 TICK_S = 0.05
 SCAN_EVERY_S = 1.0
@@ -49,6 +47,13 @@ RENEW_EVERY_S = 1.0
 OUTCOME_KEPT_S = 60.0
 
 log = logging.getLogger("resilient.controller")
+
+
+@dataclass(frozen=True, slots=True)
+class _Beat:
+    node: str
+    incarnation: int
+    pulses: tuple[Pulse, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,6 @@ class _LifelineLost:
 class _Nodes:
     capacities: dict[str, int]
     gone: set[str]
-    incarnation: int
 
 
 class Controller:
@@ -80,12 +84,9 @@ class Controller:
         self._lock = threading.Lock()
         """Held while a fact is taken in, and while what is known is read."""
         self._events: queue.Queue[Any] = queue.Queue()
-        self._ranks: dict[int, Any] = {}
-        self._keepers: dict[str, Any] = {}
-        self._lost_lines: dict[str, set[tuple[str, int]]] = {}
-        """Closed lifelines by node."""
         self._driver = Lease(settings.driver_lease_s)
         self._me = ray.get_runtime_context().current_actor
+        self._workers = Workers(job, self._me)
         self._lifelines = Lifelines(ray.util.get_node_ip_address(), job.secret, self._lifeline_lost)
         self._renewed_at = 0.0
         self._resume()
@@ -98,8 +99,8 @@ class Controller:
         for message in messages:
             self._events.put(message)
 
-    def beat(self, node: str, pulses: tuple[Pulse, ...], sent_at: float) -> None:
-        self._events.put((node, pulses))
+    def beat(self, node: str, incarnation: int, pulses: tuple[Pulse, ...]) -> None:
+        self._events.put(_Beat(node, incarnation, pulses))
 
     # Called by the driver
 
@@ -180,14 +181,17 @@ class Controller:
                 self._records.add(fact)
             case ReturnValue(member=member, value=value):
                 self._values[member] = value
-            case (str() as node, tuple() as pulses):
-                self._beaten(node, pulses, now)
+            case _Beat(node=node, incarnation=incarnation, pulses=pulses):
+                if self._workers.is_present(node, incarnation):
+                    self._beaten(node, pulses, now)
             case _LifelineLost(name=name):
                 self._lost(name, now)
-            case _Nodes(capacities=capacities, gone=gone, incarnation=incarnation):
-                self._nodes(capacities, gone, incarnation)
+            case _Nodes(capacities=capacities, gone=gone):
+                self._nodes(capacities, gone)
             case _:
                 self._handle(fact)
+        for node in self._workers.lonely(now):
+            self._replace_keeper(node, now)
         for verdict in self._detector.verdicts(now):
             self._judge(verdict)
         if now - self._renewed_at > RENEW_EVERY_S:
@@ -199,6 +203,8 @@ class Controller:
             self._carry_out(instruction)
 
     def _beaten(self, node: str, pulses: tuple[Pulse, ...], now: float) -> None:
+        self._workers.heard(node)
+        self._workers.confirmed_dead(pulse.member for pulse in pulses if not pulse.alive)
         vitals = tuple(
             Vital(
                 member=pulse.member,
@@ -215,22 +221,22 @@ class Controller:
 
     def _judge(self, verdict: Verdict) -> None:
         if verdict.what == "node":
-            keeper = self._keepers.pop(verdict.node, None)
-            if keeper is not None:
-                launch.end(keeper)
+            self._workers.forget_node(verdict.node)
             self._handle(NodeGone(node=verdict.node, why=verdict.why, silent_s=verdict.silent_s))
         else:
             self._handle(RankGone(member=verdict.member, why=verdict.why, silent_s=verdict.silent_s))
 
     def _lost(self, name: str, now: float) -> None:
-        """A node is dead at once when its keeper's and all its ranks' connections have been closed."""
-        kind, member, node = name.split()
-        self._lost_lines.setdefault(node, set()).add((kind, int(member)))
-        lost = self._lost_lines[node]
-        ranks = {("rank", found.number) for found in self._control.membership.on_node(node)}
-        if ("keeper", 0) in lost and ranks <= lost and node in self._keepers:
-            del self._lost_lines[node]
+        living = [found.number for found in self._control.membership.on_node(name.split()[2])]
+        node = self._workers.lifeline_closed(name, living, now)
+        if node is not None:
             self._judge(self._detector.node_ended(node, now))
+
+    def _replace_keeper(self, node: str, now: float) -> None:
+        self._workers.forget_keeper(node)
+        self._say(f"the keeper of node {node[:8]} has ended while its ranks live; another takes its place")
+        self._detector.excuse(node, now + self._job.settings.lease_s)
+        self._workers.start_keeper(node)
 
     def _lifeline_lost(self, name: str) -> None:
         self._events.put(_LifelineLost(name))
@@ -240,9 +246,12 @@ class Controller:
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case Spawn(member=member, node=node):
-                self._spawn(member, node)
+                if not self._workers.spawn(member, node):
+                    self._end(End(outcome="superseded", reason=f"member {member} was started by another controller"))
             case Kill(member=member, node=node, reason=reason):
-                self._kill(member, node, reason)
+                self._say(f"member {member} on node {node[:8]} is gone: {reason}")
+                self._detector.forget_rank(member)
+                self._workers.kill(member, node)
             case CreateGeneration(plan=plan):
                 key = f"{self._job.key}/generation/{plan.generation:09d}"
                 created = launch.create_key(key, plan.to_json().encode())
@@ -250,41 +259,12 @@ class Controller:
                 outcome = GenerationCreated if created else GenerationTaken
                 self._handle(outcome(generation=plan.generation))
             case SendPlan(member=member, plan=plan):
-                if member in self._ranks:
-                    self._ranks[member].deliver.remote(plan)
+                if member in self._workers.ranks:
+                    self._workers.ranks[member].deliver.remote(plan)
             case Say(text=text):
                 self._say(text)
             case End():
                 self._end(instruction)
-
-    def _spawn(self, member: int, node: str) -> None:
-        settings = self._job.settings
-        if not launch.create_key(f"{self._job.key}/rank/{member:09d}", node.encode()):
-            self._end(End(outcome="superseded", reason=f"member {member} was started by another controller"))
-            return
-        spec = RankSpec(
-            key=self._job.key,
-            member=member,
-            node=node,
-            folder=launch.folder_of(self._job.key, node),
-            secret=self._job.secret,
-            lease_s=settings.lease_s,
-        )
-        self._ranks[member] = launch.start_rank(
-            spec,
-            resources=dict(settings.resources),
-            controller=self._me,
-            keeper=self._keepers[node],
-            make_body=functools.partial(RankBody, self._job),
-        )
-
-    def _kill(self, member: int, node: str, reason: str) -> None:
-        self._say(f"member {member} on node {node[:8]} is gone: {reason}")
-        self._detector.forget_rank(member)
-        if node in self._keepers:
-            self._keepers[node].kill.remote(member)
-        if member in self._ranks:
-            launch.end(self._ranks.pop(member))
 
     def _end(self, end: End) -> None:
         if self._outcome is not None:
@@ -297,12 +277,7 @@ class Controller:
         """Leave no process, file or key behind, then end; the outcome waits for the driver a while."""
         superseded = self._outcome is not None and self._outcome.outcome == "superseded"
         if not superseded:
-            for handle in self._ranks.values():
-                launch.end(handle)
-            cleaning = [keeper.clean_up.remote() for keeper in self._keepers.values()]
-            ray.wait(cleaning, num_returns=len(cleaning), timeout=self._job.settings.detection_s) if cleaning else None
-            for handle in self._keepers.values():
-                launch.end(handle)
+            self._workers.end()
         while time.monotonic() - self._ended_at < OUTCOME_KEPT_S and not self._driver.expired():
             time.sleep(TICK_S)
         if not superseded:
@@ -319,41 +294,26 @@ class Controller:
     def _scan(self) -> None:
         """Which nodes there are; starts a keeper on each new one."""
         known: set[str] = set()
-        incarnation = int(time.time())
         while self._outcome is None:
             try:
                 now = launch.capacities(dict(self._job.settings.resources))
-                self._events.put(_Nodes(now, known - set(now), incarnation))
+                self._events.put(_Nodes(now, known - set(now)))
                 known = set(now)
             except Exception:  # the cluster's head may be away for a while; asked again
                 log.warning("could not list the cluster's nodes", exc_info=True)
             time.sleep(SCAN_EVERY_S)
 
-    def _nodes(self, capacities: dict[str, int], gone: set[str], incarnation: int) -> None:
+    def _nodes(self, capacities: dict[str, int], gone: set[str]) -> None:
         for node in sorted(gone):
             self._judge(Verdict(what="node", node=node, why="the cluster lists it as dead", silent_s=0.0))
             self._detector.forget_node(node)
         for node, capacity in sorted(capacities.items()):
-            if capacity == 0 and node not in self._keepers:
+            if capacity == 0 and node not in self._workers.keepers:
                 continue
-            if node not in self._keepers:
-                self._start_keeper(node, incarnation)
+            if node not in self._workers.keepers:
+                self._workers.start_keeper(node)
             if node in self._detector.nodes:
                 self._handle(NodeSeen(node=node, capacity=capacity))
-
-    def _start_keeper(self, node: str, incarnation: int) -> None:
-        settings = self._job.settings
-        spec = KeeperSpec(
-            key=self._job.key,
-            node=node,
-            folder=launch.folder_of(self._job.key, node),
-            secret=self._job.secret,
-            beat_s=settings.detection_s / 8,
-            lease_s=settings.lease_s,
-        )
-        self._lost_lines.pop(node, None)
-        number = incarnation * 1000 + int(time.monotonic() * 1000) % 1000
-        self._keepers[node] = launch.start_keeper(spec, incarnation=number, controller=self._me)
 
     def _renew(self) -> None:
         if self._outcome is not None:
@@ -361,39 +321,23 @@ class Controller:
         if self._driver.expired():
             self._handle(StopAsked(why="the driver has gone"))
             return
-        address, acknowledged = self._lifelines.address, self._records.fetched
-        for rank in self._ranks.values():
-            rank.renew.remote(address, acknowledged)
-        for keeper in self._keepers.values():
-            keeper.renew.remote(address)
+        self._workers.renew(self._lifelines.address, self._records.fetched)
 
     def _resume(self) -> None:
         """After a restart: learn what is on record, and which of the processes on record still live."""
         if launch.create_key(f"{self._job.key}/began", b""):
             return
-        prefix = f"{self._job.key}/"
-        plans = [launch.read_key(key) for key in launch.list_keys(f"{prefix}generation/")]
-        spawned = {
-            int(key.rpartition("/")[2]): (launch.read_key(key) or b"").decode()
-            for key in launch.list_keys(f"{prefix}rank/")
-        }
-        live = set(launch.names(prefix))
-        for name in sorted(live):
-            kind, _, rest = name.removeprefix(prefix).partition("/")
-            handle = launch.find(name)
-            if kind == "keeper" and handle is not None:
-                self._keepers[rest.partition("/")[0]] = handle
-            elif kind == "rank" and handle is not None:
-                self._ranks[int(rest)] = handle
+        plans = [launch.read_key(key) for key in launch.list_keys(f"{self._job.key}/generation/")]
+        spawned = self._workers.find()
         self._events.put(
             Resumed(
                 plans=tuple(Plan.from_json(text.decode()) for text in plans if text is not None),
                 spawned=tuple(sorted(spawned.items())),
             )
         )
-        for node in sorted({*spawned.values(), *self._keepers}):
+        for node in sorted({*spawned.values(), *self._workers.keepers}):
             self._detector.expect(node, time.monotonic())
-        for member in sorted(set(spawned) - set(self._ranks)):
+        for member in sorted(set(spawned) - set(self._workers.ranks)):
             self._events.put(RankGone(member=member, why="it was gone when the controller came back"))
         self._say("the controller was restarted and has taken up where it was")
 

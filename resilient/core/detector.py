@@ -71,6 +71,10 @@ class Detector:
         """A node that ought to be heard from now on: after a restart, those where ranks are on record."""
         self.nodes.setdefault(node, now)
 
+    def excuse(self, node: str, until: float) -> None:
+        """This node's keeper is being replaced: its silence counts only from then on."""
+        self.nodes[node] = max(until, self.nodes.get(node, until))
+
     def beat(self, node: str, vitals: tuple[Vital, ...], now: float) -> tuple[Verdict, ...]:
         """A keeper's heartbeat. Processes that have ended are verdicts at once."""
         self.nodes[node] = now

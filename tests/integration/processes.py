@@ -95,6 +95,16 @@ class Watched:
         os.kill(pid, sign)
         return pid
 
+    def keeper_names(self, node: str) -> list[str]:
+        """Actors that are, or were until just now, the node's keeper."""
+        return launch.names(f"{self.name}/1/keeper/{node}/")
+
+    def kill_keeper(self, node: str) -> str:
+        """The name of the one that was killed."""
+        (name,) = self.keeper_names(node)
+        os.kill(ray.get(launch.find(name).process.remote(), timeout=30), signal.SIGKILL)
+        return name
+
     def kill_controller(self) -> None:
         os.kill(ray.get(self.controller.process.remote(), timeout=30), signal.SIGKILL)
 

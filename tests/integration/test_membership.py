@@ -72,9 +72,27 @@ def test_a_host_dies_without_a_word_and_a_new_one_joins(cluster: Any, undisturbe
         cluster.remove_node(host, allow_graceful=False)
         cluster.remove_node(other, allow_graceful=False)
     assert result.digest == undisturbed.digest
-    (lost,) = (item for item in result.recoveries if item["kind"] == "node lost")
-    assert "joined" in kinds(result), run.news["messages"]
+    lost = result.recoveries[0]
+    assert kinds(result)[0] == "node lost" and "joined" in kinds(result), (result.recoveries, run.news["messages"])
     assert len(lost["lost"]) == 2 and lost["decide_s"] + lost["form_s"] < 5
+
+
+def test_a_keeper_that_dies_alone_is_replaced_and_its_ranks_go_on(
+    cluster: Any, undisturbed: Any, tmp_path: Path
+) -> None:
+    run = Watched(train("keeperless", workers=(1, 3)), steps=LONG, hold=str(tmp_path / "go"))
+    run.at_step(3, ranks=3)
+    pids = [run.pid_of_rank(rank) for rank in range(3)]
+    _, node = run.ranks()[1]
+    former = run.kill_keeper(node)
+    run.until_said("another takes its place")
+    until(lambda: run.keeper_names(node) not in ([], [former]), "it has been started")
+    assert [run.pid_of_rank(rank) for rank in range(3)] == pids, "no rank has died with it"
+    run.signal_rank(1)
+    run.until_recovered(1)
+    result = run.result()
+    assert result.digest == undisturbed.digest
+    assert kinds(result)[0] == "rank lost" and "process has ended" in result.recoveries[0]["lost"][0]["why"]
 
 
 def test_a_stopped_rank_is_found_and_killed(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
