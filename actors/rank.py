@@ -19,6 +19,7 @@ import ray
 
 from .lease import Lease
 from .lifeline import Lifeline
+from .priority import STARTING, raise_priority
 from .words import Words
 
 REPORT_EVERY_S = 0.5
@@ -77,6 +78,7 @@ class Host:
 
 class Rank:
     def __init__(self, spec: RankSpec, controller: Any, keeper: Any, make_body: Callable[[Host], Body]) -> None:
+        raise_priority(STARTING)
         self._spec = spec
         self._lease = Lease(spec.lease_s)
         self._lifeline = Lifeline(f"rank {spec.member} {spec.node}", spec.secret)

@@ -195,6 +195,7 @@ def main() -> None:
             times = samples[f"ddp_{ranks}"] = measure(ranks, folder)
             ratio = statistics.median(times["ours"]) / statistics.median(times["theirs"])
             targets.append(Target(name=f"step time against DDP, {ranks} ranks", value=ratio, unit="x", goal=goal))
+            print(f"{targets[-1].name}: {ratio:.3f}", flush=True)
         kills, recorded = recoveries(folder)
     samples["kills"], samples["recoveries"] = kills, recorded
     overheads = [kill["overhead_s"] for kill in kills]
