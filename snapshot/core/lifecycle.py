@@ -1,0 +1,84 @@
+"""What becomes of the slots of one rank: pure bookkeeping, asked before anything is written.
+
+    free --begin--> writing --commit--> committed --a newer snapshot is protected everywhere--> free
+                       \\--give up (torn by a write into the state, or the capture failed)----> free
+
+Invariants
+    * The newest snapshot that is protected everywhere is never overwritten; nor is any newer one.
+    * A snapshot that will never be protected (its keeper went on to a later one, or has given it up) makes room,
+      unless it is the newest that was protected everywhere. All others stay: each may be the best there is.
+    * If no slot is free, there is no snapshot of this step, on any rank: all agree before they begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+SLOTS = 3
+"""Being written, being protected, protected."""
+
+
+class Ordinal(NamedTuple):
+    """Which state: the later branch is newer, whatever its steps are."""
+
+    branch: int
+    step: int
+
+    def packed(self) -> int:
+        """As one integer of the same order, for words and lanes of 64 bits."""
+        return self.branch << _STEP_BITS | self.step
+
+    @classmethod
+    def unpacked(cls, packed: int) -> Ordinal | None:
+        """None for -1: there is none yet."""
+        return None if packed < 0 else cls(packed >> _STEP_BITS, packed & (1 << _STEP_BITS) - 1)
+
+
+_STEP_BITS = 44
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    slots: list[Ordinal | None] = field(default_factory=lambda: [None] * SLOTS)
+    """What each slot holds or is about to; None when it is free."""
+    writing: int | None = None
+    """The slot that is being written."""
+    everywhere: Ordinal | None = None
+    """The newest snapshot that is protected everywhere."""
+
+    @property
+    def free(self) -> list[int]:
+        """Slots that may be written now; one at a time."""
+        return [] if self.writing is not None else [n for n, held in enumerate(self.slots) if held is None]
+
+    def begin(self, number: int, ordinal: Ordinal) -> None:
+        """This snapshot is written into slot `number`."""
+        assert number in self.free, (number, ordinal, self)
+        held = [other for other in self.slots if other is not None]
+        assert all(other < ordinal for other in held), f"{ordinal} is not newer than {held}"
+        self.writing, self.slots[number] = number, ordinal
+
+    def commit(self) -> None:
+        assert self.writing is not None, self
+        self.writing = None
+
+    def give_up(self) -> None:
+        assert self.writing is not None, self
+        self.slots[self.writing], self.writing = None, None
+
+    def protected(self, everywhere: Ordinal) -> None:
+        """All keepers have acknowledged the parity of this snapshot: older ones may go."""
+        self.everywhere = everywhere
+        for number, held in enumerate(self.slots):
+            if held is not None and held < everywhere and number != self.writing:
+                self.slots[number] = None
+
+    def never_protected(self, ordinals: Iterable[Ordinal]) -> None:
+        """These will never be protected everywhere."""
+        for ordinal in ordinals:
+            if ordinal != self.everywhere and ordinal in self.slots:
+                number = self.slots.index(ordinal)
+                if number != self.writing:
+                    self.slots[number] = None
