@@ -1,0 +1,73 @@
+"""Where a keeper stands with its node's snapshots, shown to the ranks through a file in shared memory.
+
+Three words of eight bytes, each a generation and a step of it, each written at once: no reader sees half
+of one. A word of another generation says nothing to the members of this one.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from snapshot.core.inventory import SnapshotKey
+
+NAME = "keeper.standing"
+NONE = -1
+_STEP_BITS = 40
+_WORDS = struct.Struct("<qqq")
+_PLACES = ("protected", "taken_up", "given_up")
+
+
+class Standing(NamedTuple):
+    """Steps of one generation, -1 for none."""
+
+    protected: int
+    """The newest snapshot that is protected, from the node's point of view."""
+    taken_up: int
+    """The newest one whose protection has begun: older ones that are not protected never will be."""
+    given_up: int
+    """The last one that could not be protected."""
+
+
+class StandingFile:
+    """The keeper's side. The same file for all keepers of a node, one after another: it stays mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(folder / NAME, flags, 0o600)
+        self._lock = threading.Lock()
+        self._open = True
+        self.clear()
+
+    def clear(self) -> None:
+        for place in ("protected", "taken_up", "given_up"):
+            self._write(place, NONE)
+
+    def show(self, place: Literal["protected", "taken_up", "given_up"], key: SnapshotKey) -> None:
+        self._write(place, key.generation << _STEP_BITS | key.step)
+
+    def _write(self, place: str, packed: int) -> None:
+        with self._lock:
+            if self._open:
+                os.pwrite(self._descriptor, struct.pack("<q", packed), 8 * _PLACES.index(place))
+
+    def close(self) -> None:
+        with self._lock:
+            if self._open:
+                os.close(self._descriptor)
+            self._open = False
+
+
+def read_standing(folder: Path, generation: int) -> Standing:
+    try:
+        words = _WORDS.unpack((folder / NAME).read_bytes())
+    except (FileNotFoundError, struct.error):  # no keeper yet, or none any more
+        words = (NONE, NONE, NONE)
+    return Standing(*(_step(word, generation) for word in words))
+
+
+def _step(word: int, generation: int) -> int:
+    return word & (1 << _STEP_BITS) - 1 if word >= 0 and word >> _STEP_BITS == generation else NONE
