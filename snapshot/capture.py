@@ -6,10 +6,14 @@
     anything else       its state_dict(), given back to load_state_dict(): schedulers, scalers, data loaders
 
 No pickle anywhere. Bits survive, and so does aliasing: a tensor that several places share is stored once.
-`snapshot.load` is the way back.
+`snapshot.load` is the way back, `snapshot.recapture` the way to do it at every step.
+
+The steady tensors stand first in the table: of all modules, by name, then what the optimizers keep for each
+parameter. From one step to the next they are nearly always the same.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -27,21 +31,53 @@ def capture(objects: Mapping[str, object]) -> StateTable:
 
     Raises TypeError, naming path, type and remedy, for a value that can't be stored without pickle.
     """
-    capturing = _Capturing()
+    return capture_upon(capture_steady(objects), objects)
+
+
+def capture_upon(steady: "Capturing", objects: Mapping[str, object]) -> StateTable:
+    """What the steady tensors belong to, and everything else."""
+    capturing = Capturing(steady)
     structures = {name: _capture_object(capturing, name, objects[name]) for name in sorted(objects)}
-    layout = Skeleton(tensors=tuple(capturing.specs), objects=structures)
-    return StateTable(layout=layout, tensors=tuple(capturing.tensors))
+    return StateTable(
+        layout=Skeleton(tensors=tuple(capturing.all_specs()), objects=structures),
+        tensors=tuple(capturing.all_tensors()),
+        calm=capturing.all_calm(),
+    )
 
 
-def _capture_object(capturing: "_Capturing", name: str, thing: object) -> Json:
+def capture_steady(objects: Mapping[str, object]) -> "Capturing":
+    """The steady tensors alone."""
+    capturing = Capturing()
+    for name in sorted(objects):
+        module = objects[name]
+        if isinstance(module, nn.Module):
+            for path, parameter in module.named_parameters(remove_duplicate=False):
+                capturing.calmly(f"{name}.{path}", parameter)
+            for path, _, _, buffer in buffer_places(module):
+                if buffer is not None:
+                    capturing.tensor(f"{name}.{path}", buffer)
+    for name in sorted(objects):
+        optimizer = objects[name]
+        if isinstance(optimizer, Optimizer):
+            for path, _, state in parameter_states(name, optimizer):
+                for key, value in (state or {}).items():
+                    if isinstance(value, Tensor):
+                        capturing.calmly(f"{path}[{key!r}]", value)
+    return capturing
+
+
+def _capture_object(capturing: "Capturing", name: str, thing: object) -> Json:
     kind = kind_of(name, thing)
     if isinstance(thing, nn.Module):
         return {kind: _capture_module(capturing, name, thing)}
     if isinstance(thing, Optimizer):
         return {kind: _capture_optimizer(capturing, name, thing)}
-    if isinstance(thing, dict):
-        return {kind: capturing.tree(name, dict(thing))}
-    return {kind: capturing.tree(name, thing.state_dict())}  # type: ignore[attr-defined]
+    return {kind: capture_values(capturing, name, thing)}
+
+
+def capture_values(capturing: "Capturing", name: str, thing: Any) -> Json:
+    """Of what is neither a module nor an optimizer."""
+    return capturing.tree(name, dict(thing) if isinstance(thing, dict) else thing.state_dict())
 
 
 def kind_of(name: str, thing: object) -> str:
@@ -56,10 +92,10 @@ def kind_of(name: str, thing: object) -> str:
     )
 
 
-def _capture_module(capturing: "_Capturing", name: str, module: nn.Module) -> Json:
+def _capture_module(capturing: "Capturing", name: str, module: nn.Module) -> Json:
     return {
         "parameters": [
-            [path, capturing.tensor(f"{name}.{path}", parameter)]
+            [path, capturing.calmly(f"{name}.{path}", parameter)]
             for path, parameter in module.named_parameters(remove_duplicate=False)
         ],
         "buffers": [
@@ -86,45 +122,88 @@ def parts_with_extra_state(module: nn.Module) -> Iterator[tuple[str, nn.Module]]
             yield path, part
 
 
-def _capture_optimizer(capturing: "_Capturing", name: str, optimizer: Optimizer) -> Json:
-    groups: list[Json] = []
-    members: set[Tensor] = set()
+def parameter_states(name: str, optimizer: Optimizer) -> Iterator[tuple[str, Tensor, dict[Any, Any] | None]]:
+    """(path, parameter, its state) for each, by its place in the groups."""
     for number, group in enumerate(optimizer.param_groups):
-        members.update(group["params"])
-        parameters: list[Json] = []
         for position, parameter in enumerate(group["params"]):
-            state = optimizer.state.get(parameter)
-            path = f"{name} group {number} parameter {position}"
-            parameters.append(
-                {
-                    "shape": list(parameter.shape),
-                    "device": parameter.device.type,
-                    "state": None if state is None else capturing.tree(path, dict(state)),
-                }
-            )
-        values = {key: value for key, value in group.items() if key != "params"}
-        groups.append({"values": capturing.tree(f"{name} group {number}", values), "parameters": parameters})
+            yield f"{name} group {number} parameter {position}", parameter, optimizer.state.get(parameter)
+
+
+def capture_parameter(capturing: "Capturing", path: str, parameter: Tensor, state: dict[Any, Any] | None) -> Json:
+    return {
+        "shape": list(parameter.shape),
+        "device": parameter.device.type,
+        "state": None if state is None else capturing.tree(path, dict(state), calm=True),
+    }
+
+
+def capture_group(capturing: "Capturing", name: str, number: int, group: dict[str, Any]) -> Json:
+    values = {key: value for key, value in group.items() if key != "params"}
+    return capturing.tree(f"{name} group {number}", values)
+
+
+def capture_shared(capturing: "Capturing", name: str, optimizer: Optimizer) -> Json:
+    shared = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    return capturing.tree(f"{name} state", shared)
+
+
+def _capture_optimizer(capturing: "Capturing", name: str, optimizer: Optimizer) -> Json:
+    members = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for key in optimizer.state:
         if isinstance(key, Tensor) and key not in members:
             raise ValueError(
                 f"{name}: state for a tensor of shape {tuple(key.shape)} that is in no param_group; "
                 "delete it from optimizer.state"
             )
-    shared = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
-    return {"groups": groups, "shared": capturing.tree(f"{name} state", shared)}
+    states = parameter_states(name, optimizer)
+    groups: list[Json] = []
+    for number, group in enumerate(optimizer.param_groups):
+        parameters: list[Json] = [
+            capture_parameter(capturing, *entry) for entry in islice(states, len(group["params"]))
+        ]
+        groups.append({"values": capture_group(capturing, name, number, group), "parameters": parameters})
+    return {"groups": groups, "shared": capture_shared(capturing, name, optimizer)}
 
 
-class _Capturing:
-    """Collects tensors, each once."""
+class Capturing:
+    """Collects tensors, each once.
 
-    def __init__(self) -> None:
+    base: those that have their numbers already; they are not collected again.
+    """
+
+    def __init__(self, base: "Capturing | None" = None) -> None:
         self.specs: list[TensorSpec] = []
         self.tensors: list[Tensor] = []
-        self._index: dict[Place, int] = {}
-        self._originals: list[Tensor] = []  # alive, so that no other takes an empty one's id
+        self.originals: list[Tensor] = []  # alive, so that no other takes an empty one's id
+        self.index: dict[Place, int] = {}
+        """Of every place that was asked for, the base's too."""
+        self.calm: set[int] = set()
+        self._base = base
+        self._first = 0 if base is None else len(base.tensors)
 
-    def tree(self, path: str, value: object) -> Json:
-        return encode(value, path=path, leaf=self._leaf)
+    def all_specs(self) -> Iterator[TensorSpec]:
+        return chain(self._base.specs if self._base else (), self.specs)
+
+    def all_tensors(self) -> Iterator[Tensor]:
+        return chain(self._base.tensors if self._base else (), self.tensors)
+
+    def all_calm(self) -> frozenset[int]:
+        return frozenset(chain(self._base.calm if self._base else (), self.calm))
+
+    def tree(self, path: str, value: object, *, calm: bool = False) -> Json:
+        return encode(value, path=path, leaf=self._calm_leaf if calm else self._leaf)
+
+    def calmly(self, path: str, tensor: Tensor) -> int:
+        """A tensor that only an optimizer's step changes."""
+        index = self.tensor(path, tensor)
+        base = self._base
+        held = base.tensors[index] if base and index < self._first else self.tensors[index - self._first]
+        if held.data_ptr() == tensor.data_ptr():  # the table refers to it, and has no copy
+            self.calm.add(index)
+        return index
+
+    def _calm_leaf(self, path: str, value: object) -> tuple[str, Json] | None:
+        return ("tensor", self.calmly(path, value)) if isinstance(value, Tensor) else self._leaf(path, value)
 
     def tensor(self, path: str, tensor: Tensor) -> int:
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
@@ -134,19 +213,18 @@ class _Capturing:
                 "Lazy modules need a forward first, meta tensors to_empty, sparse ones to_dense"
             )
         place = place_of(tensor)
-        index = self._index.get(place)
+        index = self.index.get(place)
+        if index is None and self._base is not None:
+            index = self._base.index.get(place)
         if index is None:
-            index = self._index[place] = len(self.tensors)
-            self._originals.append(tensor)
+            index = self._first + len(self.tensors)
+            self.originals.append(tensor)
             self._add(path, tensor)
+        self.index[place] = index
         return index
 
     def _add(self, path: str, tensor: Tensor) -> None:
-        dense = tensor.detach().resolve_conj().resolve_neg()
-        order = memory_order(dense)
-        if order is None:
-            dense = dense.clone(memory_format=torch.contiguous_format)
-            order = tuple(range(dense.dim()))
+        dense, order = dense_of(tensor)
         self.tensors.append(dense)
         self.specs.append(
             TensorSpec(
@@ -176,6 +254,16 @@ class _Capturing:
         if isinstance(value, torch.device):
             return "device", str(value)
         return None
+
+
+def dense_of(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The tensor itself if it has its bytes for itself, else a copy; and how its axes lie in memory."""
+    dense = tensor.detach().resolve_conj().resolve_neg()
+    order = memory_order(dense)
+    if order is None:
+        dense = dense.clone(memory_format=torch.contiguous_format)
+        order = tuple(range(dense.dim()))
+    return dense, order
 
 
 def _is_portable(dtype: np.dtype[Any]) -> bool:

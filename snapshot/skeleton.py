@@ -6,6 +6,7 @@ they belong. No torch: keepers read it too.
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -59,18 +60,8 @@ class Skeleton:
         return tuple(accumulate((spec.nbytes for spec in self.tensors), initial=0))
 
     def to_bytes(self) -> bytes:
-        specs: list[Json] = [
-            {
-                "name": spec.name,
-                "dtype": spec.dtype,
-                "itemsize": spec.itemsize,
-                "shape": list(spec.shape),
-                "order": list(spec.order),
-                "device": spec.device,
-            }
-            for spec in self.tensors
-        ]
-        return to_bytes({"format": FORMAT, "tensors": specs, "objects": self.objects})
+        objects = {name: to_bytes(structure) for name, structure in self.objects.items()}
+        return spelled(objects=objects, tensors=spelled_specs(self.tensors))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Skeleton":
@@ -91,6 +82,33 @@ class Skeleton:
         if not canonical:
             raise ValueError("not a skeleton of a state: it is not spelled canonically")
         return skeleton
+
+
+def spelled(*, objects: Mapping[str, bytes], tensors: bytes) -> bytes:
+    """A skeleton from the canonical spellings of its parts, which its user may have kept.
+
+    objects: name -> structure. tensors: `spelled_specs` of all.
+    """
+    front = b'{"format":%d,"objects":{' % FORMAT
+    structures = b",".join(b"%b:%b" % (to_bytes(name), objects[name]) for name in sorted(objects))
+    return b"".join((front, structures, b'},"tensors":[', tensors, b"]}"))
+
+
+def spelled_specs(specs: Iterable[TensorSpec]) -> bytes:
+    """One after the other, with commas between."""
+    return b",".join(
+        to_bytes(
+            {
+                "name": spec.name,
+                "dtype": spec.dtype,
+                "itemsize": spec.itemsize,
+                "shape": list(spec.shape),
+                "order": list(spec.order),
+                "device": spec.device,
+            }
+        )
+        for spec in specs
+    )
 
 
 def _is_size(value: object) -> bool:

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ import xxhash
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from snapshot.front import Front, FrontShare, bytes_of, chunk_ends_of
 from snapshot.skeleton import Skeleton
 
 # Not the quantized and sub-byte ones, whose bytes torch does not copy.
@@ -34,12 +36,15 @@ class StateTable:
     tensors: each once, in the layout's order; references into the captured objects, not copies, so the
         table shows later changes until it is read. Only a tensor with gaps or overlaps in memory (a slice, an
         expanded one) is copied, once, by `capture`; it shows no later changes.
+    calm: places of the tensors that only an optimizer's step changes: parameters and optimizer state.
     """
 
     layout: Skeleton
     tensors: tuple[Tensor, ...]
+    calm: frozenset[int] = frozenset()
     skeleton: bytes = field(init=False, repr=False)
     _offsets: tuple[int, ...] = field(init=False, repr=False)
+    _front: Front | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if len(self.layout.tensors) != len(self.tensors):
@@ -52,9 +57,48 @@ class StateTable:
         object.__setattr__(self, "skeleton", self.layout.to_bytes())
         object.__setattr__(self, "_offsets", self.layout.offsets)
 
+    @classmethod
+    def of(
+        cls, front: Front, layout: Skeleton, rest: tuple[Tensor, ...], calm: frozenset[int], skeleton: bytes
+    ) -> "StateTable":
+        """Unchecked, and fast: the front's tensors, then the rest. `skeleton` is the layout's spelling."""
+        table = object.__new__(cls)
+        behind = layout.tensors[len(front.tensors) :]
+        values = {
+            "layout": layout,
+            "tensors": (*front.tensors, *rest),
+            "calm": calm,
+            "skeleton": skeleton,
+            "_offsets": (
+                *front.offsets,
+                *islice(accumulate((s.nbytes for s in behind), initial=front.nbytes), 1, None),
+            ),
+            "_front": front,
+        }
+        for name, value in values.items():
+            object.__setattr__(table, name, value)
+        return table
+
     @property
     def nbytes(self) -> int:
         return self._offsets[-1]
+
+    def chunk_ends(self) -> tuple[int, ...]:
+        """See `snapshot.core.chunks`."""
+        if self._front is None:
+            return chunk_ends_of(self.layout.tensors)
+        front = self._front
+        behind = chunk_ends_of(self.layout.tensors[len(front.tensors) :])
+        return (*front.ends, *(front.nbytes + end for end in behind))
+
+    def front_share(self, start: int, stop: int) -> FrontShare:
+        """The first part of bytes start..stop, ready made; `numbered_pieces` has what follows.
+
+        The part is empty if this table has nothing in common with others.
+        """
+        if self._front is None or start >= self._front.nbytes:
+            return FrontShare(nbytes=0, sizes=(), calm=(), watched=(), moving=())
+        return self._front.share(self, start, min(stop, self._front.nbytes))
 
     def pieces(self, start: int, stop: int) -> Iterator[Tensor]:
         """1-D uint8 views that cover bytes start..stop of the concatenation of all tensors, in order.
@@ -62,13 +106,18 @@ class StateTable:
         They lie on their tensors' devices. Writing into them writes the table's tensors: so a receiver fills
         a table made by `empty`.
         """
+        for _, piece in self.numbered_pieces(start, stop):
+            yield piece
+
+    def numbered_pieces(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """As `pieces`, each with the place of its tensor."""
         if not 0 <= start <= stop <= self.nbytes:
             raise ValueError(f"byte range {start}..{stop} is not within 0..{self.nbytes}")
         position = bisect_right(self._offsets, start) - 1
         while start < stop:
             offset, end = self._offsets[position], min(stop, self._offsets[position + 1])
             if start < end:
-                yield _bytes_of(self.tensors[position])[start - offset : end - offset]
+                yield position, bytes_of(self.tensors[position])[start - offset : end - offset]
             start, position = max(start, end), position + 1
 
     def digest(self) -> str:
@@ -125,8 +174,3 @@ def describe(tensor: Tensor) -> str:
         else f"shape {tuple(tensor.shape)}"
     )
     return f"{type(tensor).__qualname__}({tensor.dtype}, {shape}, {tensor.layout}, {tensor.device})"
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    # Not view(-1): one element may keep a stride that is not 1, and then has no bytes to view.
-    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
