@@ -8,6 +8,7 @@ not the run: without a controller its lease ends, and then it ends every rank it
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import shutil
@@ -18,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from .folders import own, process_stat, record_process, recorded_process, sweep
 from .lease import Lease
 from .lifeline import Lifeline
 from .priority import raise_priority
 from .words import read_words
 
-OWNER = "keeper.pid"
-"""Which process a run's folder on this node belongs to."""
+SWEEP_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,9 @@ class KeeperSpec:
     """Grows from one keeper of a node to the next; in every heartbeat."""
     beat_s: float
     lease_s: float
+    snapshots: bool = False
+    linger_s: float = 0.0
+    """How long snapshots are kept when the run has ended without finishing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +55,17 @@ class Pulse:
     activity: str
     work: int
     longest_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeeperAnswer:
+    """A keeper's answer to the controller's question `asked`: its inventory, or that it has done its part."""
+
+    asked: int
+    phase: str
+    node: str
+    inventory: Any = None
+    error: str = ""
 
 
 @dataclass(slots=True)
@@ -66,32 +83,39 @@ class Keeper:
         self._watched: dict[int, _Watched] = {}
         self._lock = threading.Lock()
         self._lease = Lease(spec.lease_s)
+        self._lingering = False
         self._lifeline = Lifeline(f"keeper 0 {spec.node}", spec.secret)
         self._poll = select.poll()
         self._wake_read, self._wake_write = os.pipe()
         self._poll.register(self._wake_read, select.POLLIN)
-        _sweep(Path(spec.folder).parent)
-        Path(spec.folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-        (Path(spec.folder) / OWNER).write_text(str(os.getpid()))
+        folder = Path(spec.folder)
+        own(folder, spec.linger_s)
         self._adopt()
+        self._keeping: Any = self._keep_snapshots(folder) if spec.snapshots else None
+        sweep(folder.parent, self._keeping.folders if self._keeping else (folder,))
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def watch(self, member: int, pid: int) -> None:
         """Called by a rank as the first thing it does, so the process id is certainly its own."""
         self._hold(member, pid)
-        record = Path(self._spec.folder) / f"rank-{member}.process"
-        record.write_text(f"{pid} {started_at(pid)}")
+        record_process(Path(self._spec.folder) / f"rank-{member}.process", pid)
         os.write(self._wake_write, b"w")
 
     def _adopt(self) -> None:
         """Take over the ranks of a keeper that died before this one was started in its place."""
         for record in sorted(Path(self._spec.folder).glob("rank-*.process")):
             member = int(record.stem.partition("-")[2])
-            pid, started = record.read_text().split()
-            if started_at(int(pid)) == started:
+            pid = recorded_process(record)
+            if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    self._hold(member, int(pid))
-            self._watched.setdefault(member, _Watched(int(pid), -1, alive=False))
+                    self._hold(member, pid)
+            self._watched.setdefault(member, _Watched(0, -1, alive=False))
+
+    def _keep_snapshots(self, folder: Path) -> Any:
+        from .keeping import Keeping
+
+        spec, ip = self._spec, ray.util.get_node_ip_address()
+        return Keeping(key=spec.key, node=spec.node, folder=folder, secret=spec.secret, ip=ip)
 
     def _hold(self, member: int, pid: int) -> None:
         pidfd = os.pidfd_open(pid)
@@ -111,8 +135,34 @@ class Keeper:
         self._lease.renew()
         self._lifeline.hold(lifeline)
 
+    def linger(self) -> None:
+        """The run is over, and has not finished: end its ranks, and keep the snapshots for a while."""
+        self._lingering = True
+        os.write(self._wake_write, b"l")
+
     def process(self) -> int:
         return os.getpid()
+
+    # Snapshots; only called where there are some
+
+    def protect(self, ring: Any, peers: dict[str, tuple[str, int]]) -> None:
+        self._keeping.protect(ring, peers)
+
+    def take_inventory(self, asked: int, ended: tuple[int, ...]) -> None:
+        for member in ended:
+            self.kill(member)
+        self._keeping.take_inventory(ended, self._is_alive, functools.partial(self._answer, asked, "inventory"))
+
+    def rebuild(self, asked: int, phase: str, elected: Any, peers: dict[str, tuple[str, int]]) -> None:
+        self._keeping.rebuild(phase, elected, peers, functools.partial(self._answer, asked, phase))
+
+    def _answer(self, asked: int, phase: str, inventory: Any = None, error: str = "") -> None:
+        answer = KeeperAnswer(asked=asked, phase=phase, node=self._spec.node, inventory=inventory, error=error)
+        self._controller.hear.remote((answer,))
+
+    def _is_alive(self, member: int) -> bool:
+        watched = self._all_watched().get(member)
+        return watched is not None and watched.alive
 
     def clean_up(self, patience_s: float = 0.0) -> None:
         """End all ranks, those that do not end by themselves soon enough by force, and leave nothing behind;
@@ -122,9 +172,15 @@ class Keeper:
             time.sleep(0.01)
         for member in self._all_watched():
             self.kill(member)
-        shutil.rmtree(self._spec.folder, ignore_errors=True)
+        folders = (Path(self._spec.folder),)
+        if self._keeping is not None:
+            self._keeping.close()
+            folders = self._keeping.folders
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _watch(self) -> None:
+        swept_at = time.monotonic()
         while True:
             events = self._poll.poll(self._spec.beat_s * 1000)
             for descriptor, _ in events:
@@ -132,10 +188,22 @@ class Keeper:
                     os.read(self._wake_read, 4096)
                 else:
                     self._ended(descriptor)
-            if self._lease.expired():
+            if self._lease.expired() or self._lingering:
+                self._linger()
                 self.clean_up()
                 os._exit(0)
-            self._controller.beat.remote(self._spec.node, self._spec.incarnation, self._pulses())
+            if self._keeping is not None and time.monotonic() - swept_at > SWEEP_EVERY_S:
+                self._keeping.sweep(self._is_alive)
+                swept_at = time.monotonic()
+            vault = self._keeping.address if self._keeping is not None else None
+            self._controller.beat.remote(self._spec.node, self._spec.incarnation, self._pulses(), vault)
+
+    def _linger(self) -> None:
+        """Keep the snapshots for a while: the run may be submitted again. The next attempt's keeper ends this."""
+        for member in self._all_watched():
+            self.kill(member)
+        if self._keeping is not None:
+            time.sleep(self._spec.linger_s)
 
     def _ended(self, pidfd: int) -> None:
         with self._lock:
@@ -164,30 +232,7 @@ class Keeper:
         )
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what keepers left that were killed together with their host's processes."""
-    for owner in folder.glob(f"*/{OWNER}"):
-        with contextlib.suppress(OSError, ValueError):  # another keeper sweeps too, or it is not ours to read
-            if not Path(f"/proc/{int(owner.read_text())}").exists():
-                shutil.rmtree(owner.parent, ignore_errors=True)
-
-
 def is_stopped(pid: int) -> bool:
     """Whether the kernel shows the process as stopped, by a signal or by a debugger."""
-    shown = _stat(pid)
+    shown = process_stat(pid)
     return bool(shown) and shown[0] in "Tt"
-
-
-def started_at(pid: int) -> str:
-    """When the process was started, in the kernel's clock ticks: with it a process id is never mistaken for
-    that of a later process. Empty if there is none."""
-    shown = _stat(pid)
-    return shown[19] if shown else ""
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat from the state on; empty if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []

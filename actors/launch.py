@@ -18,12 +18,13 @@ from .keeper import Keeper, KeeperSpec
 from .rank import Body, Host, Rank, RankSpec
 
 NAMESPACE = "resilient"
-FOLDER = "/dev/shm/resilient"
+MEMORY = "/dev/shm"
+FOLDER = f"{MEMORY}/resilient"
 
 
-def folder_of(key: str, node: str) -> str:
+def folder_of(key: str, node: str, memory: str = MEMORY) -> str:
     """Where a run keeps its files on one node; several nodes may share a machine in tests."""
-    return f"{FOLDER}/{key.replace('/', '-')}-{node[:12]}"
+    return f"{memory}/resilient/{key.replace('/', '-')}-{node[:12]}"
 
 
 def start_rank(
@@ -106,10 +107,26 @@ def capacities(resources: dict[str, float]) -> dict[str, int]:
     return found
 
 
+def domains() -> dict[str, str]:
+    """Failure domains by node: the availability zone, or what the node's label `resilient-domain` says."""
+    found = {}
+    for node in ray.nodes():
+        labels = node.get("Labels") or {}
+        found[node["NodeID"]] = (
+            labels.get("resilient-domain") or labels.get("ray.io/availability-zone") or node["NodeID"]
+        )
+    return found
+
+
 def create_key(key: str, value: bytes) -> bool:
     """Create a key; False, and nothing changed, if it exists."""
     existed = internal_kv._internal_kv_put(_full(key), value, overwrite=False, namespace=_NAMESPACE)
     return not existed
+
+
+def write_key(key: str, value: bytes) -> None:
+    """Create a key, or overwrite it."""
+    internal_kv._internal_kv_put(_full(key), value, overwrite=True, namespace=_NAMESPACE)
 
 
 def read_key(key: str) -> bytes | None:

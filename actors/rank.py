@@ -65,6 +65,8 @@ class Host:
         self.key = spec.key
         self.member = spec.member
         self.node = spec.node
+        self.folder = Path(spec.folder)
+        self.secret = spec.secret
         self.ip = ray.util.get_node_ip_address()
         self.words = Words(Path(spec.folder) / f"rank-{spec.member}.words")
         self._controller = controller

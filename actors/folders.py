@@ -1,0 +1,95 @@
+"""A run's folder on a node: whose it is, who takes it over, and when it is swept.
+
+The keeper's process id and start time are written into it, and each rank's. Shared memory outlives
+processes, so a later attempt of the same run takes over what an earlier one has left, once every process
+that could still write there has certainly ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import time
+from pathlib import Path
+
+OWNER = "keeper.process"
+LINGERS = "keeper.lingers"
+"""How long the folder is to be kept after its keeper's end, in seconds."""
+END_LIMIT_S = 10.0
+
+
+def started_at(pid: int) -> str:
+    """When the process was started, in the kernel's clock ticks: with it a process id is never mistaken for
+    that of a later process. Empty if there is none."""
+    shown = process_stat(pid)
+    return shown[19] if shown else ""
+
+
+def process_stat(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat from the state on; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def record_process(path: Path, pid: int) -> None:
+    path.write_text(f"{pid} {started_at(pid)}")
+
+
+def recorded_process(path: Path) -> int | None:
+    """The recorded process, if it still runs."""
+    try:
+        pid, started = path.read_text().split()
+    except (OSError, ValueError):  # gone, or being written
+        return None
+    return int(pid) if started_at(int(pid)) == started and process_stat(int(pid))[0] != "Z" else None
+
+
+def own(folder: Path, linger_s: float) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / LINGERS).write_text(str(linger_s))
+    record_process(folder / OWNER, os.getpid())
+
+
+def earlier_attempts(folder: Path, run: str, attempt: int, node: str) -> tuple[Path, ...]:
+    """Folders that earlier attempts of this run have left here, taken over for good: their processes are
+    ended. Those of other nodes (of this machine, before its raylet was restarted) only if nobody owns them."""
+    taken = []
+    pattern = re.compile(re.escape(run) + r"-(\d+)-([0-9a-f]+)")
+    for other in sorted(folder.parent.iterdir()):
+        found = pattern.fullmatch(other.name)
+        if found is None or int(found[1]) >= attempt:
+            continue
+        mine = found[2] == node[: len(found[2])]
+        if mine or recorded_process(other / OWNER) is None:
+            end_processes(other)
+            taken.append(other)
+    return tuple(taken)
+
+
+def end_processes(folder: Path) -> None:
+    """Kill everything that is on record in this folder, and wait until it has ended."""
+    for record in [*folder.glob("rank-*.process"), folder / OWNER]:
+        pid = recorded_process(record)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                select.select([pidfd], [], [], END_LIMIT_S)
+                os.close(pidfd)
+
+
+def sweep(folders: Path, keep: tuple[Path, ...]) -> None:
+    """Remove what keepers have left that were killed together with their host's processes."""
+    for owner in folders.glob(f"*/{OWNER}"):
+        if owner.parent in keep or recorded_process(owner) is not None:
+            continue
+        with contextlib.suppress(OSError, ValueError):  # another keeper sweeps too, or it is not ours to read
+            lingers_s = float((owner.parent / LINGERS).read_text())
+            if time.time() - owner.stat().st_mtime > lingers_s:
+                shutil.rmtree(owner.parent, ignore_errors=True)
