@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .api import TrainFunction, train
 from .errors import LoopError, ResilientError, RunLost, RunStopped, StateDiverged, TrainingFailed
+from .job import Snapshot
 from .result import Result
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "Run",
     "RunLost",
     "RunStopped",
+    "Snapshot",
     "StateDiverged",
     "TrainFunction",
     "TrainingFailed",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from .imports import check_not_hidden
-from .job import settings_from
+from .job import Snapshot, settings_from
 from .result import Result
 
 
@@ -22,6 +22,8 @@ def train(
     detection_s: float = 2.0,
     wait_for_nodes_s: float = 600.0,
     allow_different_bits: bool = False,
+    snapshot: Snapshot | None = None,
+    on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore",
 ) -> Callable[[Callable[..., Any]], TrainFunction]:
     """Make a training function fault-tolerant. The function receives a `Run` as its first argument.
 
@@ -36,6 +38,11 @@ def train(
         the operating system reports by itself is acted on at once.
     wait_for_nodes_s: how long a run may stand still below min before it fails.
     allow_different_bits: only warn when nodes compute different bits.
+    snapshot: resilient.Snapshot(...): copies of the state in the nodes' memory, from which the run goes on
+        even when all of its ranks have died.
+    on_nonfinite: what to do with a step whose loss or gradient is not finite: "stop" the run, "skip" the step
+        (no update, no scheduler step, the next data), or "rollback" to the newest snapshot and leave that
+        step's data out. With a GradScaler, which expects such gradients, only the loss counts.
 
     Raises ValueError or TypeError naming field, value and what is allowed.
     """
@@ -51,6 +58,8 @@ def train(
             detection_s=detection_s,
             wait_for_nodes_s=wait_for_nodes_s,
             allow_different_bits=allow_different_bits,
+            snapshot=snapshot,
+            on_nonfinite=on_nonfinite,
         )
         return TrainFunction(function, settings)
 

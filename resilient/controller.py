@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from actors import launch
-from actors.keeper import Pulse
+from actors.keeper import KeeperAnswer, Pulse
 from actors.lease import Lease
 from actors.lifeline import Lifelines
 from actors.priority import raise_priority
@@ -35,16 +35,31 @@ from .core.events import (
     StopAsked,
     Tick,
 )
-from .core.instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
+from .core.instructions import (
+    CreateGeneration,
+    DecodeImages,
+    End,
+    Instruction,
+    Kill,
+    Say,
+    SendPlan,
+    Spawn,
+    TakeInventory,
+)
 from .core.plan import Plan
 from .job import Job
-from .records import Records, ReturnValue, StepValues
+from .ledger import Ledger
+from .protection import Protection
+from .records import Records, Remark, ReturnValue, StepValues
 from .workers import Workers
 
 TICK_S = 0.05
 SCAN_EVERY_S = 1.0
 RENEW_EVERY_S = 1.0
 OUTCOME_KEPT_S = 60.0
+DRIVER_GONE = "the driver has gone"
+ANSWER_LIMIT_DETECTIONS = 5
+"""How long keepers may take to check what they hold, or to decode, before the others' answers must do."""
 
 log = logging.getLogger("resilient.controller")
 
@@ -54,6 +69,7 @@ class _Beat:
     node: str
     incarnation: int
     pulses: tuple[Pulse, ...]
+    vault: tuple[str, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +90,17 @@ class Controller:
         raise_priority()
         self._job = job
         settings = job.settings
-        self._control = Control(limits=settings.limits, allow_different_bits=settings.allow_different_bits)
+        self._control = Control(
+            limits=settings.limits,
+            allow_different_bits=settings.allow_different_bits,
+            look_back=settings.snapshot is not None and job.attempt > 1,
+        )
         self._detector = Detector(detection_s=settings.detection_s)
         self._records = Records()
         self._values: dict[int, bytes] = {}
         self._messages: list[str] = []
+        self._snapshots: dict[str, Any] = {}
+        """What rank 0 has told last of its snapshots."""
         self._outcome: End | None = None
         self._ended_at = 0.0
         self._lock = threading.Lock()
@@ -86,9 +108,14 @@ class Controller:
         self._events: queue.Queue[Any] = queue.Queue()
         self._driver = Lease(settings.driver_lease_s)
         self._me = ray.get_runtime_context().current_actor
+        self._ledger = Ledger(job)
         self._workers = Workers(job, self._me)
+        self._protection = Protection(settings.snapshot.parity if settings.snapshot else 0)
+        self._answer_limit_s = ANSWER_LIMIT_DETECTIONS * settings.detection_s
         self._lifelines = Lifelines(ray.util.get_node_ip_address(), job.secret, self._lifeline_lost)
         self._renewed_at = 0.0
+        self._nodes_alive: set[str] = set()
+        """As the cluster lists them, which may be late."""
         self._resume()
         threading.Thread(target=self._scan, name="scan", daemon=True).start()
         threading.Thread(target=self._loop, name="loop", daemon=True).start()
@@ -99,22 +126,27 @@ class Controller:
         for message in messages:
             self._events.put(message)
 
-    def beat(self, node: str, incarnation: int, pulses: tuple[Pulse, ...]) -> None:
-        self._events.put(_Beat(node, incarnation, pulses))
+    def beat(
+        self, node: str, incarnation: int, pulses: tuple[Pulse, ...], vault: tuple[str, int] | None = None
+    ) -> None:
+        self._events.put(_Beat(node, incarnation, pulses, vault))
 
     # Called by the driver
 
     def renew(self) -> None:
         self._driver.renew()
 
-    def poll(self, fetched: int, known: tuple[int, int]) -> dict[str, Any]:
+    def poll(self, fetched: int, known: tuple[int, int, int]) -> dict[str, Any]:
         """What is new: `fetched` is the last step whose row of metrics the driver has, `known` the process
-        id of the controller it last heard, with the number of recoveries it has from it."""
+        id of the controller it last heard, with the numbers of recoveries and of rewinds it has from it."""
         self._driver.renew()
         with self._lock:
-            return self._news(fetched, known[1] if known[0] == os.getpid() else 0)
+            return self._news(fetched, *(known[1:] if known[0] == os.getpid() else (0, 0)))
 
-    def _news(self, fetched: int, known: int) -> dict[str, Any]:
+    def _news(self, fetched: int, known: int, rewound: int) -> dict[str, Any]:
+        back_to = min(self._records.rewinds[rewound:], default=None)
+        if back_to is not None:
+            fetched = min(fetched, back_to - 1)
         chronicle = self._control.chronicle
         current = self._control.current
         return {
@@ -123,11 +155,18 @@ class Controller:
             "generation": current.generation if current else 0,
             "ranks": self._control.formed.size if self._control.formed else 0,
             "recoveries": [{**asdict(item), "total_s": item.total_s} for item in chronicle.recoveries[known:]],
-            "known": (os.getpid(), len(chronicle.recoveries)),
+            "back_to": back_to,
+            "snapshots": dict(self._snapshots),
+            "known": (os.getpid(), len(chronicle.recoveries), len(self._records.rewinds)),
             "messages": list(self._messages),
             "outcome": None if self._outcome is None else asdict(self._outcome),
             "value": self._return_value() if self._outcome is not None else None,
         }
+
+    def look(self) -> dict[str, Any]:
+        """All that is known, without a say in anything: neither a lease nor a row is taken."""
+        with self._lock:
+            return {"snapshots": dict(self._snapshots), **self._processes()}
 
     def stop(self, why: str) -> None:
         self._events.put(StopAsked(why=why))
@@ -179,17 +218,34 @@ class Controller:
         match fact:
             case StepValues():
                 self._records.add(fact)
+                self._snapshots.update(fact.snapshots)
+            case Remark(text=text):
+                self._say(text)
             case ReturnValue(member=member, value=value):
                 self._values[member] = value
-            case _Beat(node=node, incarnation=incarnation, pulses=pulses):
+            case _Beat(node=node, incarnation=incarnation, pulses=pulses, vault=vault):
                 if self._workers.is_present(node, incarnation):
+                    self._protection.heard(node, vault, self._workers.keepers)
                     self._beaten(node, pulses, now)
+            case KeeperAnswer():
+                self._answered(fact)
             case _LifelineLost(name=name):
                 self._lost(name, now)
             case _Nodes(capacities=capacities, gone=gone):
                 self._nodes(capacities, gone)
             case _:
                 self._handle(fact)
+        self._look_around(now)
+
+    def _answered(self, answer: KeeperAnswer) -> None:
+        if answer.error:
+            self._say(f"keeper of node {answer.node[:8]}: {answer.error}")
+        self._protection.answered(answer)
+
+    def _look_around(self, now: float) -> None:
+        """What follows from time alone."""
+        if (outcome := self._protection.settle(self._workers.keepers, now, self._answer_limit_s)) is not None:
+            self._handle(outcome)
         for node in self._workers.lonely(now):
             self._replace_keeper(node, now)
         for verdict in self._detector.verdicts(now):
@@ -222,6 +278,7 @@ class Controller:
     def _judge(self, verdict: Verdict) -> None:
         if verdict.what == "node":
             self._workers.forget_node(verdict.node)
+            self._protection.forget(verdict.node)
             self._handle(NodeGone(node=verdict.node, why=verdict.why, silent_s=verdict.silent_s))
         else:
             self._handle(RankGone(member=verdict.member, why=verdict.why, silent_s=verdict.silent_s))
@@ -253,11 +310,9 @@ class Controller:
                 self._detector.forget_rank(member)
                 self._workers.kill(member, node)
             case CreateGeneration(plan=plan):
-                key = f"{self._job.key}/generation/{plan.generation:09d}"
-                created = launch.create_key(key, plan.to_json().encode())
-                self._say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")
-                outcome = GenerationCreated if created else GenerationTaken
-                self._handle(outcome(generation=plan.generation))
+                self._create(plan)
+            case TakeInventory() | DecodeImages():
+                self._ask_keepers(instruction)
             case SendPlan(member=member, plan=plan):
                 if member in self._workers.ranks:
                     self._workers.ranks[member].deliver.remote(plan)
@@ -265,6 +320,30 @@ class Controller:
                 self._say(text)
             case End():
                 self._end(instruction)
+
+    def _create(self, plan: Plan) -> None:
+        created = self._ledger.create(plan)
+        self._say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")
+        if not created:
+            self._handle(GenerationTaken(generation=plan.generation))
+            return
+        if plan.restore is not None:
+            self._records.rewind(plan.restore.key.step, plan.branch, anew=plan.base == 0)
+        self._protect(plan)
+        self._handle(GenerationCreated(generation=plan.generation))
+
+    def _protect(self, plan: Plan) -> None:
+        if self._job.settings.snapshot is not None:
+            self._protection.planned(plan, launch.domains(), self._workers.keepers)
+
+    def _ask_keepers(self, instruction: TakeInventory | DecodeImages) -> None:
+        keepers, now, limit_s = self._workers.keepers, time.monotonic(), self._answer_limit_s
+        if isinstance(instruction, TakeInventory):
+            asked, ended = instruction.asked, instruction.ended
+            self._protection.take_inventory(asked, ended, keepers, self._nodes_alive, now + limit_s)
+        else:
+            self._say(f"going back to {instruction.elected.reason}")
+            self._protection.rebuild(instruction.asked, instruction.elected, keepers, now, limit_s)
 
     def _end(self, end: End) -> None:
         if self._outcome is not None:
@@ -276,13 +355,22 @@ class Controller:
     def _clean_up(self) -> None:
         """Leave no process, file or key behind, then end; the outcome waits for the driver a while."""
         superseded = self._outcome is not None and self._outcome.outcome == "superseded"
+        lingers = self._lingers()
         if not superseded:
-            self._workers.end()
+            self._workers.end(linger=lingers)
         while time.monotonic() - self._ended_at < OUTCOME_KEPT_S and not self._driver.expired():
             time.sleep(TICK_S)
         if not superseded:
-            launch.delete_keys(f"{self._job.key}/")
+            self._ledger.close(keep_lineage=lingers)
         launch.end(self._me)
+
+    def _lingers(self) -> bool:
+        """Whether the run may be submitted again and go on from memory: it has neither finished, nor did its
+        driver end it."""
+        snapshot, outcome = self._job.settings.snapshot, self._outcome
+        if snapshot is None or outcome is None or snapshot.linger_s == 0:
+            return False
+        return outcome.outcome == "failed" or (outcome.outcome == "stopped" and outcome.reason == DRIVER_GONE)
 
     def _say(self, text: str) -> None:
         log.info(text)
@@ -304,6 +392,7 @@ class Controller:
             time.sleep(SCAN_EVERY_S)
 
     def _nodes(self, capacities: dict[str, int], gone: set[str]) -> None:
+        self._nodes_alive = {node for node, capacity in capacities.items() if capacity > 0}
         for node in sorted(gone):
             self._judge(Verdict(what="node", node=node, why="the cluster lists it as dead", silent_s=0.0))
             self._detector.forget_node(node)
@@ -319,22 +408,20 @@ class Controller:
         if self._outcome is not None:
             return
         if self._driver.expired():
-            self._handle(StopAsked(why="the driver has gone"))
+            self._handle(StopAsked(why=DRIVER_GONE))
             return
         self._workers.renew(self._lifelines.address, self._records.fetched)
+        self._protection.tell(self._workers.keepers)
 
     def _resume(self) -> None:
         """After a restart: learn what is on record, and which of the processes on record still live."""
-        if launch.create_key(f"{self._job.key}/began", b""):
+        if self._ledger.begin():
+            self._control.restoring.lineage = self._ledger.lineage() or self._control.restoring.lineage
             return
-        plans = [launch.read_key(key) for key in launch.list_keys(f"{self._job.key}/generation/")]
-        spawned = self._workers.find()
-        self._events.put(
-            Resumed(
-                plans=tuple(Plan.from_json(text.decode()) for text in plans if text is not None),
-                spawned=tuple(sorted(spawned.items())),
-            )
-        )
+        plans, spawned = self._ledger.plans(), self._workers.find()
+        self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items()))))
+        if plans:
+            self._protect(plans[-1])
         for node in sorted({*spawned.values(), *self._workers.keepers}):
             self._detector.expect(node, time.monotonic())
         for member in sorted(set(spawned) - set(self._workers.ranks)):

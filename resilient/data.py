@@ -117,6 +117,10 @@ class Feed:
         the current step or the next."""
         return self._source.has_step(step)
 
+    def leave_out(self, count: int) -> None:
+        """So many steps' worth of data are left out in all: the loop goes on for as many further ones."""
+        self._source.leave_out(count)
+
     def seek(self, step: int, leaves: Sequence[int]) -> None:
         """From `step` on this rank owns `leaves`, in every step, ascending; starts reading ahead.
 
@@ -308,7 +312,7 @@ class _Indexed:
 
     def __init__(self, recipe: _Recipe, steps: int, workers: int, options: Mapping[str, Any]) -> None:
         self._recipe = recipe
-        self._steps = steps
+        self._wanted = self._steps = steps
         self._step = 0
         self._line = Line(steps)
         self._loader = _loader(recipe, self._line, workers, options) if workers else None
@@ -318,6 +322,9 @@ class _Indexed:
 
     def has_step(self, step: int) -> bool:
         return 0 <= step < self._steps
+
+    def leave_out(self, count: int) -> None:
+        self._steps = self._line.steps = self._wanted + count
 
     def seek(self, step: int, leaves: tuple[int, ...]) -> None:
         self._step = step
@@ -375,7 +382,7 @@ class _Stream:
 
     def __init__(self, recipe: _Recipe, steps: int | None) -> None:
         self._recipe = recipe
-        self._steps = steps
+        self._wanted = self._steps = steps
         self._step = 0
         self._stateful = hasattr(recipe.dataset, "state_dict") and hasattr(recipe.dataset, "load_state_dict")
         # Where the stream can be started from: (step, its state there; None: its beginning).
@@ -395,6 +402,9 @@ class _Stream:
         while self._next <= step and not self._ended:
             self._read()
         return step < self._next
+
+    def leave_out(self, count: int) -> None:
+        self._steps = None if self._wanted is None else self._wanted + count
 
     def seek(self, step: int, leaves: tuple[int, ...]) -> None:
         del leaves  # every rank reads all of them

@@ -102,11 +102,11 @@ def _keep_lease(controller: Any, ended: threading.Event, settings: Settings) -> 
 def _follow(controller: Any, progress: Progress) -> Result:
     rows: list[dict[str, float]] = []
     recoveries: list[dict[str, Any]] = []
-    known = (0, 0)
+    known = (0, 0, 0)
     answered_at, limit_s = time.monotonic(), CONTROLLER_START_LIMIT_S
     while True:
         try:
-            news = ray.get(controller.poll.remote(len(rows) - 1, known), timeout=CONTROLLER_LIMIT_S)
+            news = ray.get(controller.poll.remote(_last_step(rows), known), timeout=CONTROLLER_LIMIT_S)
         except (RayActorError, GetTimeoutError) as error:
             if time.monotonic() - answered_at > limit_s:
                 raise RunLost(
@@ -116,8 +116,10 @@ def _follow(controller: Any, progress: Progress) -> Result:
             time.sleep(POLL_EVERY_S)
             continue
         answered_at, limit_s = time.monotonic(), CONTROLLER_LIMIT_S
+        if news["back_to"] is not None:
+            rows = [row for row in rows if row["step"] < news["back_to"]]
         for row in news["rows"]:
-            if int(row["step"]) == len(rows):
+            if not rows or int(row["step"]) == _last_step(rows) + 1:
                 rows.append(row)
         recoveries += news["recoveries"]
         known = news["known"]
@@ -128,6 +130,10 @@ def _follow(controller: Any, progress: Progress) -> Result:
         time.sleep(POLL_EVERY_S)
 
 
+def _last_step(rows: list[dict[str, float]]) -> int:
+    return int(rows[-1]["step"]) if rows else -1
+
+
 def _result(news: dict[str, Any]) -> Result:
     outcome, reason = news["outcome"]["outcome"], news["outcome"]["reason"]
     if outcome == "finished":
@@ -135,6 +141,7 @@ def _result(news: dict[str, Any]) -> Result:
             step=news["step"],
             metrics=news["rows"],
             recoveries=news["recoveries"],
+            snapshots=news["snapshots"],
             digest=news["outcome"]["digest"],
             value=cloudpickle.loads(news["value"]) if news["value"] is not None else None,
         )
@@ -147,7 +154,7 @@ def _await_end(controller: Any) -> None:
     deadline = time.monotonic() + 10.0
     while time.monotonic() < deadline:
         try:
-            if ray.get(controller.poll.remote(-1, (0, 0)), timeout=5.0)["outcome"] is not None:
+            if ray.get(controller.poll.remote(-1, (0, 0, 0)), timeout=5.0)["outcome"] is not None:
                 return
         except (RayActorError, GetTimeoutError):
             return

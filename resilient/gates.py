@@ -37,6 +37,11 @@ class Gates:
         self._classes: list[tuple[Any, type]] = []
         self._scaled: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def scaled(self) -> bool:
+        """Whether a GradScaler looks after gradients that are not finite."""
+        return bool(self._protected.scalers)
+
     def set(self) -> None:
         for name, optimizer in self._protected.optimizers:
             self._optimizer_gates[name] = self._gate(optimizer, "step", self._optimizer_step)

@@ -6,7 +6,8 @@ refused, because the member asks for the generation's number first.
 
 Leveling: the ranks say what they hold. Who lacks the newest complete result gets it from those that
 have it, in disjoint slices. In a planned generation the old members then wait for their step boundary
-and send joiners the state, in disjoint slices too. A barrier ends it.
+and send joiners the state, in disjoint slices too. In a restored generation all take the state of a snapshot
+from the keepers. A barrier ends it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from actors.group import Group, LinkBroken, Move
+from actors.stream import TransferError
 from snapshot.capture import capture
-from snapshot.load import load
 from snapshot.table import StateTable
 
-from .core.plan import Plan
+from .core.plan import Plan, Restore
 from .core.tree import Node
 from .errors import StateDiverged
 from .exchange import CHUNK_BYTES, Scratch, exchange, exchange_fast
@@ -88,7 +89,7 @@ class GenerationThread(threading.Thread):
             self._member.formed(self.plan, *self._level(self.group))
             while (step := self._steps.get()) is not None:
                 self._exchange(self.group, step)
-        except LinkBroken as error:
+        except (LinkBroken, TransferError) as error:
             self._member.link_broken(self.plan, str(error))
         except Superseded:
             pass
@@ -98,6 +99,8 @@ class GenerationThread(threading.Thread):
     # Leveling
 
     def _level(self, group: Group) -> tuple[int, Payload | None]:
+        if self.plan.restore is not None:
+            return self._restore(group, self.plan.restore), None
         held = self._holding
         kept_step = held.complete if held.kept is not None else NEVER_STEP
         rows = group.gather([int(held.has_state), held.complete, kept_step])
@@ -118,6 +121,16 @@ class GenerationThread(threading.Thread):
                 self._member.state_received(self.plan, newest)
         group.minimum([0])
         return newest, caught_up
+
+    def _restore(self, group: Group, restore: Restore) -> int:
+        """Everybody takes the snapshot's state instead of their own, as far as they have one."""
+        self._member.wait_until_parked(self.plan.generation)
+        table = self._member.fetch(restore)
+        self._member.load(self.plan.generation, table)
+        complete = restore.key.step - 1
+        self._member.state_received(self.plan, complete)
+        group.minimum([0])
+        return complete
 
     def _catch_up(self, group: Group, held: Holding, holders: Sequence[int], behind: Sequence[int]) -> Payload | None:
         """Those behind receive the kept result, each holder sending its slice of the bytes."""
@@ -155,9 +168,7 @@ class GenerationThread(threading.Thread):
         if self.rank in holders:
             self._send_state(group, mine, holders, joiners)
         else:
-            table = self._receive_state(group, holders)
-            self._member.require_current(self.plan.generation)
-            load(self._member.objects(), table)
+            self._member.load(self.plan.generation, self._receive_state(group, holders))
 
     def _send_state(self, group: Group, table: StateTable, holders: Sequence[int], joiners: Sequence[int]) -> None:
         place = holders.index(self.rank)
@@ -195,8 +206,10 @@ class GenerationThread(threading.Thread):
         control = member.control_digest()
         mask = sums.mask()
         layout = sums.fingerprint()
+        wish = member.wish(self.plan, step)
         lane = [newest, layout, -layout, control, -control, int(mask is not None), mask or 0, -(mask or 0)]
-        low = group.minimum(lane)
+        low = group.minimum([*lane, int(wish.ready), -wish.interval, wish.protected, -wish.protected])
+        member.agreed_on_snapshots(-low[9], low[10] if low[10] == -low[11] else -1)
         agreed = low[0]
         if low[1] != -low[2]:
             names = [json.loads(text) for text in group.gather_bytes(json.dumps(sums.known_buffers).encode())]
@@ -213,7 +226,7 @@ class GenerationThread(threading.Thread):
         else:
             exchange(group, self.plan, nodes, result, self._scratch, counts)
         self._in_flight = None
-        member.exchanged(self.plan, step, agreed, result)
+        member.exchanged(self.plan, step, agreed, bool(low[8]), result)
 
     def _all_counts(self, group: Group) -> dict[Node, list[int]]:
         """Which tensors each root holds, of all ranks: asked for only when they differ."""

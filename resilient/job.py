@@ -11,6 +11,38 @@ from .core.recovery import Limits
 
 DRIVER_LEASE_DETECTIONS = 5
 LEASE_DETECTIONS = 15
+MOST_PARITY = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Snapshots of the state in the nodes' memory. Raises ValueError naming field, value and what is allowed.
+
+    every: a snapshot at the start of every so many steps, or "auto": as often as `budget` allows.
+    budget: the share of the step time that "auto" may spend.
+    parity: how many nodes of a group may be lost together without loss; at most one less than there are.
+    linger_s: how long snapshots are kept after the run has ended without finishing, for it to be submitted
+        again under the same name.
+    directory: memory-backed; has to have room for three times a node's share of the state, and parity.
+    """
+
+    every: int | Literal["auto"] = "auto"
+    budget: float = 0.02
+    parity: int = 1
+    linger_s: float = 600.0
+    directory: str = "/dev/shm"
+
+    def __post_init__(self) -> None:
+        if self.every != "auto" and not (_is_whole(self.every) and self.every >= 1):
+            raise ValueError(f'Snapshot(every={self.every!r}): is "auto" or a whole number of steps from 1 on')
+        if not (_is_number(self.budget) and 0 < self.budget <= 1):
+            raise ValueError(f"Snapshot(budget={self.budget!r}): is a share of the step time, above 0 and up to 1")
+        if not (_is_whole(self.parity) and 0 <= self.parity <= MOST_PARITY):
+            raise ValueError(f"Snapshot(parity={self.parity!r}): is a whole number of nodes, 0..{MOST_PARITY}")
+        if not (_is_number(self.linger_s) and self.linger_s >= 0):
+            raise ValueError(f"Snapshot(linger_s={self.linger_s!r}): is a number of seconds, 0 or more")
+        if not (isinstance(self.directory, str) and self.directory.startswith("/")):
+            raise ValueError(f"Snapshot(directory={self.directory!r}): is an absolute path, such as /dev/shm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +58,8 @@ class Settings:
     detection_s: float
     wait_for_nodes_s: float
     allow_different_bits: bool
+    snapshot: Snapshot | None = None
+    on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
 
     def __post_init__(self) -> None:
         low, high = self.workers
@@ -40,6 +74,10 @@ class Settings:
             raise ValueError(
                 f'reduction={self.reduction!r}: is "exact" (same bits always) or "fast" (plain all-reduce)'
             )
+        if self.on_nonfinite not in ("ignore", "stop", "skip", "rollback"):
+            raise ValueError(f'on_nonfinite={self.on_nonfinite!r}: is "ignore", "stop", "skip" or "rollback"')
+        if self.on_nonfinite == "rollback" and self.snapshot is None:
+            raise ValueError('on_nonfinite="rollback" needs snapshots to go back to: pass snapshot=Snapshot(...) too')
         for field in ("detection_s", "wait_for_nodes_s"):
             value = getattr(self, field)
             if not (_is_number(value) and value > 0):
@@ -61,6 +99,7 @@ class Settings:
             min_workers=self.workers[0],
             max_workers=self.workers[1],
             spares=self.spares,
+            snapshots=self.snapshot is not None,
             wait_for_nodes_s=self.wait_for_nodes_s,
             detection_s=self.detection_s,
         )
@@ -102,6 +141,8 @@ def settings_from(
     detection_s: Any,
     wait_for_nodes_s: Any,
     allow_different_bits: Any,
+    snapshot: Any = None,
+    on_nonfinite: Any = "ignore",
 ) -> Settings:
     """Bring what users write into one form: workers=4 means (4, 4); spares and seed are whole numbers."""
     pair = (workers, workers) if _is_whole(workers) else workers
@@ -116,6 +157,8 @@ def settings_from(
         raise TypeError(f'resources={resources!r}: is a dict, such as {{"CPU": 2, "GPU": 1}}')
     if not isinstance(allow_different_bits, bool):
         raise TypeError(f"allow_different_bits={allow_different_bits!r}: is True or False")
+    if not (snapshot is None or isinstance(snapshot, Snapshot)):
+        raise TypeError(f"snapshot={snapshot!r}: is a resilient.Snapshot(...), or None for none")
     return Settings(
         name=name,
         workers=(pair[0], pair[1]),
@@ -126,6 +169,8 @@ def settings_from(
         detection_s=detection_s,
         wait_for_nodes_s=wait_for_nodes_s,
         allow_different_bits=allow_different_bits,
+        snapshot=snapshot,
+        on_nonfinite=on_nonfinite,
     )
 
 

@@ -22,7 +22,7 @@ def run_locally(settings: Settings, function: bytes) -> Result:
         workers=settings.workers,
     )
     with _as_in_a_rank(settings.threads), contextlib.closing(team):
-        value, digest = call(function, team, settings.seed, device_for(settings.resources))
+        value, digest = call(function, team, settings, device_for(settings.resources))
     return Result(step=team.step, metrics=rows, digest=digest, value=value)
 
 

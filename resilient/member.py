@@ -20,9 +20,12 @@ import torch
 from actors.group import Group
 from actors.priority import raise_priority
 from actors.rank import Host
+from snapshot.core.lifecycle import Ordinal
+from snapshot.load import load
+from snapshot.table import StateTable
 
 from .core.events import RankFailed, RankReady, RankReported, RankReturned
-from .core.plan import Address, Plan
+from .core.plan import Address, Plan, Restore
 from .core.seat import (
     Applied,
     Apply,
@@ -36,9 +39,11 @@ from .core.seat import (
     FormFailed,
     LeafFolded,
     Leave,
+    Park,
     PlanArrived,
     Reduce,
     Report,
+    Rollback,
     Seat,
     SeatInstruction,
     StateReceived,
@@ -47,6 +52,8 @@ from .generation import GenerationThread, Holding, Superseded
 from .payload import Payload
 from .probe import probe
 from .records import StepValues
+from .restoring import fetch
+from .snapshots import Seating, Snapshots, Wish
 from .sums import StepSums
 from .team import Loop
 
@@ -65,6 +72,7 @@ class Member:
         reduction: Literal["exact", "fast"],
         threads: int,
         device: torch.device,
+        snapshots: Snapshots | None,
     ) -> None:
         self.number = host.member
         self.workers = workers
@@ -84,6 +92,12 @@ class Member:
         self._submitted: tuple[int, int] | None = None
         self._unrecorded: dict[int, StepValues] = {}
         self._losses: list[float] = []
+        self._parked = False
+        """The training thread waits outside of the user's code, and keeps its hands off the state."""
+        self._loading = threading.Lock()
+        self._snapshots = snapshots
+        self._to_capture: tuple[int, Seating] | None = None
+        """The step at whose start all ranks capture the state, and under which membership."""
         self._control_digest = 0
         self._control_state: dict[str, object] = {}
 
@@ -106,6 +120,10 @@ class Member:
         return self._seat.plan.size if self._seat.plan else 1
 
     @property
+    def skipped(self) -> tuple[int, ...]:
+        return self._seat.plan.skipped if self._seat.plan else ()
+
+    @property
     def sums(self) -> StepSums:
         assert self._loop is not None
         return self._loop.sums
@@ -125,15 +143,28 @@ class Member:
                 probe_fields=fields,
             )
         self.report()
+        self.park()
+
+    def park(self) -> None:
         self._host.words.activity("waiting")
-        self._wait_until_settled()
+        with self._changed:
+            self._parked = True
+            self._changed.notify_all()
+            while self._seat.plan is None or self._seat.restoring or not self._settled:
+                self._changed.wait(WAKE_S)
+            self._parked = False
         self._host.words.activity("computing")
 
-    def next(self) -> Compute | Apply:
+    @property
+    def _settled(self) -> bool:
+        """Whether no planned change is under way at this boundary."""
+        return self._seat.plan is not None and (not self._seat.forming or bool(self._seat.work))
+
+    def next(self) -> Compute | Apply | Park:
         with self._changed:
             while True:
                 todo = self._seat.next()
-                if isinstance(todo, Compute | Apply):
+                if isinstance(todo, Compute | Apply | Park):
                     self._host.words.moved("computing", self._seat.step, self.generation)
                     return todo
                 self._host.words.moved("waiting", self._seat.step, self.generation)
@@ -151,32 +182,56 @@ class Member:
 
     def committed(self, losses: list[float]) -> None:
         self._losses = losses
+        if self._snapshots is not None:
+            self._snapshots.gate()
 
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         with self._changed:
             step = self._seat.step
             self._unrecorded[step] = StepValues(
-                step=step, losses=tuple(self._losses), values={leaf: dict(row) for leaf, row in values.items()}
+                branch=self._seat.plan.branch if self._seat.plan else 0,
+                step=step,
+                losses=tuple(self._losses),
+                values={leaf: dict(row) for leaf, row in values.items()},
+                snapshots=self._snapshots.account() if self._snapshots is not None and self.rank == 0 else {},
             )
             self._do(self._seat.handle(Applied(step=step)))
             self._changed.notify_all()
         if self.rank == 0 or values:
             self._host.tell(self._unrecorded[step])
+        if self._snapshots is not None:
+            self._capture(self._snapshots)
 
-    def finished(self) -> None:
-        self._wait_until_settled()
+    def _capture(self, snapshots: Snapshots) -> None:
         with self._changed:
+            plan, step, agreed = self._seat.plan, self._seat.step, self._to_capture
+            self._to_capture = None
+        if plan is None or self._seat.restoring:
+            return
+        seating = Seating(generation=plan.generation, rank=plan.rank_of(self.number), world=plan.size)
+        wanted = agreed is not None and agreed[0] == step
+        if wanted and agreed is not None and agreed[1] != seating:
+            if plan.kind == "unplanned":  # somebody has died since, whose share nobody can capture
+                return
+            seating = agreed[1]
+        snapshots.boundary(Ordinal(plan.branch, step), self.objects(), seating, wanted=wanted)
+
+    def roll_back(self, rollback: Rollback) -> None:
+        with self._changed:
+            self._do(self._seat.handle(rollback))
+
+    def finished(self) -> bool:
+        with self._changed:
+            while not self._seat.restoring and not self._settled:
+                self._changed.wait(WAKE_S)
+            if self._seat.restoring:
+                return False
             self._do(self._seat.handle(Finished(step=self._seat.step)))
         self._host.words.activity("paused")
+        return True
 
     def pause(self, reason: str | None) -> None:
         self._host.words.activity("paused" if reason else "computing")
-
-    def _wait_until_settled(self) -> None:
-        """Until no planned change is under way at this boundary."""
-        with self._changed:
-            while self._seat.plan is None or (self._seat.forming and not self._seat.work):
-                self._changed.wait(WAKE_S)
 
     def _submit(self, todo: Reduce) -> None:
         if self._submitted == (todo.plan.generation, todo.step):
@@ -251,11 +306,14 @@ class Member:
             self._do(self._seat.handle(Formed(generation=plan.generation, complete=complete)))
             self._changed.notify_all()
 
-    def exchanged(self, plan: Plan, step: int, agreed: int, result: Payload) -> None:
+    def exchanged(self, plan: Plan, step: int, agreed: int, capture: bool, result: Payload) -> None:
         with self._changed:
             if not self._is_current(plan):
                 return
             self.sums.accept(result)
+            if capture:
+                seating = Seating(generation=plan.generation, rank=plan.rank_of(self.number), world=plan.size)
+                self._to_capture = step + 1, seating
             event = ExchangeDone(generation=plan.generation, step=step, agreed=agreed)
             self._do(self._seat.handle(event))
             self._changed.notify_all()
@@ -285,6 +343,32 @@ class Member:
                 self.require_current(generation)
                 self._changed.wait(WAKE_S)
             self.require_current(generation)
+
+    def wait_until_parked(self, generation: int) -> None:
+        with self._changed:
+            while not self._parked:
+                self.require_current(generation)
+                self._changed.wait(WAKE_S)
+            self.require_current(generation)
+
+    def load(self, generation: int, table: StateTable) -> None:
+        """Write this state into the user's objects; one at a time, since a thread left behind may still do so."""
+        with self._loading:
+            self.require_current(generation)
+            load(self.objects(), table)
+
+    def fetch(self, restore: Restore) -> StateTable:
+        return fetch(restore, self._host.secret)
+
+    def wish(self, plan: Plan, step: int) -> Wish:
+        """What this rank brings into the lane about the snapshot of the state after `step`."""
+        if self._snapshots is None:
+            return Wish(ready=False, interval=1, protected=-1)
+        return self._snapshots.wish(Ordinal(plan.branch, step + 1), plan.generation)
+
+    def agreed_on_snapshots(self, interval: int, protected: int) -> None:
+        if self._snapshots is not None:
+            self._snapshots.agreed(interval, protected)
 
     def require_current(self, generation: int) -> None:
         with self._changed:

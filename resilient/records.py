@@ -15,6 +15,9 @@ class StepValues:
     """Loss of every micro-batch of the step, whoever computed it."""
     values: Mapping[int, Mapping[str, float]]
     """What this rank's micro-batches logged, by micro-batch."""
+    branch: int = 0
+    snapshots: Mapping[str, float] = field(default_factory=dict)
+    """What the rank's snapshots did and cost so far (rank 0's account only)."""
 
 
 LATE_STEPS = 2
@@ -30,9 +33,20 @@ class Records:
     newest: int = -1
     fetched: int = -1
     """The driver has all rows up to this step."""
+    rewinds: list[int] = field(default_factory=list)
+    """Steps that the run has gone back to: rows from there on are to be had anew."""
+    branch: int = 0
+
+    def rewind(self, step: int, branch: int, *, anew: bool) -> None:
+        """The run goes on from the start of this step; if anew, it has no rows before it."""
+        for later in [other for other in self._losses if other >= step]:
+            del self._losses[later], self._values[later]
+        self.fetched = step - 1 if anew else min(self.fetched, step - 1)
+        self.newest, self.branch = step - 1, branch
+        self.rewinds.append(step)
 
     def add(self, account: StepValues) -> None:
-        if account.step <= self.fetched:
+        if account.step <= self.fetched or account.branch != self.branch:
             return
         self._losses[account.step] = account.losses
         self._values.setdefault(account.step, {}).update(account.values)
@@ -60,6 +74,13 @@ def mean_values(values: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
         for name, value in values[leaf].items():
             found.setdefault(name, []).append(value)
     return {name: sum(row) / len(row) for name, row in found.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remark:
+    """Something that a process has decided or noticed, and the user should read."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

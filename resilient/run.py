@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from snapshot.capture import capture
+from snapshot.core.branches import data_position
 
 from .backward import watched_backward
 from .buffers import Buffers
 from .core.order import derive_seed
-from .core.seat import Apply, Compute
+from .core.seat import Apply, Compute, Park, Rollback
 from .data import Feed
 from .errors import LoopError
 from .gates import Gates, Reduced
@@ -24,11 +26,13 @@ from .randomness import seed_everything
 from .sums import StepSums
 from .team import Loop, Team, mean
 
+OnNonfinite = Literal["ignore", "stop", "skip", "rollback"]
+
 
 class Run:
     """One rank's view of a training run."""
 
-    def __init__(self, team: Team, *, seed: int, device: torch.device) -> None:
+    def __init__(self, team: Team, *, seed: int, device: torch.device, on_nonfinite: OnNonfinite = "ignore") -> None:
         self.state: dict[str, Any] = {}
         """Plain values that belong to the state: counters, histories. Captured with everything else."""
         self.device = device
@@ -36,6 +40,7 @@ class Run:
         """Whether this iteration is the last of its step: gradients are reduced, and updates act."""
         self._team = team
         self._seed = seed
+        self._on_nonfinite = on_nonfinite
         self._protected: Protected | None = None
         self._loop: weakref.ref[Generator[Any, None, None]] | None = None
         """The loop that was asked for. Held by the user alone, so that a break ends it at once."""
@@ -45,6 +50,9 @@ class Run:
         self._paused = False
         self._sought: tuple[int, tuple[int, ...]] | None = None
         self._left_in_step: int | None = None
+        self._rollback: Rollback | None = None
+        self._skipping = False
+        """Whether the present step goes by without an update."""
         self._logged: dict[int, dict[str, float]] = {}
         self._reduced: dict[str, float] = {}
         seed_everything(derive_seed("function", seed))
@@ -153,6 +161,28 @@ class Run:
             raise ValueError(f'run.reduced({name!r}): only "loss" is reduced within the step')
         return Reduced(self._reduced.get(name, float("nan")))
 
+    def rollback(self, *, steps: int, why: str = "the training function asked for a rollback") -> None:
+        """Go back by `steps` steps or more, to a snapshot, and leave out the data since: a loss spike, say.
+
+        To be called in a committing iteration (see `committing`), on all ranks alike. The rest of the iteration
+        runs as it would, and is then forgotten. The run ends with an error if there is no such snapshot.
+        """
+        if not self.committing:
+            raise LoopError(
+                "run.rollback was called outside of a committing iteration; decide where run.committing is "
+                'true, on what is equal on all ranks, such as run.reduced("loss")'
+            )
+        if not (isinstance(steps, int) and 1 <= steps <= self.step + 1):
+            raise ValueError(
+                f"run.rollback(steps={steps!r}): is a whole number from 1 to {self.step + 1}, the steps so far"
+            )
+        self._rollback = Rollback(
+            back_to=self.step + 1 - steps,
+            skip_from=None,
+            skip_to=self._position(self.step),
+            why=f"step {self.step}: {why}",
+        )
+
     @contextmanager
     def pause(self, reason: str) -> Iterator[None]:
         """Around work that makes no training progress, such as a long validation: not taken for a hang.
@@ -187,16 +217,20 @@ class Run:
             with watched_backward(self._before_backward, after_backward):
                 self._team.enter(self._brought(feed, protected, sums))
                 buffers.begin_step()
-                while self._has_more(feed):
+                while self._has_more(feed) or not self._team.finished():
                     todo = self._team.next()
+                    if isinstance(todo, Park):
+                        self._park(sums, buffers)
+                        continue
                     assert isinstance(todo, Compute), todo
                     gates.check_in_place()
                     yield self._begin(todo.leaf, feed, protected)
                     self._end_iteration(gates)
                     gates.close()
-                    if self.committing:
+                    if self._rollback is not None:
+                        self._go_back(self._rollback, sums)
+                    elif self.committing or self._skipping:
                         self._cross_boundary(buffers)
-                self._team.finished()
         except GeneratorExit:
             self._leave(gates, buffers)
             raise
@@ -204,6 +238,21 @@ class Run:
             self._leaf = None
             gates.take_off()
             feed.close()
+
+    def _go_back(self, rollback: Rollback, sums: StepSums) -> None:
+        self._drop_step(sums)
+        self._team.roll_back(rollback)
+
+    def _park(self, sums: StepSums, buffers: Buffers) -> None:
+        """Drop what this step has come to, and go on from the snapshot that takes the state's place."""
+        self._drop_step(sums)
+        self._team.park()
+        buffers.begin_step()
+
+    def _drop_step(self, sums: StepSums) -> None:
+        self._leaf, self.committing, self._skipping, self._rollback = None, False, False, None
+        self._logged, self._sought = {}, None
+        sums.forget()
 
     def _brought(self, feed: Feed, protected: Protected, sums: StepSums) -> Loop:
         def objects() -> Mapping[str, object]:
@@ -223,12 +272,17 @@ class Run:
         )
 
     def _has_more(self, feed: Feed) -> bool:
-        return feed.has_step(self.step)
+        feed.leave_out(len(self._team.skipped))
+        return (feed.steps is None or self.step < feed.steps) and feed.has_step(self._position(self.step))
+
+    def _position(self, step: int) -> int:
+        """Which position in the data the step trains on."""
+        return data_position(step, self._team.skipped)
 
     def _begin(self, leaf: int, feed: Feed, protected: Protected) -> Any:
         """Everything that a micro-batch depends on is set here, from (seed, step, leaf) alone."""
         self._read_ahead(feed)
-        batch = feed.get(self.step, leaf)
+        batch = feed.get(self._position(self.step), leaf)
         for _, parameter in protected.parameters:
             parameter.grad = None
         self._leaf, self._backward_done, self.committing = leaf, False, False
@@ -237,7 +291,7 @@ class Run:
 
     def _read_ahead(self, feed: Feed) -> None:
         """Aim the prefetch: at this step when it begins, at the next when the deal changes within it."""
-        aim = self.step, self._team.leaves()
+        aim = self._position(self.step), self._team.leaves()
         if self._sought is None or self._sought[0] != aim[0]:
             feed.seek(*aim)
         elif self._sought != aim:
@@ -260,12 +314,29 @@ class Run:
     def _commit_or_go_on(self, sums: StepSums, gates: Gates) -> None:
         if not isinstance(self._team.next(), Apply):
             return
+        if self._on_nonfinite != "ignore" and not sums.is_finite(gradients=not gates.scaled):
+            self._refuse(sums)
+            return
         losses = sums.apply()
         self._team.committed(losses)
         self._reduced = {"loss": mean(losses)}
         self.committing = True
         gates.open = True
         seed_everything(derive_seed("commit", self._seed, self.step))
+
+    def _refuse(self, sums: StepSums) -> None:
+        """The step's loss or gradient is not finite: nothing of it reaches the state."""
+        what = f"the loss or gradient of step {self.step} is not finite (loss {mean(sums.losses())})"
+        if self._on_nonfinite == "stop":
+            raise LoopError(f'{what}; on_nonfinite="skip" or "rollback" would go on without this step\'s data')
+        position = self._position(self.step)
+        if self._on_nonfinite == "rollback":
+            self._rollback = Rollback(back_to=self.step, skip_from=position, skip_to=position, why=what)
+        else:
+            self._skipping = True
+            assert self._leaf is not None
+            self._logged.setdefault(self._leaf, {})["skipped"] = 1.0
+            self._team.committed(sums.losses())
 
     def _end_iteration(self, gates: Gates) -> None:
         if not self._backward_done:
@@ -282,7 +353,7 @@ class Run:
 
     def _cross_boundary(self, buffers: Buffers) -> None:
         logged, self._logged = self._logged, {}
-        self.committing = False
+        self.committing = self._skipping = False
         self._leaf = None
         buffers.begin_step()
         self._team.applied(logged)
@@ -291,7 +362,8 @@ class Run:
         """The user broke out of the loop: in good order right after a commit, and only there."""
         if self.committing and gates.stepped:
             self._cross_boundary(buffers)
-            self._team.finished()
+            if not self._team.finished():
+                os._exit(1)  # the user's code can't be gone back to: another process takes this one's place
         else:
             self._left_in_step = self.step
 
@@ -328,7 +400,7 @@ class _At:
         self._feed, self._team = feed, team
 
     def state_dict(self) -> dict[str, Any]:
-        return self._feed.state_dict(self._team.step)
+        return self._feed.state_dict(data_position(self._team.step, self._team.skipped))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._feed.load_state_dict(state)

@@ -98,7 +98,30 @@ class StepSums:
         self.kept = result
         self.partial.clear()
 
+    def forget(self) -> None:
+        """Another state takes this one's place: nothing of the step counts."""
+        self.partial.clear()
+        if self.kept is not None:
+            self.pool.give_back(self.kept)
+            self.kept = None
+
     # The commit
+
+    def losses(self) -> list[float]:
+        """The loss of each micro-batch, by the complete result."""
+        assert self.kept is not None
+        return [float(loss) for loss in self.kept.views[self.kept.layout.index()[LOSS]].tolist()]
+
+    def is_finite(self, *, gradients: bool) -> bool:
+        """Whether all losses of the complete result are, and all gradients if asked for."""
+        result = self.kept
+        assert result is not None
+        present = [
+            view
+            for entry, view, count in zip(result.layout.entries, result.views, result.counts, strict=True)
+            if count and (entry.name == LOSS or (gradients and entry.name.startswith("gradient:")))
+        ]
+        return all(bool(torch.isfinite(view).all()) for view in present)
 
     def apply(self) -> list[float]:
         """Set `.grad` to the mean over the global batch and the buffers to the step's new values.
@@ -120,7 +143,7 @@ class StepSums:
         for name in self.known_buffers:
             if name in places and result.counts[places[name]]:
                 self.buffers.put(name, _mean_of(result, places[name]))
-        return [float(loss) for loss in result.views[places[LOSS]].tolist()]
+        return self.losses()
 
     def _lay_out(self) -> Layout:
         tensors: list[tuple[str, Tensor, Rule]] = [

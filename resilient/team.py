@@ -8,7 +8,21 @@ from typing import Protocol
 
 from .core.plan import Address, Place, Plan
 from .core.planner import dealt_anew
-from .core.seat import Applied, Apply, Compute, ExchangeDone, Finished, Formed, LeafFolded, PlanArrived, Reduce, Seat
+from .core.seat import (
+    Applied,
+    Apply,
+    Compute,
+    ExchangeDone,
+    Finished,
+    Formed,
+    LeafFolded,
+    Park,
+    PlanArrived,
+    Reduce,
+    Rollback,
+    Seat,
+)
+from .errors import LoopError
 from .exchange import exchange_alone
 from .records import mean_values
 from .sums import StepSums
@@ -36,12 +50,17 @@ class Team(Protocol):
     generation: int
     step: int
     workers: tuple[int, int]
+    skipped: tuple[int, ...]
+    """Positions in the data that are left out, ascending."""
 
     def enter(self, loop: Loop) -> None:
         """Be seated, with the state that the others have. Blocks."""
 
-    def next(self) -> Compute | Apply:
+    def next(self) -> Compute | Apply | Park:
         """What to do now. Blocks while others must act first."""
+
+    def park(self) -> None:
+        """The user's code has been left, the step dropped. Blocks until a snapshot has taken its place."""
 
     def leaves(self) -> tuple[int, ...]:
         """The micro-batches this rank owns in this and the following steps, as far as is known."""
@@ -51,8 +70,11 @@ class Team(Protocol):
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         """The loop is back for its next micro-batch after a commit; with what it logged, by micro-batch."""
 
-    def finished(self) -> None:
-        """The loop has ended."""
+    def roll_back(self, rollback: Rollback) -> None:
+        """Ask to go back, in the place of a step's end. `next` then says to park."""
+
+    def finished(self) -> bool:
+        """The loop has ended. False if meanwhile a snapshot is to take the state's place: it goes on."""
 
     def committed(self, losses: list[float]) -> None:
         """A step's result has been applied to `.grad`; its losses by micro-batch."""
@@ -70,6 +92,7 @@ class Alone:
     size: int = 1
     generation: int = 1
     workers: tuple[int, int] = (1, 1)
+    skipped: tuple[int, ...] = ()
     _seat: Seat = field(default_factory=lambda: Seat(member=1))
     _loop: Loop | None = None
     _losses: list[float] = field(default_factory=list)
@@ -80,24 +103,27 @@ class Alone:
 
     def enter(self, loop: Loop) -> None:
         self._loop = loop
+        self._seat.handle(PlanArrived(plan=self._plan()))
+        self._seat.handle(Formed(generation=1, complete=-1))
+
+    def _plan(self) -> Plan:
+        assert self._loop is not None
         place = Place(member=1, node="here", address=Address(host="", port=0))
-        plan: Plan = dealt_anew(
+        return dealt_anew(
             generation=1,
             base=0,
             kind="initial",
             places=[place],
             joiners=[],
-            micro_batches=loop.sums.micro_batches,
+            micro_batches=self._loop.sums.micro_batches,
             reason="a run in one process",
         )
-        self._seat.handle(PlanArrived(plan=plan))
-        self._seat.handle(Formed(generation=1, complete=-1))
 
     def leaves(self) -> tuple[int, ...]:
         assert self._seat.plan is not None
         return self._seat.plan.leaves[0]
 
-    def next(self) -> Compute | Apply:
+    def next(self) -> Compute | Apply | Park:
         assert self._loop is not None
         todo = self._seat.next()
         if isinstance(todo, Reduce):
@@ -107,6 +133,19 @@ class Alone:
         assert isinstance(todo, Compute | Apply), todo
         return todo
 
+    def roll_back(self, rollback: Rollback) -> None:
+        """Only what was asked for by itself: the state has not been touched by the step, so it stays."""
+        if rollback.skip_from is None:
+            raise LoopError(f"{rollback.why}, but a run in one process keeps no snapshots to go back to")
+        self.skipped = tuple(sorted({*self.skipped, *range(rollback.skip_from, rollback.skip_to + 1)}))
+        step = self._seat.step
+        self._seat = Seat(member=1, step=step, complete=step - 1)
+        self._seat.handle(PlanArrived(plan=self._plan()))
+        self._seat.handle(Formed(generation=1, complete=step - 1))
+
+    def park(self) -> None:
+        raise AssertionError("a run in one process never parks")
+
     def folded(self, leaf: int) -> None:
         self._seat.handle(LeafFolded(step=self._seat.step, leaf=leaf))
 
@@ -115,8 +154,9 @@ class Alone:
         self._seat.handle(Applied(step=step))
         self.on_step(step, {"loss": mean(self._losses), **mean_values(values)})
 
-    def finished(self) -> None:
+    def finished(self) -> bool:
         self._seat.handle(Finished(step=self._seat.step))
+        return True
 
     def committed(self, losses: list[float]) -> None:
         self._losses = losses

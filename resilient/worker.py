@@ -11,8 +11,8 @@ from ray import cloudpickle
 
 from actors.rank import Host
 
-from .job import Job
-from .records import ReturnValue
+from .job import Job, Settings
+from .records import Remark, ReturnValue
 
 
 class RankBody:
@@ -33,6 +33,23 @@ class RankBody:
             reduction=settings.reduction,
             threads=settings.threads,
             device=device_for(settings.resources),
+            snapshots=self._snapshots(),
+        )
+
+    def _snapshots(self) -> Any:
+        from .core.cadence import Cadence
+        from .snapshots import Snapshots
+
+        wanted = self._job.settings.snapshot
+        if wanted is None:
+            return None
+        return Snapshots(
+            run=self._job.settings.name,
+            attempt=self._job.attempt,
+            folder=self._host.folder,
+            member=self._host.member,
+            cadence=Cadence(every=wanted.every, budget=wanted.budget),
+            say=lambda text: self._host.tell(Remark(text=f"member {self._host.member}: {text}")),
         )
 
     def train(self) -> None:
@@ -53,7 +70,7 @@ class RankBody:
         torch.set_num_threads(self._job.settings.threads)
         if self._member.device.type == "cuda":
             torch.cuda.set_device(self._member.device)
-        value, digest = call(self._job.function, self._member, self._job.settings.seed, self._member.device)
+        value, digest = call(self._job.function, self._member, self._job.settings, self._member.device)
         return cloudpickle.dumps(value), digest
 
     def deliver(self, message: object) -> None:
@@ -69,11 +86,11 @@ class RankBody:
         self._member.repeat_records()
 
 
-def call(function: bytes, team: Any, seed: int, device: Any) -> tuple[Any, str]:
+def call(function: bytes, team: Any, settings: Settings, device: Any) -> tuple[Any, str]:
     """Run the user's function on this team; its value, and the digest of the state it ended with."""
     from .run import Run
 
-    run = Run(team, seed=seed, device=device)
+    run = Run(team, seed=settings.seed, device=device, on_nonfinite=settings.on_nonfinite)
     user, args, kwargs = cloudpickle.loads(function)
     value = user(run, *args, **kwargs)
     run.check_left_in_order()

@@ -45,7 +45,7 @@ class Workers:
             key=key,
             member=member,
             node=node,
-            folder=launch.folder_of(key, node),
+            folder=self._folder(node),
             secret=self._job.secret,
             lease_s=settings.lease_s,
         )
@@ -57,6 +57,10 @@ class Workers:
             make_body=functools.partial(RankBody, self._job),
         )
         return True
+
+    def _folder(self, node: str) -> str:
+        snapshot = self._job.settings.snapshot
+        return launch.folder_of(self._job.key, node, snapshot.directory if snapshot else launch.MEMORY)
 
     def kill(self, member: int, node: str) -> None:
         self._doomed[member] = node
@@ -80,11 +84,13 @@ class Workers:
         spec = KeeperSpec(
             key=key,
             node=node,
-            folder=launch.folder_of(key, node),
+            folder=self._folder(node),
             secret=self._job.secret,
             incarnation=incarnation,
             beat_s=settings.detection_s / 8,
             lease_s=settings.lease_s,
+            snapshots=settings.snapshot is not None,
+            linger_s=settings.snapshot.linger_s if settings.snapshot else 0.0,
         )
         self._incarnations[node] = incarnation
         self.keepers[node] = launch.start_keeper(spec, controller=self._controller)
@@ -150,11 +156,15 @@ class Workers:
             for key in launch.list_keys(f"{prefix}rank/")
         }
 
-    def end(self) -> None:
-        """End every process. Ranks may end by themselves first: then Ray reports no failure of theirs."""
+    def end(self, *, linger: bool) -> None:
+        """End every process; keepers a while later, if they are to linger. Ranks may end by themselves first:
+        then Ray reports no failure of theirs."""
         patience_s = self._job.settings.detection_s / 2
         for rank in self.ranks.values():
             launch.end(rank)
+        if linger:
+            launch.wait([keeper.linger.remote() for keeper in self.keepers.values()], patience_s)
+            return
         launch.wait([keeper.clean_up.remote(patience_s) for keeper in self.keepers.values()], 2 * patience_s + 1.0)
         for keeper in self.keepers.values():
             launch.end(keeper)

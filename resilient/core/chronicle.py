@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .plan import Plan
+from .plan import Plan, Restore
 
-RecoveryKind = Literal["rank lost", "node lost", "link broken", "joined", "dealt anew"]
+RecoveryKind = Literal["rank lost", "node lost", "link broken", "joined", "dealt anew", "resumed", "rolled back"]
+Source = Literal["live ranks", "memory", "parity"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +37,12 @@ class Recovery:
     """From there until its ranks were connected and level (and joiners held the state)."""
     redo_s: float = 0.0
     """From there to the next committed step: the lost micro-batches and the rest of the step."""
+    source: Source = "live ranks"
+    """Where the state came from: ranks that held it, keepers' own copies, or parity too."""
+    restored_step: int = -1
+    """The step whose state was restored; -1 if nobody went back."""
+    replayed: int = 0
+    """Steps that had been committed before, and were computed again."""
 
     @property
     def total_s(self) -> float:
@@ -50,6 +57,8 @@ class Chronicle:
     _created_at: float = 0.0
     _formed_at: float = -1.0
     _complete: int = -1
+    _newest: int = -1
+    """Newest step ever known to be committed."""
 
     def lost(self, rank: int, node: str, why: str, silent_s: float, now: float, *, node_lost: bool) -> None:
         kind: RecoveryKind = "node lost" if node_lost else "rank lost"
@@ -64,11 +73,17 @@ class Chronicle:
         if plan.kind == "initial":
             return
         if self.open is None:
-            kind: RecoveryKind = "joined" if plan.joiners else "dealt anew"
-            self.open = Recovery(kind="link broken" if plan.kind == "unplanned" else kind, began_at=now)
+            self.open = Recovery(kind=_kind_of(plan), began_at=now)
+        if plan.restore is not None:
+            self._going_back(self.open, plan.restore)
         self.open.generation, self.open.reason, self.open.ranks = plan.generation, plan.reason, plan.size
         self.open.decide_s = now - self.open.began_at
         self._created_at, self._formed_at = now, -1.0
+
+    def _going_back(self, record: Recovery, restore: Restore) -> None:
+        record.source = "parity" if restore.decoded else "memory"
+        record.restored_step = restore.key.step
+        record.replayed = max(0, self._newest + 1 - restore.key.step)
 
     def formed(self, generation: int, complete: int, now: float) -> None:
         if self.open is None or self.open.generation != generation:
@@ -78,9 +93,18 @@ class Chronicle:
 
     def committed(self, generation: int, complete: int, now: float) -> None:
         """A rank of this generation has the complete result of step `complete`."""
+        self._newest = max(self._newest, complete)
         if self.open is None or self.open.generation != generation or self._formed_at < 0:
             return
         if complete > self._complete:
             self.open.redo_s, self.open.step = now - self._formed_at, complete
             self.recoveries.append(self.open)
             self.open = None
+
+
+def _kind_of(plan: Plan) -> RecoveryKind:
+    """Of a change that nobody's death began."""
+    if plan.kind == "restored":
+        return "rolled back" if plan.base else "resumed"
+    kinds: dict[str, RecoveryKind] = {"unplanned": "link broken"}
+    return kinds.get(plan.kind, "joined" if plan.joiners else "dealt anew")

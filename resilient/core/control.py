@@ -22,12 +22,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from snapshot.core.branches import Lineage
+
 from . import recovery
 from .chronicle import Chronicle
 from .events import (
     Event,
     GenerationCreated,
     GenerationTaken,
+    ImagesDecoded,
+    InventoryTaken,
     NodeGone,
     NodeSeen,
     RankFailed,
@@ -42,6 +46,8 @@ from .events import (
 from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
 from .membership import Member, Membership, Starts
 from .plan import Plan
+from .restoring import Restoring
+from .seat import Rollback
 
 STARTS_THAT_MAY_FAIL = 3
 """Ranks that may die in a row before any has reached its loop, on nodes that live."""
@@ -51,6 +57,8 @@ STARTS_THAT_MAY_FAIL = 3
 class Control:
     limits: recovery.Limits
     allow_different_bits: bool = False
+    look_back: bool = False
+    """Whether an earlier attempt may have left snapshots: then the first generation begins from them."""
     membership: Membership = field(default_factory=Membership)
     plans: dict[int, Plan] = field(default_factory=dict)
     """Generations whose key exists, from the last formed one on."""
@@ -60,6 +68,7 @@ class Control:
     next_member: int = 1
     newest: int = 0
     chronicle: Chronicle = field(default_factory=Chronicle)
+    restoring: Restoring = field(init=False)
     ended: bool = False
     _now: float = 0.0
     _out: list[Instruction] = field(default_factory=list)
@@ -69,6 +78,10 @@ class Control:
     _starts: Starts = field(default_factory=Starts)
     _inherited: int = 0
     """The newest generation that an earlier controller has made."""
+
+    def __post_init__(self) -> None:
+        detection_s = self.limits.detection_s
+        self.restoring = Restoring(ask_again_s=detection_s / 4, answer_limit_s=15 * detection_s)
 
     def handle(self, event: Event, now: float) -> tuple[Instruction, ...]:
         """Take in one fact at time `now` (seconds, any origin, never backwards)."""
@@ -84,10 +97,13 @@ class Control:
     # Facts
 
     def _node_seen(self, event: NodeSeen) -> None:
+        if event.node not in self.membership.nodes:
+            self.restoring.again()
         self.membership.nodes[event.node] = event.capacity
 
     def _node_gone(self, event: NodeGone) -> None:
         self.membership.nodes.pop(event.node, None)
+        self.restoring.again()
         for member in self.membership.on_node(event.node):
             self._declare_gone(member, f"node {event.node[:8]}: {event.why}", event.silent_s, node_lost=True)
         self._starts.node_gone(event.node)
@@ -127,7 +143,7 @@ class Control:
         if report.generation > self.newest:
             self._end("superseded", f"generation {report.generation} was created by another controller")
             return
-        if member.report is not None and _older(report, member.report):
+        if member.report is not None and report.serial < member.report.serial:
             return
         member.report = report
         if report.formed and report.formed in self.plans and self._counts_as_formed(report.member, report.formed):
@@ -179,6 +195,7 @@ class Control:
             return
         self.current, self.creating = self.creating, None
         self.plans[event.generation] = self.current
+        self.restoring.lineage = Lineage(branches=self.current.branches)
         self._since.pop("broken", None)
         self.chronicle.created(self.current, self._now)
         for number in self.current.members:
@@ -199,6 +216,7 @@ class Control:
         if event.plans:
             self.current = event.plans[-1]
             self.newest = self._inherited = self.current.generation
+            self.restoring.lineage = Lineage(branches=self.current.branches)
             self.formed = self.plans.get(self.current.base)  # plans come only from what has formed
         self._unheard = set(self.membership.members)
 
@@ -216,25 +234,104 @@ class Control:
         self._kill_orphans()
         if self._check_end():
             return
-        decision = recovery.decide(self._situation())
+        situation = self._situation()
+        rollback = self._rollback_wanted()
+        self.restoring.look_for(rollback)
+        if rollback is not None:
+            self._roll_back(rollback, situation)
+            return
+        decision = recovery.decide(situation)
         lost_for_s = self._for_s("lost", isinstance(decision, recovery.Lost))
         match decision:
+            case recovery.Make(plan=plan) if plan.kind == "initial" and self.look_back:
+                self._look_back(situation, plan)
             case recovery.Make(plan=plan):
-                self.creating, self.newest = plan, plan.generation
-                self._since.pop("waiting", None)
-                self._out.append(CreateGeneration(plan=plan))
+                self._make(plan)
             case recovery.NeedNodes(reason=reason):
                 self._wait_for_nodes(reason)
             case recovery.Lost(reason=reason):
-                if lost_for_s >= self.limits.detection_s:
-                    self._end(
-                        "failed",
-                        f"{reason}: start again from the beginning, or from a checkpoint of your own",
-                    )
+                self._look_for_snapshot(reason, situation, lost_for_s)
             case recovery.Stay():
                 self._since.pop("waiting", None)
         if not self.ended:
             self._spawn_missing()
+
+    def _make(self, plan: Plan) -> None:
+        self.creating, self.newest = plan, plan.generation
+        self._since.pop("waiting", None)
+        self._out.append(CreateGeneration(plan=plan))
+
+    def _look_for_snapshot(self, reason: str, situation: recovery.Situation, lost_for_s: float) -> None:
+        """No live rank holds the state: go on from the newest snapshot in memory, if there is one."""
+        if not self.limits.snapshots:
+            if lost_for_s >= self.limits.detection_s:
+                self._end("failed", f"{reason}: start again from the beginning, or from a checkpoint of your own")
+            return
+        ended = tuple(member.number for member in self.membership.members.values() if member.gone)
+        self._out += self.restoring.ask(ended, self._now)
+        none = None if self.restoring.waiting else self.restoring.none
+        if none is not None and lost_for_s >= self.limits.lost_limit_s(bool(self.restoring.absent)):
+            self._end("failed", f"{reason}, and {none.reason}: start again from a checkpoint, or from the beginning")
+        else:
+            self._restore(reason, situation)
+
+    def _look_back(self, situation: recovery.Situation, plan: Plan) -> None:
+        """The first generation of a run that was submitted again."""
+        self._out += self.restoring.ask((), self._now)
+        none = None if self.restoring.waiting else self.restoring.none
+        looked_for_s = self._for_s("looking back", self.restoring.none is not None)
+        if none is None or (self.restoring.absent and looked_for_s < self.limits.lost_limit_s(True)):
+            self._restore("the run was submitted again", situation)
+        elif none.passed_over:
+            self._end(
+                "failed",
+                f"an earlier attempt of this run has left snapshots, but {none.reason}: choose another name to begin "
+                "anew, or wait until they have been swept",
+            )
+        else:
+            self.look_back = False
+            self._say("no snapshots of an earlier attempt are left: the run begins at step 0")
+            self._make(plan)
+
+    def _restore(self, reason: str, situation: recovery.Situation) -> None:
+        if self.restoring.elected is None:
+            return
+        why = f"{reason}; {self.restoring.elected.reason}"
+        choose = recovery.restored if self.restoring.rollback is None else recovery.rolled_back
+        match choose(situation, self.restoring.restore(), self.restoring.line_to_go_on(), why):
+            case recovery.Make(plan=plan):
+                self.restoring.again()
+                self._make(plan)
+            case recovery.NeedNodes(reason=need):
+                self._wait_for_nodes(need)
+
+    def _rollback_wanted(self) -> Rollback | None:
+        """What seated ranks ask for. They all do, but one is enough."""
+        if self.current is None or self.formed is not self.current:
+            return None
+        reports = [member.report for member in self._seated() if not member.gone]
+        return next((report.rollback for report in reports if report is not None and report.rollback is not None), None)
+
+    def _roll_back(self, rollback: Rollback, situation: recovery.Situation) -> None:
+        if not self.limits.snapshots:
+            self._end(
+                "failed", f"{rollback.why}, but there are no snapshots to go back to: ask for them with snapshot="
+            )
+            return
+        assert self.current is not None
+        self._out += self.restoring.ask((), self._now)
+        none = None if self.restoring.waiting else self.restoring.none
+        looked_for_s = self._for_s("rolling back", self.restoring.none is not None)
+        if none is not None and looked_for_s >= self.limits.lost_limit_s(bool(self.restoring.absent)):
+            self._end("failed", f"{rollback.why}, but from step {rollback.back_to} or before {none.reason}")
+        else:
+            self._restore(rollback.why, situation)
+
+    def _inventory_taken(self, event: InventoryTaken) -> None:
+        self._out += self.restoring.answered(event, self._now)
+
+    def _images_decoded(self, event: ImagesDecoded) -> None:
+        self.restoring.decoded(event)
 
     def _situation(self) -> recovery.Situation:
         broken = self.current is not None and bool(recovery.broken(self.membership, self.current))
@@ -280,7 +377,7 @@ class Control:
         failed = len(self._starts.failed)
         failing = failed >= STARTS_THAT_MAY_FAIL
         # Time for the verdict that their node has died, which would explain it.
-        if self._for_s("failing starts", failing) > 2 * self.limits.detection_s:
+        if self._for_s("failing starts", failing) > 4 * self.limits.detection_s:
             self._end(
                 "failed",
                 f"{failed} ranks in a row died before they reached the training loop; the workers' logs say why",
@@ -375,12 +472,6 @@ class Control:
         self._out.append(End(outcome=outcome, reason=reason, digest=digest))
 
 
-def _older(report: Any, known: Any) -> bool:
-    """Whether a report was overtaken by a newer one. All of its fields only grow."""
-    fields = ("generation", "formed", "broken", "step", "complete", "finished")
-    return any(getattr(report, name) < getattr(known, name) for name in fields)
-
-
 def _goes_on_without(early: Member, other: Member) -> bool:
     assert early.report is not None
     theirs = other.report
@@ -399,6 +490,8 @@ _TABLE: dict[type, Callable[[Control, Any], None]] = {
     RankReturned: Control._rank_returned,
     GenerationCreated: Control._generation_created,
     GenerationTaken: Control._generation_taken,
+    InventoryTaken: Control._inventory_taken,
+    ImagesDecoded: Control._images_decoded,
     Resumed: Control._resumed,
     StopAsked: Control._stop_asked,
     Tick: Control._tick,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snapshot.core.inventory import Inventory
+
 from .plan import Address, Plan
 from .seat import SeatReport
 
@@ -89,6 +91,25 @@ class GenerationTaken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InventoryTaken:
+    """What the live keepers hold, verified; asked for with TakeInventory."""
+
+    asked: int
+    inventories: tuple[Inventory, ...]
+    addresses: tuple[tuple[str, Address], ...]
+    """By node, where each of these keepers serves what it holds."""
+    absent: tuple[str, ...]
+    """Nodes whose keepers have not answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagesDecoded:
+    """The keepers have done what DecodeImages asked for, or could not."""
+
+    asked: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
     """What a restarted controller found written down; sent once, before anything else."""
 
@@ -118,6 +139,8 @@ Event = (
     | RankReturned
     | GenerationCreated
     | GenerationTaken
+    | InventoryTaken
+    | ImagesDecoded
     | Resumed
     | StopAsked
     | Tick

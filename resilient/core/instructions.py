@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from snapshot.core.election import Elected
+
 from .plan import Plan
 
 
@@ -40,6 +42,22 @@ class SendPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakeInventory:
+    """Ask all keepers what snapshots they hold, once these members have ended. Comes back as InventoryTaken."""
+
+    asked: int
+    ended: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeImages:
+    """Have the keepers decode what of this snapshot is lost. Comes back as ImagesDecoded."""
+
+    asked: int
+    elected: Elected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Say:
     """Something the user should read."""
 
@@ -55,4 +73,4 @@ class End:
     digest: str = ""
 
 
-Instruction = Spawn | Kill | CreateGeneration | SendPlan | Say | End
+Instruction = Spawn | Kill | CreateGeneration | SendPlan | TakeInventory | DecodeImages | Say | End

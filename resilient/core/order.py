@@ -195,7 +195,7 @@ class Line:
     def __init__(self, steps: int) -> None:
         self.under_way: deque[Ticket] = deque()
         self.arrived: dict[Ticket, Any] = {}
-        self._steps = steps
+        self.steps = steps
         self._leaves: tuple[int, ...] = ()
         self._step = 0  # the next ticket is for _leaves[_place] of _step
         self._place = 0
@@ -211,7 +211,7 @@ class Line:
 
     def has_more(self) -> bool:
         """Whether a ticket is left that is neither under way nor arrived; moves up to it."""
-        while self._leaves and self._step < self._steps:
+        while self._leaves and self._step < self.steps:
             ticket = (self._step, self._leaves[self._place])
             if ticket not in self.arrived and ticket not in self.under_way:
                 return True
@@ -227,7 +227,7 @@ class Line:
             return False
         steps_between = ticket[0] - self._step
         distance = steps_between * len(self._leaves) + self._leaves.index(ticket[1]) - self._place
-        return ticket[0] < self._steps and 0 <= distance < draws
+        return ticket[0] < self.steps and 0 <= distance < draws
 
     def redirect(self, step: int, leaves: tuple[int, ...]) -> None:
         """From here on draw `leaves`, ascending, of `step` and every step after it."""

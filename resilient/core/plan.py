@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Kind = Literal["initial", "planned", "unplanned"]
+from snapshot.core.branches import Branch, Lineage
+from snapshot.core.inventory import SnapshotKey
+
+Kind = Literal["initial", "planned", "unplanned", "restored"]
+
+
+def first_branch() -> Lineage:
+    return Lineage(branches=(Branch(number=0),))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +39,34 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One rank's part of a snapshot, and who serves it."""
+
+    rank: int
+    node: str
+    """Where it was captured."""
+    keeper: Address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """The snapshot that a generation begins from: the state at the start of `step`."""
+
+    key: SnapshotKey
+    shares: tuple[Share, ...]
+    """Together the whole state."""
+    decoded: bool
+    """Whether parity had to make up for what was lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Who does what in one generation.
 
     Invariants: every leaf 0..micro_batches-1 is owned by exactly one place; every place owns at
     least one; joiners are members; only an initial or planned generation has joiners; an unplanned
-    one has only members of its base.
+    one has only members of its base; all members of a restored one begin from its snapshot, whatever
+    they held before.
     """
 
     generation: int
@@ -51,6 +80,9 @@ class Plan:
     joiners: tuple[int, ...]
     """Members that hold no state yet and receive it from the others before they count."""
     reason: str
+    branches: tuple[Branch, ...] = (Branch(number=0),)
+    """The run's lines of steps so far; this generation goes on with the newest."""
+    restore: Restore | None = None
 
     def __post_init__(self) -> None:
         owned = sorted(index for leaves in self.leaves for index in leaves)
@@ -58,7 +90,17 @@ class Plan:
         assert len(self.leaves) == len(self.places) and all(self.leaves), self
         assert len(set(self.members)) == len(self.places), self
         assert set(self.joiners) < set(self.members), self
-        assert not (self.kind == "unplanned" and self.joiners), self
+        assert not (self.kind in ("unplanned", "restored") and self.joiners), self
+        assert (self.kind == "restored") == (self.restore is not None), self
+
+    @property
+    def branch(self) -> int:
+        return self.branches[-1].number
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Positions in the data that are left out, ascending."""
+        return Lineage(branches=self.branches).skipped
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -90,4 +132,16 @@ class Plan:
             for place in raw.pop("places")
         )
         leaves = tuple(tuple(leaves) for leaves in raw.pop("leaves"))
-        return cls(places=places, leaves=leaves, joiners=tuple(raw.pop("joiners")), **raw)
+        joiners = tuple(raw.pop("joiners"))
+        restore = _restore_from(raw.pop("restore"))
+        branches = tuple(Branch(**{**branch, "skipped": tuple(branch["skipped"])}) for branch in raw.pop("branches"))
+        return cls(places=places, leaves=leaves, joiners=joiners, restore=restore, branches=branches, **raw)
+
+
+def _restore_from(raw: dict[str, Any] | None) -> Restore | None:
+    if raw is None:
+        return None
+    shares = tuple(
+        Share(rank=share["rank"], node=share["node"], keeper=Address(**share["keeper"])) for share in raw.pop("shares")
+    )
+    return Restore(key=SnapshotKey(**raw["key"]), shares=shares, decoded=raw["decoded"])

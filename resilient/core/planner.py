@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .plan import Kind, Place, Plan
+from snapshot.core.branches import Branch
+
+from .plan import Kind, Place, Plan, Restore
 
 
 def even_runs(micro_batches: int, ranks: int) -> tuple[tuple[int, ...], ...]:
@@ -62,6 +64,7 @@ def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str
         micro_batches=plan.micro_batches,
         joiners=(),
         reason=reason,
+        branches=plan.branches,
     )
 
 
@@ -74,8 +77,10 @@ def dealt_anew(
     joiners: Sequence[int],
     micro_batches: int,
     reason: str,
+    branches: tuple[Branch, ...] = (Branch(number=0),),
+    restore: Restore | None = None,
 ) -> Plan:
-    """An initial or planned generation: all leaves dealt evenly in contiguous runs."""
+    """An initial, planned or restored generation: all leaves dealt evenly in contiguous runs."""
     return Plan(
         generation=generation,
         base=base,
@@ -85,6 +90,8 @@ def dealt_anew(
         micro_batches=micro_batches,
         joiners=tuple(joiners),
         reason=reason,
+        branches=branches,
+        restore=restore,
     )
 
 

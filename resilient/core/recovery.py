@@ -2,7 +2,7 @@
 
 1. A link broke and everybody lives: form again, go on.
 2. Ranks are lost, others hold the same state: deal the lost micro-batches to those.
-3. Nobody seated is left: the state is gone.
+3. Nobody seated is left: the state is gone, unless there is a snapshot of it.
 A joiner, or uneven dealing after a loss, asks for a planned change, and only while all is well.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snapshot.core.branches import Lineage
+
 from . import planner
 from .membership import Member, Membership
-from .plan import Plan
+from .plan import Plan, Restore, first_branch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +24,8 @@ class Limits:
     min_workers: int
     max_workers: int
     spares: int = 0
+    snapshots: bool = False
+    """Whether keepers hold any."""
     wait_for_nodes_s: float = 600.0
     """How long the run may stand still below `min_workers`."""
     detection_s: float = 2.0
@@ -34,6 +38,10 @@ class Limits:
     @property
     def resend_s(self) -> float:
         return self.detection_s / 4
+
+    def lost_limit_s(self, some_are_absent: bool) -> float:
+        """How long nothing may be found to go on from; a keeper that is being replaced may still have it."""
+        return (15 if some_are_absent else 1) * self.detection_s
 
     @property
     def start_together_s(self) -> float:
@@ -89,6 +97,10 @@ class Situation:
 
 
 def decide(now: Situation) -> Decision:
+    if now.current is not None and now.current.kind == "restored" and now.current is not now.formed:
+        unfinished = now.formed is None or now.formed.generation <= now.current.base
+        if unfinished:
+            return _still_restoring(now, now.current)
     if now.formed is None:
         return _initial(now)
     assert now.current is not None
@@ -106,6 +118,50 @@ def decide(now: Situation) -> Decision:
     return _improve(now, now.current)
 
 
+def _still_restoring(now: Situation, current: Plan) -> Decision:
+    gone = [member for member in current.members if not now.membership.is_alive(member)]
+    if gone:
+        return Lost(reason=f"lost rank {_ranks(current, gone)} while generation {current.generation} was restored")
+    if now.broken_for_s >= now.limits.settle_s:
+        return Lost(reason=f"generation {current.generation} could not be restored")
+    return Stay(reason=f"generation {current.generation} is being restored")
+
+
+def restored(now: Situation, restore: Restore, lineage: Lineage, reason: str) -> Decision:
+    """A generation that begins from a snapshot, as soon as there are enough ranks: fresh ones, and those that
+    have dropped their state for a restored generation which then failed."""
+    trying = now.current.members if now.current is not None and now.current.kind == "restored" else ()
+    again = [member for member in now.membership.alive() if member.number in trying and member.ready is not None]
+    ready = [*again, *now.membership.ready_unseated(trying)]
+    return _too_few(now, ready) or _restored(now, ready[: now.limits.max_workers], restore, lineage, reason)
+
+
+def rolled_back(now: Situation, restore: Restore, lineage: Lineage, reason: str) -> Decision:
+    """The same for the ranks that are seated: they drop the state they have."""
+    assert now.current is not None
+    members = [now.membership.members[number] for number in now.current.members]
+    members = [member for member in members if not member.gone and member.ready is not None]
+    if len(members) < now.limits.min_workers:
+        return restored(now, restore, lineage, reason)
+    return _restored(now, members, restore, lineage, reason)
+
+
+def _restored(now: Situation, members: list[Member], restore: Restore, lineage: Lineage, reason: str) -> Make:
+    return Make(
+        plan=planner.dealt_anew(
+            generation=now.newest + 1,
+            base=now.formed.generation if now.formed else 0,
+            kind="restored",
+            places=[member.place for member in members],
+            joiners=[],
+            micro_batches=_micro_batches(members),
+            reason=reason,
+            branches=lineage.branches,
+            restore=restore,
+        )
+    )
+
+
 def _initial(now: Situation) -> Decision:
     if now.current is not None:
         gone = [member for member in now.current.members if not now.membership.is_alive(member)]
@@ -115,12 +171,17 @@ def _initial(now: Situation) -> Decision:
             # It may have formed long ago: beginning anew could throw away any amount of work.
             return Lost(reason=_nobody_left("every rank died while no controller ran", now.current))
     ready = now.membership.ready_unseated(())
+    return _too_few(now, ready) or _dealt(now, ready[: now.limits.max_workers], None, "the run begins")
+
+
+def _too_few(now: Situation, ready: list[Member]) -> NeedNodes | Stay | None:
+    """Why these can't begin yet, if they can't."""
     if len(ready) < now.limits.min_workers:
         return NeedNodes(reason=f"{len(ready)} of at least {now.limits.min_workers} workers are ready")
     starting = any(member.ready is None for member in now.membership.alive())
     if len(ready) < now.limits.max_workers and starting and now.waited_s < now.limits.start_together_s:
         return Stay(reason="waiting for workers that are starting")
-    return _dealt(now, ready[: now.limits.max_workers], None, "the run begins")
+    return None
 
 
 def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
@@ -162,6 +223,7 @@ def _dealt(now: Situation, members: list[Member], current: Plan | None, reason: 
             joiners=numbers if current else numbers[1:],
             micro_batches=micro_batches,
             reason=reason,
+            branches=current.branches if current else first_branch().branches,
         )
     )
 

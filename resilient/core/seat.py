@@ -13,6 +13,8 @@ Rules
     * A plan derived from an older generation than the newest one this rank has formed is refused:
       whoever made it did not know how far things had gone. The report says what has been formed.
     * Until a new generation has formed, only leaves owned in the former one are computed.
+    * A restored plan is adopted at once, and whatever was held before is gone with that. What the training
+      thread still brings of the former line of steps counts for nothing, until the generation has formed.
 
 States, per generation
     adopted --Formed--> formed --ExchangeDone, with all holding a proposal--> the proposal is adopted
@@ -93,8 +95,31 @@ class Finished:
     step: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """The training loop wants to go back to a snapshot of step `back_to` or before, and leave out some data.
+
+    skip_from, skip_to: the first and last position in the data to leave out. No first one: from where the
+    snapshot is.
+    """
+
+    back_to: int
+    skip_from: int | None
+    skip_to: int
+    why: str
+
+
 SeatEvent = (
-    PlanArrived | StateReceived | Formed | FormFailed | LeafFolded | ExchangeDone | ExchangeFailed | Applied | Finished
+    PlanArrived
+    | StateReceived
+    | Formed
+    | FormFailed
+    | LeafFolded
+    | ExchangeDone
+    | ExchangeFailed
+    | Applied
+    | Rollback
+    | Finished
 )
 
 
@@ -146,11 +171,16 @@ class Apply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Park:
+    """Drop this step, leave the user's code and keep hands off the state: a snapshot takes its place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
     reason: str
 
 
-Next = Compute | Reduce | Apply | Wait
+Next = Compute | Reduce | Apply | Park | Wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +197,9 @@ class SeatReport:
     finished: bool
     waiting: bool
     """Whether it has computed all that is its own, and waits for the others to have done so."""
+    rollback: Rollback | None = None
+    serial: int = field(default=0, compare=False)
+    """Grows with everything that happens to the seat: of two reports the greater is the later one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,13 +216,19 @@ class Seat:
     has_state: bool = False
     """False until the state has been received, or found to be this rank's own to give."""
     held_state_in: int = 0
-    """The newest initial or planned generation for which this rank has held the state."""
+    """The newest generation by which this rank has come to hold the state, or gave it to others."""
+    restoring: bool = False
+    """From the adoption of a restored plan until its generation, or one after it, has formed."""
     finished: bool = False
+    rollback: Rollback | None = None
+    """Wanted here, and not yet under way."""
     work: frozenset[int] = frozenset()
     """Leaves that may be computed now."""
     folded: set[int] = field(default_factory=set)
+    serial: int = field(default=0, compare=False)
 
     def handle(self, event: SeatEvent) -> tuple[SeatInstruction, ...]:
+        self.serial += 1
         match event:
             case PlanArrived(plan=plan):
                 return self._plan_arrived(plan)
@@ -199,6 +238,11 @@ class Seat:
                 return self._formed(generation, complete)
             case FormFailed(generation=generation) | ExchangeFailed(generation=generation):
                 return self._failed(generation)
+            case LeafFolded() | Applied() | Rollback() | Finished() if self.restoring:
+                return ()
+            case Rollback():
+                self.rollback = event
+                return (Report(),)
             case LeafFolded(step=step, leaf=leaf):
                 assert step == self.step and leaf not in self.folded, (event, self)
                 self.folded.add(leaf)
@@ -217,6 +261,10 @@ class Seat:
 
     def next(self) -> Next:
         """What the training thread should do now; asked again whenever something has happened."""
+        if self.restoring:
+            return Park()
+        if self.rollback is not None:
+            return Wait(reason="a rollback was asked for")
         if self.complete == self.step:
             return Apply(step=self.step)
         if self.plan is None:
@@ -244,6 +292,7 @@ class Seat:
     def report(self) -> SeatReport:
         return SeatReport(
             member=self.member,
+            serial=self.serial,
             generation=self.plan.generation if self.plan else 0,
             formed=self.formed,
             broken=self.broken,
@@ -251,6 +300,7 @@ class Seat:
             complete=self.complete,
             finished=self.finished,
             waiting=not self.finished and isinstance(self.next(), Reduce),
+            rollback=self.rollback,
         )
 
     def _plan_arrived(self, plan: Plan) -> tuple[SeatInstruction, ...]:
@@ -260,7 +310,9 @@ class Seat:
         if plan.base < self.formed:
             return (Report(),)
         joins = self.member in plan.joiners or plan.kind == "initial"
-        if plan.kind == "unplanned" or (self.formed == 0 and joins):
+        if plan.kind == "restored" and self.finished:
+            return (Leave(),)
+        if plan.kind in ("unplanned", "restored") or (self.formed == 0 and joins):
             return self._adopt(plan)
         if self.member in plan.joiners:
             return (Leave(),)
@@ -273,6 +325,9 @@ class Seat:
         if plan.kind == "unplanned":
             # Between its base and this plan a retried beginning may have asked this rank to join again.
             self.has_state = self.has_state or self.held_state_in == plan.base
+        elif plan.kind == "restored":
+            self.restoring, self.has_state, self.rollback = True, False, None
+            self.work, self.folded = frozenset(), set()
         else:
             self.work = frozenset()
             self.has_state = self.member not in plan.joiners
@@ -296,7 +351,7 @@ class Seat:
             self.step, self.has_state, self.folded = complete + 1, True, set()
         assert complete in (self.step - 1, self.step), f"more than one step apart: {complete}, {self}"
         self.complete = complete
-        self.forming, self.formed = False, generation
+        self.forming, self.restoring, self.formed = False, False, generation
         self.work = frozenset(self.plan.leaves_of(self.member))
         if self.folded <= self.work:
             return (Report(),)

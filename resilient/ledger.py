@@ -1,0 +1,46 @@
+"""What an attempt has on record in the cluster's keys: generations, ranks started, the run's lines of steps.
+
+A key is created once and never overwritten, so that of two controllers only one can rule. The lines of
+steps alone outlive the attempt: the next one goes on with them.
+"""
+
+from __future__ import annotations
+
+from actors import launch
+from snapshot.core.branches import Lineage
+
+from .core.plan import Plan
+from .job import Job
+
+
+class Ledger:
+    def __init__(self, job: Job) -> None:
+        self._prefix = f"{job.key}/"
+        self._lineage = f"lineage/{job.settings.name}"
+        self._first_attempt = job.attempt == 1
+
+    def begin(self) -> bool:
+        """False if a controller of this attempt has been here before."""
+        return launch.create_key(f"{self._prefix}began", b"")
+
+    def create(self, plan: Plan) -> bool:
+        """False, and nothing changed, if the generation's number is taken."""
+        created = launch.create_key(f"{self._prefix}generation/{plan.generation:09d}", plan.to_json().encode())
+        if created and len(plan.branches) > 1:
+            launch.write_key(self._lineage, plan.to_json().encode())
+        return created
+
+    def plans(self) -> tuple[Plan, ...]:
+        """All generations on record, ascending."""
+        found = [launch.read_key(key) for key in launch.list_keys(f"{self._prefix}generation/")]
+        return tuple(Plan.from_json(text.decode()) for text in found if text is not None)
+
+    def lineage(self) -> Lineage | None:
+        """The lines of steps of earlier attempts, if there is more than one."""
+        recorded = None if self._first_attempt else launch.read_key(self._lineage)
+        return None if recorded is None else Lineage(branches=Plan.from_json(recorded.decode()).branches)
+
+    def close(self, *, keep_lineage: bool) -> None:
+        launch.delete_keys(self._prefix)
+        if not keep_lineage:
+            launch.delete_keys(self._lineage)

@@ -1,0 +1,35 @@
+"""A rank's way back to a snapshot: all shares of the state, from the keepers that hold them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from actors.vault import fetch_slot
+from snapshot.table import StateTable
+
+from .core.plan import Restore, Share
+
+READERS = 4
+"""Shares that are read at the same time, from different keepers."""
+
+
+def fetch(restore: Restore, secret: str) -> StateTable:
+    """The state of this snapshot. Raises TransferError if it can't be had, whole and verified, from there."""
+
+    def fetch_share(share: Share) -> tuple[int, bytes, memoryview]:
+        address = (share.keeper.host, share.keeper.port)
+        slot = fetch_slot(address, secret, key=restore.key, node=share.node, rank=share.rank)
+        head = slot.head()
+        return head.start, bytes(slot.payload[: head.skeleton_bytes]), slot.payload[head.skeleton_bytes :]
+
+    with ThreadPoolExecutor(READERS, "reading") as readers:
+        shares = sorted(readers.map(fetch_share, restore.shares))
+    table = StateTable.empty(shares[0][1])
+    for start, _, data in shares:
+        source, at = torch.frombuffer(bytearray(data), dtype=torch.uint8) if len(data) else torch.empty(0), 0
+        for piece in table.pieces(start, start + len(data)):
+            piece.copy_(source[at : at + piece.numel()])
+            at += piece.numel()
+    return table

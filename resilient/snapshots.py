@@ -1,0 +1,353 @@
+"""A rank's snapshots: its share of the state goes into shared memory while the next step computes.
+
+At a step's boundary, on the training thread: what may change during forward (buffers, plain values) is
+copied at once; parameters and optimizer state, which only the optimizer changes, are left to a copying
+thread. The gate stands where a step is committed: training waits there until the copy is whole, and
+nowhere else. What was changed in spite of it, by the user's own hand, is noticed by torch's version
+counters, and that snapshot is given up rather than kept torn.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from actors.standing import Standing, read_standing
+from actors.vault import wake_vault
+from snapshot.arena import NoRoom, Slot, SlotHead, required_bytes
+from snapshot.core.chunks import ends_within, share_of
+from snapshot.core.lifecycle import Lifecycle, Ordinal
+from snapshot.front import Targets
+from snapshot.recapture import Recapture
+from snapshot.table import StateTable
+
+from .core.cadence import Cadence
+
+ROOM_TO_GROW, SKELETON_GROWTH_BYTES = 1.05, 1 << 16
+
+_VERSION: Callable[[Tensor], int] = attrgetter("_version")
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """What snapshots did and cost on this rank so far."""
+
+    captured: int = 0
+    skipped: int = 0
+    """Not taken although due, because no slot was free on some rank."""
+    torn: int = 0
+    """Given up because the state was written while it was copied."""
+    blocked_s: float = 0.0
+    """Time for which training has waited: at boundaries and at the gate."""
+    interval: int = 0
+    protected: int = -1
+    """Step of the newest snapshot protected everywhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a rank brings into the lane; the minimum over all ranks is agreed."""
+
+    ready: bool
+    interval: int
+    protected: int
+    """Packed ordinal of the newest snapshot its keeper holds protected, -1 for none."""
+
+
+@dataclass(slots=True)
+class _Copy:
+    slot: Slot
+    targets: list[Tensor]
+    sources: list[Tensor]
+    watched: list[Tensor]
+    """What must not be written meanwhile."""
+    versions: list[int]
+    """Of what is watched."""
+    ready: Any
+    """CUDA: the work that the state still depends on; else None."""
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seating:
+    """Under which membership a share is cut."""
+
+    generation: int
+    rank: int
+    world: int
+
+
+class Snapshots:
+    """One rank's. Its methods may be called by several threads; each says by which."""
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        attempt: int,
+        folder: Path,
+        member: int,
+        cadence: Cadence,
+        say: Callable[[str], None],
+    ) -> None:
+        """say: tells the user what was decided, or went wrong."""
+        self.tally = Tally(interval=cadence.interval)
+        self._run, self._attempt, self._folder, self._member = run, attempt, folder, member
+        self._cadence = cadence
+        self._say = say
+        self._lock = threading.Lock()
+        """Over lifecycle, slots and what they need."""
+        self._lifecycle = Lifecycle()
+        self._slots: list[Slot | None] = [None] * len(self._lifecycle.slots)
+        self._made = 0
+        self._needed = 0
+        self._preparing = False
+        self._no_room: Exception | None = None
+        self._seating: Seating | None = None
+        self._recapture = Recapture()
+        self._targets: dict[Slot, Targets] = {}
+        self._copy: _Copy | None = None
+        self._last: Ordinal | None = None
+        self._everywhere = -1
+        """Packed ordinal of the newest snapshot protected everywhere, for the keeper."""
+        self._agreed_interval = cadence.interval
+        self._began_at: float | None = None
+        self._waited_s = 0.0
+        self._jobs: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
+        threading.Thread(target=self._copying, name="copying", daemon=True).start()
+
+    # The lane: by the generation's thread, while the training thread waits for it
+
+    def wish(self, ordinal: Ordinal, generation: int) -> Wish:
+        """For the state at the start of this step, to the members of this generation."""
+        last = self._last.step if self._last is not None and self._last.branch == ordinal.branch else None
+        due = self._cadence.is_due(ordinal.step, last, self._agreed_interval)
+        here = read_standing(self._folder, generation)
+        with self._lock:
+            self._lifecycle.never_protected(_hopeless(self._lifecycle.slots, ordinal.branch, here))
+            room, started = self._free_slot() is not None, self._made > 0
+        if due and not room and started:
+            self.tally.skipped += 1
+            self._cadence.skipped()
+        protected = -1 if here.protected < 0 else Ordinal(ordinal.branch, here.protected).packed()
+        return Wish(ready=due and room, interval=self._cadence.interval, protected=protected)
+
+    def agreed(self, interval: int, protected: int) -> None:
+        """What came out of the lane: the longest interval, and the newest protected snapshot (packed) if that is
+        the same on all nodes, else -1."""
+        self._agreed_interval = self.tally.interval = interval
+        self._everywhere = max(self._everywhere, protected)
+        everywhere = Ordinal.unpacked(protected)
+        if everywhere is not None:
+            self.tally.protected = everywhere.step
+            with self._lock:
+                self._lifecycle.protected(everywhere)
+
+    def account(self) -> dict[str, float]:
+        return asdict(self.tally)
+
+    def _free_slot(self) -> tuple[int, Slot] | None:
+        """One that is free and large enough."""
+        for number in self._lifecycle.free:
+            slot = self._slots[number]
+            if slot is not None and slot.capacity_bytes >= self._needed:
+                return number, slot
+        return None
+
+    # The boundary and the gate: by the training thread
+
+    def boundary(self, ordinal: Ordinal, objects: Mapping[str, object], seating: Seating, *, wanted: bool) -> None:
+        """The state at the start of step `ordinal.step` stands. `wanted`: all ranks capture it."""
+        began = time.monotonic()
+        if self._no_room is not None:
+            raise self._no_room
+        self._measure(began, seating)
+        if wanted or seating != self._seating:
+            self._capture(ordinal, self._recapture.capture(objects), seating, wanted=wanted)
+        self._seating = seating
+        self._waited_s = time.monotonic() - began
+        self.tally.blocked_s += self._waited_s
+
+    def gate(self) -> None:
+        """Returns when the state may be written: the copy of it is whole."""
+        if self._copy is not None:
+            began = time.monotonic()
+            self._copy.done.wait()
+            waited_s = time.monotonic() - began
+            self._waited_s += waited_s
+            self.tally.blocked_s += waited_s
+
+    def _measure(self, now: float, seating: Seating) -> None:
+        if self._began_at is not None and seating == self._seating:
+            self._cadence.measured(now - self._began_at, captured=self._copy is not None, waited_s=self._waited_s)
+            if said := self._cadence.decide():
+                self._say(said)
+        self._began_at, self._copy = now, None
+
+    def _capture(self, ordinal: Ordinal, table: StateTable, seating: Seating, *, wanted: bool) -> None:
+        ends = table.chunk_ends()
+        start, stop = share_of(ends, seating.rank, seating.world)
+        head = SlotHead(
+            run=self._run,
+            attempt=self._attempt,
+            branch=ordinal.branch,
+            generation=seating.generation,
+            step=ordinal.step,
+            member=self._member,
+            rank=seating.rank,
+            world=seating.world,
+            start=start,
+            stop=stop,
+            state_bytes=table.nbytes,
+            skeleton=xxhash.xxh3_128_hexdigest(table.skeleton),
+            skeleton_bytes=len(table.skeleton),
+            chunks=tuple(len(table.skeleton) + end for end in (0, *ends_within(ends, start, stop))),
+        )
+        with self._lock:
+            self._needed = required_bytes(head)
+            free = self._free_slot() if wanted else None
+            if free is not None:
+                self._lifecycle.begin(free[0], ordinal)
+        if free is not None:
+            self._begin(free[1], head, table)
+            self._last = ordinal
+        elif wanted:
+            self.tally.skipped += 1  # the state has grown; no other rank can complete this snapshot either
+        self._make_room()
+
+    def _begin(self, slot: Slot, head: SlotHead, table: StateTable) -> None:
+        buffer = slot.begin(head)
+        buffer[: head.skeleton_bytes] = table.skeleton
+        room = torch.frombuffer(buffer, dtype=torch.uint8)[head.skeleton_bytes :]
+        front = table.front_share(head.start, head.stop)
+        known = self._targets.get(slot)
+        if known is None or not known.fit(room, front):
+            known = self._targets[slot] = Targets.within(room, front)
+        if known.moving:
+            torch._foreach_copy_(known.moving, front.moving_views(table))
+        later: list[tuple[Tensor, Tensor]] = []
+        watched, at = list(front.watched), front.nbytes
+        for place, piece in table.numbered_pieces(head.start + at, head.stop):
+            target = room[at : at + piece.numel()]
+            at += piece.numel()
+            if place in table.calm:
+                later.append((target, piece))
+                watched.append(table.tensors[place])
+            else:
+                target.copy_(piece)
+        ready = None
+        if known.from_device or any(source.is_cuda for _, source in later):
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        targets = [*known.calm, *(target for target, _ in later)]
+        sources = [*known.sources, *(source for _, source in later)]
+        self._copy = _Copy(slot, targets, sources, watched, list(map(_VERSION, watched)), ready)
+        self._jobs.put(self._copy)
+
+    # The copying thread
+
+    def _copying(self) -> None:
+        torch.set_num_threads(1)
+        while (copy := self._jobs.get()) is not None:
+            why = self._copied(copy)
+            copy.slot.invalidate() if why else copy.slot.commit()
+            with self._lock:
+                self._lifecycle.give_up() if why else self._lifecycle.commit()
+            copy.done.set()
+            if why:
+                self.tally.torn += 1
+                self._say(f"a snapshot was given up, because {why}")
+            else:
+                self.tally.captured += 1
+                wake_vault(self._folder, self._everywhere)
+
+    def _copied(self, copy: _Copy) -> str:
+        """Why the copy is of no use; empty if it is whole."""
+        try:
+            if copy.ready is not None:
+                _copy_from_device(copy)
+            elif copy.targets:
+                torch._foreach_copy_(copy.targets, copy.sources)
+        except RuntimeError as error:  # whatever torch says: training must not wait for this copy for ever
+            return f"copying failed: {error}"
+        if list(map(_VERSION, copy.watched)) != copy.versions:
+            return (
+                "the state was written while it was copied: change parameters and optimizer state only in "
+                "committing iterations"
+            )
+        return ""
+
+    # Room
+
+    def _make_room(self) -> None:
+        """Replace free slots that are missing or too small, in the background: first touch is slow."""
+        with self._lock:
+            small = [
+                number
+                for number, held in enumerate(self._lifecycle.slots)
+                if held is None and ((slot := self._slots[number]) is None or slot.capacity_bytes < self._needed)
+            ]
+            if self._preparing or not small:
+                return
+            self._preparing = True
+        threading.Thread(target=self._prepare, args=(small,), name="preparing slots", daemon=True).start()
+
+    def _prepare(self, numbers: list[int]) -> None:
+        for number in numbers:
+            with self._lock:
+                if self._lifecycle.slots[number] is not None:
+                    continue
+                former, self._slots[number] = self._slots[number], None
+                capacity = int(self._needed * ROOM_TO_GROW) + SKELETON_GROWTH_BYTES
+                self._made += 1
+                path = self._folder / f"rank-{self._member}.slot-{self._made}"
+            if former is not None:
+                self._targets.pop(former, None)  # they keep its memory
+                former.unlink()
+            try:
+                slot = Slot.create(path, capacity)
+            except NoRoom as error:
+                self._without_room(error)
+                break
+            with self._lock:
+                self._slots[number] = slot
+        with self._lock:
+            self._preparing = False
+
+    def _without_room(self, error: NoRoom) -> None:
+        """At the start that ends the run, which asked for snapshots; a run on its way goes on without some."""
+        if self.tally.captured == 0:
+            self._no_room = error
+        self._say(f"no room for snapshots any more: {error}")
+
+
+def _hopeless(slots: Iterable[Ordinal | None], branch: int, here: Standing) -> list[Ordinal]:
+    """Snapshots of the present branch in these slots that will never be protected everywhere, as their keeper
+    has gone on to a later one, or has given them up."""
+    held = [ordinal for ordinal in slots if ordinal is not None and ordinal.branch == branch]
+    return [
+        ordinal
+        for ordinal in held
+        if ordinal.step != here.protected and (ordinal.step < here.taken_up or ordinal.step == here.given_up)
+    ]
+
+
+def _copy_from_device(copy: _Copy) -> None:
+    """On a stream of its own, beside the next step's kernels."""
+    device = copy.sources[0].device
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        stream.wait_event(copy.ready)
+        for target, source in zip(copy.targets, copy.sources, strict=True):
+            target.copy_(source, non_blocking=True)
+        stream.synchronize()

@@ -1,0 +1,270 @@
+"""A rank's snapshots: what lies in the slots, what training waits for, and what is given up."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from actors.ring import Ring
+from actors.vault import Vault
+from resilient.core.cadence import Cadence
+from resilient.snapshots import Seating, Snapshots
+from snapshot.arena import NoRoom, find_slots
+from snapshot.capture import capture
+from snapshot.core.lifecycle import Ordinal
+from snapshot.core.stripes import Group
+from snapshot.load import load
+from snapshot.table import StateTable
+from tests.vaults import wait_for
+
+ALONE = Seating(generation=1, rank=0, world=1)
+
+
+class Training:
+    """A model that trains by itself, and its snapshots."""
+
+    def __init__(self, folder: Path, width: int = 16) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.said: list[str] = []
+        self.model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.values: dict[str, Any] = {"seen": 0, "history": torch.zeros(3)}
+        self.snapshots = self.new(member=1)
+        self.steps = 0
+
+    def new(self, member: int) -> Snapshots:
+        return Snapshots(
+            run="r",
+            attempt=1,
+            folder=self.folder,
+            member=member,
+            cadence=Cadence(every=1, budget=0.02),
+            say=self.said.append,
+        )
+
+    @property
+    def objects(self) -> dict[str, object]:
+        return {"model": self.model, "optimizer": self.optimizer, "values": self.values}
+
+    def compute(self) -> None:
+        self.model(torch.randn(4, 16)).square().mean().backward()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.values["seen"] += 1
+        self.values["history"][0] += 1.0
+        self.steps += 1
+
+    def step(self, *, seating: Seating = ALONE) -> StateTable | None:
+        """One step as the loop takes it. The state as it was when a snapshot of it was taken, if one was."""
+        wish = self.snapshots.wish(Ordinal(0, self.steps + 1), seating.generation)
+        self.snapshots.agreed(wish.interval, wish.protected)
+        self.compute()
+        self.snapshots.gate()
+        self.update()
+        copy = copied(capture(self.objects)) if wish.ready else None
+        self.snapshots.boundary(Ordinal(0, self.steps), self.objects, seating, wanted=wish.ready)
+        return copy
+
+    def ready(self) -> None:
+        """Until its slots have been made."""
+        self.step()
+        wait_for(lambda: self.snapshots.wish(Ordinal(0, self.steps + 1), 1).ready)
+
+
+def is_ready(snapshots: Snapshots, step: int) -> bool:
+    return snapshots.wish(Ordinal(0, step), 1).ready
+
+
+def copied(table: StateTable) -> StateTable:
+    fresh = StateTable.empty(table.skeleton)
+    for target, source in zip(fresh.pieces(0, table.nbytes), table.pieces(0, table.nbytes), strict=True):
+        target.copy_(source)
+    return fresh
+
+
+def in_slots(folder: Path) -> dict[int, bytes]:
+    """The payload of every committed slot, by step."""
+    from snapshot.arena import SlotView
+
+    found = {}
+    for slot in find_slots(folder):
+        if slot.state in ("committed", "sealed"):
+            view = SlotView.open(slot.path)
+            found[view.head().step] = bytes(view.payload)
+            view.close()
+    return found
+
+
+def payload_of(table: StateTable) -> bytes:
+    return table.skeleton + b"".join(piece.numpy().tobytes() for piece in table.pieces(0, table.nbytes))
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    torch.manual_seed(0)
+    return Training(tmp_path / "run")
+
+
+@pytest.fixture
+def kept(training: Training) -> Iterator[Training]:
+    """With a keeper on a node of its own, which protects at once."""
+    vault = Vault(run="r", attempt=1, node="a", folder=training.folder, secret="s", ip="127.0.0.1")
+    vault.ring(Ring(generation=1, group=Group(nodes=("a",), parity=0), shares={"a": (0,)}))
+    yield training
+    vault.close()
+
+
+def test_slots_hold_the_state_bit_by_bit_whatever_happens_to_it_afterwards(training: Training) -> None:
+    training.ready()
+    states = {}
+    for _ in range(3):
+        state = training.step()
+        assert state is not None
+        states[training.steps] = payload_of(state)
+    training.snapshots.gate()
+    with torch.no_grad():  # the gate is open: everything may change
+        for tensor in [*training.model.state_dict().values(), training.values["history"]]:
+            tensor.fill_(7)
+    assert in_slots(training.folder) == states
+
+
+def test_what_is_in_a_slot_can_be_loaded(training: Training, tmp_path: Path) -> None:
+    training.ready()
+    state = training.step()
+    assert state is not None
+    training.snapshots.gate()
+    payload = in_slots(training.folder)[training.steps]
+    table = StateTable.empty(payload[: len(state.skeleton)])
+    at = len(state.skeleton)
+    for piece in table.pieces(0, table.nbytes):
+        piece.copy_(torch.frombuffer(bytearray(payload[at : at + piece.numel()]), dtype=torch.uint8))
+        at += piece.numel()
+    other = Training(tmp_path / "other")
+    load(other.objects, table)
+    assert capture(other.objects).digest() == state.digest()
+
+
+def test_shares_of_all_ranks_are_together_the_state(training: Training) -> None:
+    world, state = 3, None
+    others = [training.snapshots, training.new(member=2), training.new(member=3)]
+    for _ in range(2):
+        training.compute()
+        training.update()
+        for rank, snapshots in enumerate(others):
+            wanted = snapshots._made > 0
+            wait_for(functools.partial(is_ready, snapshots, training.steps) if wanted else lambda: True)
+            seating = Seating(generation=1, rank=rank, world=world)
+            snapshots.boundary(Ordinal(0, training.steps), training.objects, seating, wanted=wanted)
+        state = capture(training.objects)
+        for snapshots in others:
+            snapshots.gate()
+    assert state is not None
+    shares = {
+        found.head.rank: found.head
+        for found in find_slots(training.folder)
+        if found.state == "committed" and found.head
+    }
+    assert sorted(shares) == [0, 1, 2]
+    assert [shares[rank].start for rank in range(3)] == [0, shares[0].stop, shares[1].stop]
+    assert shares[2].stop == state.nbytes
+
+
+def test_without_a_free_slot_nothing_is_captured_and_that_is_counted(training: Training) -> None:
+    training.ready()
+    before = training.snapshots.tally.skipped
+    for _ in range(6):
+        training.step()
+    training.snapshots.gate()
+    assert training.snapshots.tally.captured == 3 and training.snapshots.tally.skipped == before + 3
+
+
+def test_protected_snapshots_make_room(kept: Training) -> None:
+    kept.ready()
+    for _ in range(20):
+        kept.step()
+        wait_for(lambda: kept.snapshots.wish(Ordinal(0, kept.steps + 1), 1).protected >= 0)
+    assert kept.snapshots.tally.captured >= 10
+    assert kept.snapshots.tally.protected >= kept.steps - 4
+
+
+def test_writing_into_the_state_while_it_is_copied_gives_the_snapshot_up(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.ready()
+    begun, go_on = threading.Event(), threading.Event()
+    copy = torch._foreach_copy_
+
+    def slow(*args: Any) -> None:
+        begun.set()
+        go_on.wait(10)
+        copy(*args)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", slow)
+    monkeypatch.setattr(training.snapshots, "gate", lambda: None)
+    training.step()
+    assert begun.wait(10)
+    with torch.no_grad():
+        training.model[0].weight.add_(1.0)
+    go_on.set()
+    wait_for(lambda: training.snapshots.tally.torn == 1)
+    assert in_slots(training.folder) == {}
+    assert "written while it was copied" in training.said[-1]
+
+
+def test_a_state_that_outgrows_its_slots_gets_larger_ones(training: Training) -> None:
+    training.ready()
+    training.values["large"] = torch.zeros(1 << 20)
+    training.step()
+    training.step()
+    wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), 1).ready)
+    state = training.step()
+    assert state is not None
+    training.snapshots.gate()
+    assert in_slots(training.folder)[training.steps] == payload_of(state)
+
+
+def test_too_little_room_at_the_start_is_an_error_that_says_how_much_is_needed(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, capacity_bytes: int) -> None:
+        raise NoRoom(f"{path.parent}: {capacity_bytes} bytes are needed")
+
+    monkeypatch.setattr("resilient.snapshots.Slot.create", full)
+    training.step()
+    wait_for(lambda: training.said != [])
+    with pytest.raises(NoRoom, match="bytes are needed"):
+        training.step()
+
+
+@pytest.mark.long
+def test_memory_does_not_grow_over_a_thousand_snapshots(kept: Training) -> None:
+    kept.ready()
+    process = psutil.Process()
+
+    def used() -> tuple[int, int, int]:
+        shared = sum(path.stat().st_blocks * 512 for path in kept.folder.iterdir())
+        return process.memory_info().rss, shared, len(os.listdir("/proc/self/fd"))
+
+    def capture_until(count: int) -> None:
+        while kept.snapshots.tally.captured < count:
+            wait_for(lambda: kept.snapshots.wish(Ordinal(0, kept.steps + 1), 1).ready)
+            kept.step()
+
+    capture_until(200)
+    before = used()
+    capture_until(1200)
+    after = used()
+    assert after[0] < before[0] + (24 << 20)
+    assert after[1] <= before[1] and after[2] <= before[2] + 2
