@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .memory import pages
+
 if TYPE_CHECKING:
     from .world import World
 
@@ -26,6 +28,17 @@ class Faults:
         rate = self.world.setting.fault_rate * (1.0 if self.world.newest_formed else 0.25)
         if self.may_act and self.rng.random() < rate:
             self.world.at(self.rng.choice([0.0, 0.001, 0.03, 0.1]), lambda: self._strike(members))
+
+    def point_at_node(self, name: str, node: str) -> None:
+        """The same around a node and its keeper."""
+        members = sorted(member for member, rank in self.world.ranks.items() if rank.node == node and rank.alive)
+        rate = self.world.setting.fault_rate
+        if not self.may_act or self.rng.random() >= rate:
+            return
+        kind = self.rng.choice([self._node_by_name, self._keeper, self._rot])
+        self.world.at(self.rng.choice([0.0, 0.01, 0.1]), lambda: self.may_act and kind(node))
+        if members and self.rng.random() < 0.3:
+            self.world.at(self.rng.choice([0.0, 0.03]), lambda: self._strike(members))
 
     def serving(self, server: int, receiver: int) -> None:
         """A kept result is on its way to who lacks it."""
@@ -55,6 +68,9 @@ class Faults:
             return
         kinds = (self._kill, self._stop, self._node, self._link, self._controller, self._new_node, self._silence)
         weights = (8, 3, 2, 3, 2, 2, 1)
+        if self.world.setting.limits.snapshots and self.rng.random() < 0.4:
+            self._strike_at_snapshots()
+            return
         (fault,) = self.rng.choices(kinds, weights)
         living = [number for number in members if number in self.world.ranks and self.world.ranks[number].alive]
         if fault in (self._kill, self._stop, self._node, self._silence):
@@ -74,6 +90,8 @@ class Faults:
     def _spares_state(self, victims: list[int]) -> bool:
         """Whether somebody who holds the state is left, or this seed is one of those that may lose it."""
         if self.world.setting.may_lose_state or not self.world.newest_formed:
+            return True
+        if self.world.setting.limits.snapshots and self.world.protected.must_be_readable():
             return True
         return bool(set(self.world.keepers_of_state()) - set(victims))
 
@@ -99,7 +117,7 @@ class Faults:
     def _node(self, member: int) -> None:
         name = self.world.ranks[member].node
         there = [number for number, rank in self.world.ranks.items() if rank.node == name]
-        if self.world.nodes[name].alive and self._may_end(there):
+        if self.world.nodes[name].alive and self._spares_snapshots(name) and self._may_end(there):
             self._spend()
             self.world.seen["node died"] += 1
             self.world.kill_node(name)
@@ -136,3 +154,81 @@ class Faults:
         else:
             self.world.seen["controller killed"] += 1
             shell.die()
+
+    # Snapshots
+
+    def _spares_snapshots(self, node: str) -> bool:
+        """Whether what is protected can be read without this node, or this seed is one that may lose it."""
+        protected = self.world.protected
+        if self.world.setting.may_lose_state or protected.newest is None:
+            return True
+        return protected.must_be_readable(also_gone=node)
+
+    def protected(self) -> None:
+        """A newer snapshot is protected everywhere: the run may be thrown back to it."""
+        if self.may_act and self.rng.random() < 0.5:
+            self.world.at(self.rng.uniform(0.0, 1.0), self._strike_at_snapshots)
+
+    def _strike_at_snapshots(self) -> None:
+        if not self.may_act:
+            return
+        names = sorted(name for name, node in self.world.nodes.items() if node.alive)
+        (fault,) = self.rng.choices((self._all_ranks, self._keeper, self._rot, self._ranks_and_node), (4, 2, 2, 2))
+        fault(self.rng.choice(names)) if names else None
+
+    def _all_ranks(self, node: str) -> bool:
+        """Every rank at once, wherever it is; the keepers live on."""
+        living = sorted(member for member, rank in self.world.ranks.items() if rank.alive and rank.ready)
+        if not living or not self.world.newest_formed or not self._may_end(living):
+            return False
+        self._spend()
+        self.world.seen["all ranks died at once"] += 1
+        for member in living:
+            self.world.kill_rank(member, "fault, all at once")
+        return True
+
+    def _ranks_and_node(self, node: str) -> None:
+        """All ranks, and one node besides: what is left has to be decoded."""
+        starting = [n for n, rank in self.world.ranks.items() if rank.node == node and rank.alive and not rank.ready]
+        if not starting and self._spares_snapshots(node) and self._all_ranks(node):
+            self.world.at(self.rng.choice([0.0, 0.3, 1.0]), lambda: self._node_by_name(node))
+
+    def _node_by_name(self, name: str) -> None:
+        there = [n for n, rank in self.world.ranks.items() if rank.node == name and rank.alive]
+        may = self.may_act and self.world.nodes[name].alive
+        if may and self._spares_snapshots(name) and self._may_end(there):
+            self._spend()
+            self.world.seen["node died"] += 1
+            self.world.kill_node(name)
+
+    def _keeper(self, name: str) -> None:
+        """Alone: where no rank lives, that would look like the death of the node."""
+        node = self.world.nodes[name]
+        if self.world.keeper_of(name) is None or self.world.now < node.silent_until:
+            return
+        if any(rank.alive and not rank.stopped for rank in self.world.ranks.values() if rank.node == name):
+            self._spend()
+            self.world.seen["keeper died alone"] += 1
+            self.world.kill_keeper(name)
+
+    def _rot(self, name: str) -> None:
+        """A share or a parity block no longer is what it was; checksums will tell."""
+        node = self.world.nodes[name]
+        if not self._spares_snapshots(name):
+            return
+        slots = sorted(at for at, slot in node.memory.slots.items() if slot.committed)
+        blocks = sorted(node.memory.parity, key=lambda at: (at[0].newness, at[1]))
+        if slots and (not blocks or self.rng.random() < 0.6):
+            slot = node.memory.slots[self.rng.choice(slots)]
+            slot.headless = self.rng.random() < 0.3
+            slot.damaged_page = self.rng.randrange(pages(slot.key, slot.rank))
+            node.damaged.add(slot.key)
+        elif blocks:
+            at = self.rng.choice(blocks)
+            node.memory.parity[at].rotten = True
+            node.damaged.add(at[0])
+        else:
+            return
+        self._spend()
+        self.world.seen["something rotted"] += 1
+        self.world.tell(f"something rots on {name}")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from resilient.core.plan import Plan
 
+from .back import WayBack
+from .capturing import Submission
 from .checkers import Violation
 from .truth import result_of
 
@@ -33,7 +35,7 @@ class Group:
         self.noticing: set[int] = set()
         """Members that will learn of the broken link."""
         self.told: set[int] = set()
-        self.submissions: dict[int, dict[int, tuple[frozenset[int], dict[int, int], int]]] = {}
+        self.submissions: dict[int, dict[int, Submission]] = {}
         self.delivering: dict[int, set[int]] = {}
         """For each completed step the members that have not heard yet."""
 
@@ -84,6 +86,9 @@ class Group:
     def _compare(self) -> None:
         """Who has what: the newest complete step, and who has to get its result."""
         self.leveling = True
+        if self.plan.restore is not None:
+            WayBack(self, self.plan.restore).begin()
+            return
         self.world.faults.point("leveling", list(self.plan.members))
         holders = [number for number in self.plan.members if self.member(number).seat.has_state]
         if not holders:
@@ -126,11 +131,15 @@ class Group:
         if stateless:
             self._give(stateless, holders, complete)
         else:
-            self._then(self.world.rng.uniform(0.001, 0.03), lambda: self._barrier(complete))
+            self.level(complete)
+
+    def level(self, complete: int) -> None:
+        """All members are; only the barrier is left."""
+        self._then(self.world.rng.uniform(0.001, 0.03), lambda: self._barrier(complete))
 
     def _give(self, stateless: list[int], givers: list[int], complete: int) -> None:
         if not stateless:
-            self._then(self.world.rng.uniform(0.001, 0.03), lambda: self._barrier(complete))
+            self.level(complete)
             return
         number, giver = stateless[0], self.world.rng.choice(givers)
         self.world.faults.point("joining", [number, giver])
@@ -185,7 +194,7 @@ class Group:
         self.world.emit("submitted", rank=rank)
         seat = rank.seat
         values = {leaf: rank.partial[leaf] for leaf in seat.folded}
-        mine = (frozenset(seat.folded), values, seat.newest_held)
+        mine = Submission(frozenset(seat.folded), values, seat.newest_held, rank.capturing.wish(self.plan, step))
         here = self.submissions.setdefault(step, {})
         here[rank.member] = mine
         self.world.faults.point("exchanging", list(self.plan.members))
@@ -196,21 +205,29 @@ class Group:
 
     def _complete(self, step: int) -> None:
         here = self.submissions[step]
-        contributions = {number: leaves for number, (leaves, _, _) in here.items()}
+        contributions = {number: submission.leaves for number, submission in here.items()}
         self.world.emit("reduced", group=self, step=step, contributions=contributions)
         values: dict[int, int] = {}
         for number in self.plan.members:
-            values.update(here[number][1])
-        result, agreed = result_of(values), min(held for _, _, held in here.values())
+            values.update(here[number].values)
+        result, agreed = result_of(values), min(submission.newest_held for submission in here.values())
+        capture = all(submission.wish.ready for submission in here.values())
+        protected = min(submission.wish.protected for submission in here.values())
         self.delivering[step] = set(self.plan.members)
         for number in self.plan.members:
-            self.world.at(
-                self.world.rng.uniform(0.001, 0.12),
-                lambda number=number: self._told_done(number, step, agreed, result),
-            )
+            delay = self.world.rng.uniform(0.001, 0.12)
+            if protected >= 0:
+                self.world.at(delay / 2, lambda number=number: self._told_lane(number, protected))
+            self.world.at(delay, lambda number=number: self._told_done(number, step, agreed, result, capture))
         self.world.faults.point("exchanged", list(self.plan.members))
 
-    def _told_done(self, number: int, step: int, agreed: int, result: int) -> None:
+    def _told_lane(self, number: int, protected: int) -> None:
+        """The lane comes first: what it says counts even if the exchange then breaks."""
+        if self.within(number):
+            rank = self.member(number)
+            rank.run(lambda: rank.capturing.lane_done(protected))
+
+    def _told_done(self, number: int, step: int, agreed: int, result: int, capture: bool) -> None:
         if not self.within(number):
             return
         harmed = self.broken or any(not self.member_lives(other) for other in self.plan.members)
@@ -221,7 +238,7 @@ class Group:
             return
         self.delivering[step].discard(number)
         rank = self.member(number)
-        rank.run(lambda: rank.exchange_done(self.plan.generation, step, agreed, result))
+        rank.run(lambda: rank.exchange_done(self.plan, step, agreed, result, capture))
 
     def _break_exchange(self, number: int, step: int) -> None:
         if number not in self.told and (number in self.noticing or self.world.rng.random() < 0.6):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from resilient.core.detector import Vital
 from resilient.core.events import RankReady, RankReported, RankReturned
-from resilient.core.plan import Address, Plan
+from resilient.core.plan import Address, Plan, Restore
 from resilient.core.seat import (
     Applied,
     Apply,
@@ -29,6 +29,7 @@ from resilient.core.seat import (
     StateReceived,
 )
 
+from .capturing import Capturing
 from .truth import leaf_value, next_state, state_at_start
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ class Rank:
         """The complete result of a step, to be applied here and served to others."""
         self.received_result: tuple[int, int, int] | None = None
         """(generation, step, result), got while leveling: counts when the generation has formed."""
-        self.doing = "starting"
+        self.capturing = Capturing(self)
+        self.loaded: tuple[int, Restore] | None = None
+        """The generation for which this rank has last loaded a snapshot, and which."""
         self._busy = False
         self._waiting_room: list[Callable[[], None]] = []
         self._submitted: tuple[int, int] | None = None
@@ -150,6 +153,18 @@ class Rank:
         self.state, self.partial = state, {}
         self.tell_seat(StateReceived(generation=generation, complete=complete))
 
+    @property
+    def parked(self) -> bool:
+        """Whether the training thread keeps its hands off the state."""
+        return self.ready and self.seat.restoring and not self._busy
+
+    def load(self, generation: int, restore: Restore, state: int) -> None:
+        """The snapshot's state takes the place of what was held here, if anything was."""
+        self.loaded, self.kept = (generation, restore), None
+        self.receive_state(generation, restore.key.step - 1, state)
+        self.world.tell(f"rank {self.member} has loaded {restore.key}")
+        self.world.emit("restored", rank=self, restore=restore)
+
     def formed(self, generation: int, complete: int) -> None:
         """The group of this generation exists, and this rank has what it lacked."""
         if self.seat.plan is None or self.seat.plan.generation != generation:
@@ -167,13 +182,16 @@ class Rank:
     def form_failed(self, generation: int) -> None:
         self.tell_seat(FormFailed(generation=generation))
 
-    def exchange_done(self, generation: int, step: int, agreed: int, result: int) -> None:
+    def exchange_done(self, plan: Plan, step: int, agreed: int, result: int, capture: bool) -> None:
+        generation = plan.generation
         if self.seat.plan is None or self.seat.plan.generation != generation:
             return
         if self.seat.broken == generation:
             return
         self.kept = (step, result)
         self.world.tell(f"rank {self.member} completes step {step} in generation {generation}, agreed {agreed}")
+        if capture:
+            self.capturing.agree(plan, step + 1)
         self.tell_seat(ExchangeDone(generation=generation, step=step, agreed=agreed))
         self.world.faults.point("completed", [self.member])
 
@@ -217,7 +235,7 @@ class Rank:
         self.advance()
 
     def advance(self) -> None:
-        if self._busy or not self.ready or self.seat.finished or self.seat.formed == 0:
+        if self._busy or not self.ready or self.seat.finished or self.seat.formed == 0 or self.seat.restoring:
             return
         self._work += 1
         if self.seat.step >= self.world.setting.steps:
@@ -249,6 +267,9 @@ class Rank:
         self.tell_seat(LeafFolded(step=step, leaf=leaf))
 
     def _apply(self, step: int) -> None:
+        if self.capturing.copying:
+            self.later(0.02, lambda: self._apply(step))
+            return
         self._busy = False
         self._work += 1
         assert self.kept is not None and self.kept[0] == step, (self.kept, step)
@@ -259,6 +280,7 @@ class Rank:
         self.seat.handle(Applied(step=step))
         self.world.tell(f"rank {self.member} has applied step {step}")
         self.world.emit("applied", rank=self, step=step, result=result)
+        self.capturing.boundary()
         self.advance()
 
     def _return(self) -> None:

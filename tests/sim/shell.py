@@ -20,13 +20,27 @@ from resilient.core.events import (
     Resumed,
     Tick,
 )
-from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
+from resilient.core.instructions import (
+    CreateGeneration,
+    DecodeImages,
+    End,
+    Instruction,
+    Kill,
+    Say,
+    SendPlan,
+    Spawn,
+    TakeInventory,
+)
 from resilient.core.plan import Plan
 
+from .questions import Questions
+
 if TYPE_CHECKING:
+    from .keeper import Keeper
     from .world import World
 
 TICK_S = 0.25
+KEEPER_STARTS_S = 5.0
 
 
 class Shell:
@@ -36,12 +50,17 @@ class Shell:
         self.detector = Detector(detection_s=world.setting.limits.detection_s)
         self.alive = True
         self.condemned: set[int] = set()
+        self.keepers: set[str] = set()
+        """Nodes whose keepers this controller counts with."""
+        self.questions = Questions(self)
         self._beats: dict[str, int] = {}
+        self._ended_keepers: set[Keeper] = set()
 
     def begin(self) -> None:
         world = self.world
         world.tell(f"controller {self.number} starts")
         if world.spawned_on_record or world.plans_on_record:
+            self._find_keepers()
             plans = tuple(world.plans_on_record[number] for number in sorted(world.plans_on_record))
             self.take(Resumed(plans=plans, spawned=tuple(sorted(world.spawned_on_record.items()))))
             for member in sorted(world.spawned_on_record):
@@ -51,6 +70,20 @@ class Shell:
                     gone = RankGone(member=member, why="its process is not there")
                     world.at(world.rng.uniform(0.01, 1.0), lambda gone=gone: self.take(gone))
         world.at(0.0, self._tick)
+        if world.setting.limits.snapshots:
+            world.at(0.0, self.questions.tell_again)
+
+    def _find_keepers(self) -> None:
+        """Those that answer to their names; whoever died a moment ago may still seem to."""
+        if not self.world.setting.limits.snapshots:
+            return
+        self.keepers = {name for name, node in self.world.nodes.items() if node.alive}
+        for name in sorted(self.keepers):
+            self.detector.expect(name, self.world.now)
+            if self.world.keeper_of(name) is None:
+                self.detector.excuse(name, self.world.now + KEEPER_STARTS_S)
+        if self.world.plans_on_record:
+            self.questions.planned(self.world.plans_on_record[max(self.world.plans_on_record)])
 
     def die(self) -> None:
         self.world.tell(f"controller {self.number} dies")
@@ -60,6 +93,8 @@ class Shell:
             self.world.seen["controller killed while creating a generation"] += 1
         elif newest is not None and self.world.newest_formed < newest.generation:
             self.world.seen["controller killed while a generation formed"] += 1
+        if self.control.restoring.asked and self.control.formed is not self.control.current:
+            self.world.seen["controller killed on the way back to a snapshot"] += 1
         self.world.controller_died()
 
     def take(self, event: Event) -> None:
@@ -69,17 +104,29 @@ class Shell:
             if self.alive:
                 self._carry_out(instruction)
 
-    def beat(self, node: str, number: int, vitals: tuple[Vital, ...]) -> None:
+    def beat(self, node: str, number: int, keeper: Keeper | None, vitals: tuple[Vital, ...]) -> None:
         if not self.alive or number <= self._beats.get(node, 0):
             return
         self._beats[node] = number
+        if keeper is not None and keeper in self._ended_keepers:
+            return
+        self.keepers.add(node)
         self.take(NodeSeen(node=node, capacity=self.world.nodes[node].capacity))
         for verdict in self.detector.beat(node, vitals, self.world.now):
             self._pass_on(verdict)
 
     def node_ended(self, node: str) -> None:
+        keeper = self.world.nodes[node].keeper
+        if keeper is not None:
+            self._ended_keepers.add(keeper)
         if self.alive:
             self._pass_on(self.detector.node_ended(node, self.world.now))
+
+    def keeper_ended(self, node: str, keeper: Keeper) -> None:
+        """Its ranks live on: another takes its place, and until then its silence means nothing."""
+        self._ended_keepers.add(keeper)
+        if self.alive and node in self.detector.nodes:
+            self.detector.excuse(node, self.world.now + KEEPER_STARTS_S)
 
     def _tick(self) -> None:
         if not self.alive:
@@ -91,6 +138,7 @@ class Shell:
 
     def _pass_on(self, verdict: Verdict) -> None:
         if verdict.what == "node":
+            self.questions.forget(verdict.node)
             self.take(NodeGone(node=verdict.node, why=verdict.why, silent_s=verdict.silent_s))
         else:
             self.take(RankGone(member=verdict.member, why=verdict.why, silent_s=verdict.silent_s))
@@ -115,6 +163,10 @@ class Shell:
                 rank = world.ranks.get(member)
                 if rank is not None and world.now >= world.nodes[rank.node].silent_until:
                     world.message(lambda: rank.run(lambda: rank.plan_arrived(plan)))
+            case TakeInventory(asked=asked, ended=ended):
+                self.questions.take_inventory(asked, ended)
+            case DecodeImages(asked=asked, elected=elected):
+                self.questions.decode(asked, elected)
             case Say(text=text):
                 world.tell(f"controller {self.number}: {text}")
             case End(outcome="superseded", reason=reason):
@@ -122,7 +174,7 @@ class Shell:
                 world.tell(f"controller {self.number} yields: {reason}")
                 self.die()
             case End():
-                world.finish(instruction)
+                world.finish(instruction, self)
 
     def _spawn(self, member: int, node: str) -> None:
         world = self.world
@@ -154,6 +206,8 @@ class Shell:
             world.emit("created", shell=self, plan=plan)
             world.look_for_state()
             world.seen[f"{plan.kind} generation"] += 1
+            if world.setting.limits.snapshots:
+                self.questions.planned(plan)
             answer = GenerationCreated(generation=plan.generation)
         world.at(world.rng.uniform(0.0005, 0.05), lambda: self.take(answer))
         world.faults.controller_point()

@@ -9,7 +9,13 @@ from tests.sim.swarm import run_seed, swarm
 SEEDS = 300
 
 IMPORTANT = (
+    "a keeper did not answer",
+    "a share could not be loaded",
+    "all members have loaded a snapshot",
+    "all ranks died at once",
+    "capture across a planned change",
     "caught up from a kept result",
+    "controller killed on the way back to a snapshot",
     "controller killed while a generation formed",
     "controller killed while creating a generation",
     "controller superseded",
@@ -17,16 +23,23 @@ IMPORTANT = (
     "death while forming",
     "exchange completed by some members only",
     "formation seen by some members only",
+    "image decoded",
     "joiner died after it was seated",
     "joiner died before it was seated",
     "joiner survived a generation it had not seen formed",
+    "keeper died alone",
     "link broken",
     "node died",
     "node silent",
+    "parity block spoiled",
     "proposal cancelled",
     "rank stopped",
+    "restored generation",
     "run failed",
     "run finished",
+    "snapshot overtaken before it was protected",
+    "snapshot protected everywhere",
+    "something rotted",
     "the server of a kept result died",
     "the store's host died while forming",
     "two controllers",
@@ -40,7 +53,7 @@ def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:
     assert not missed, f"no seed reached: {missed}"
 
 
-@pytest.mark.parametrize("seed", [562, 745, 3095, 4866])
+@pytest.mark.parametrize("seed", [562, 745, 995, 3095, 3430, 4866, 9910])
 def test_seeds_that_found_a_mistake(seed: int) -> None:
     _, _, error = run_seed(seed)
     assert not error

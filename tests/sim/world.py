@@ -3,7 +3,7 @@
 First phase: anything may fail. Second phase: nothing fails any more, enough nodes exist, messages
 get through, and the run must end. Time is simulated; the real core runs inside (`Seat` in every rank,
 `Control` and `Detector` in every controller), and everything around it is modelled in rank.py,
-group.py and shell.py. The checkers look at every fact as it happens.
+group.py, keeper.py and shell.py. The checkers look at every fact as it happens.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from typing import Any
 
 from resilient.core.instructions import End
 from resilient.core.plan import Plan
-from resilient.core.recovery import Limits
+from snapshot.core.inventory import SnapshotKey
 
 from .checkers import Checker, Violation, all_checkers
 from .group import Group
+from .keeper import Keeper
+from .memory import Memory
+from .protected import Protected
 from .rank import Rank
+from .setting import Setting
 from .shell import Shell
 
 MOST_EVENTS = 200_000
@@ -37,43 +41,13 @@ class Node:
     silent_until: float = 0.0
     """Until then nothing passes between its keeper and the controllers, though its ranks live on."""
     beats: int = 0
+    memory: Memory = field(init=False)
+    keeper: Keeper | None = None
+    damaged: set[SnapshotKey] = field(default_factory=set)
+    """Snapshots of which something has rotted here."""
 
-
-@dataclass(slots=True)
-class Setting:
-    """What a seed decides before anything happens."""
-
-    micro_batches: int
-    steps: int
-    limits: Limits
-    nodes: list[int]
-    fault_phase_s: float
-    fault_budget: int
-    fault_rate: float
-    loss: float
-    """Share of messages that never arrive."""
-    slowness: float
-    """Longest ordinary delay of a message, in seconds."""
-    may_lose_state: bool
-
-    @classmethod
-    def drawn(cls, rng: random.Random) -> Setting:
-        micro_batches = rng.randint(2, 9)
-        most = rng.randint(2, min(6, micro_batches))
-        return cls(
-            micro_batches=micro_batches,
-            steps=rng.randint(3, 8),
-            limits=Limits(
-                min_workers=rng.randint(1, most), max_workers=most, spares=rng.choice([0, 0, 1]), detection_s=2.0
-            ),
-            nodes=[rng.randint(1, 3) for _ in range(rng.randint(2, 4))],
-            fault_phase_s=rng.uniform(4.0, 14.0),
-            fault_budget=rng.choice([0, 1, 1, 2, 3, 4, 6, 9]),
-            fault_rate=rng.choice([0.02, 0.05, 0.1, 0.2]),
-            loss=rng.choice([0.0, 0.0, 0.1, 0.3]),
-            slowness=rng.choice([0.01, 0.05, 0.3]),
-            may_lose_state=rng.random() < 0.1,
-        )
+    def __post_init__(self) -> None:
+        self.memory = Memory(self.name)
 
 
 @dataclass
@@ -96,11 +70,13 @@ class World:
     seen: Counter[str] = field(default_factory=Counter)
     """How often each interesting interval was hit."""
     end: End | None = None
+    ended_by: Shell | None = None
     lost_state_at: float | None = None
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.setting = Setting.drawn(self.rng)
+        self.setting = Setting.drawn(self.rng).with_snapshots(random.Random(f"snapshots {self.seed}"))
+        self.protected = Protected(self)
         self.fault_budget = self.setting.fault_budget
         self.story: deque[str] = deque(maxlen=400)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -137,7 +113,7 @@ class World:
         self.healing = True
         self.tell("--- no more faults")
         for node in self.nodes.values():
-            node.silent_until = 0.0
+            node.silent_until = min(node.silent_until, self.now)
         wanted = self.setting.limits.max_workers + self.setting.limits.spares
         while sum(node.capacity for node in self.nodes.values() if node.alive) < wanted:
             self.add_node(2)
@@ -158,7 +134,9 @@ class World:
 
     def add_node(self, capacity: int) -> None:
         name = f"node{len(self.nodes) + 1}"
-        self.nodes[name] = Node(name, capacity)
+        node = self.nodes[name] = Node(name, capacity)
+        if self.setting.limits.snapshots:
+            node.keeper = Keeper(self, node.memory, 1)
         self.tell(f"{name} comes, room for {capacity}")
         self.at(0.0, lambda: self._beat(name))
 
@@ -168,13 +146,14 @@ class World:
         if not node.alive:
             return
         node.beats += 1
-        if self.now >= node.silent_until:
+        keeper = node.keeper
+        if self.now >= node.silent_until and (keeper is None or keeper.alive):
             vitals = tuple(
                 rank.vital() for _, rank in sorted(self.ranks.items()) if rank.node == name and not rank.forgotten
             )
             for shell in self.shells:
                 if shell.alive:
-                    self.at(self.delay(), lambda shell=shell, beat=node.beats: shell.beat(name, beat, vitals))
+                    self.at(self.delay(), lambda shell=shell, beat=node.beats: shell.beat(name, beat, keeper, vitals))
         self.at(0.4, lambda: self._beat(name))
 
     # Messages: delayed, lost, doubled, reordered
@@ -233,13 +212,38 @@ class World:
 
     def kill_node(self, name: str) -> None:
         self.tell(f"{name} dies")
-        self.nodes[name].alive = False
+        node = self.nodes[name]
+        node.alive = False
+        if node.keeper is not None:
+            node.keeper.alive = False
         for member, rank in sorted(self.ranks.items()):
             if rank.node == name:
                 self.kill_rank(member, f"{name} died")
         for shell in self.shells:
             if shell.alive and self.rng.random() < 0.5:
                 self.at(self.rng.uniform(0.01, 0.5), lambda shell=shell: shell.node_ended(name))
+
+    def keeper_of(self, name: str) -> Keeper | None:
+        """The keeper that runs on this node now."""
+        keeper = self.nodes[name].keeper
+        return keeper if keeper is not None and keeper.alive else None
+
+    def kill_keeper(self, name: str) -> None:
+        """Its process only: what it kept stays, and is taken over by another one."""
+        node = self.nodes[name]
+        assert node.keeper is not None
+        self.tell(f"the keeper of {name} dies")
+        keeper = node.keeper
+        keeper.alive = False
+        for shell in self.shells:
+            self.at(self.rng.uniform(0.01, 0.5), lambda shell=shell: shell.keeper_ended(name, keeper))
+
+        def take_over() -> None:
+            if node.alive:
+                self.tell(f"another keeper takes over on {name}")
+                node.keeper = Keeper(self, node.memory, keeper.incarnation + 1)
+
+        self.at(self.rng.uniform(0.7, 3.5), take_over)
 
     def look_for_state(self) -> None:
         if self.lost_state_at is None and self.plans_on_record and not self.keepers_of_state():
@@ -257,12 +261,13 @@ class World:
             and not rank.stopped
             and self.now >= self.nodes[rank.node].silent_until
             and rank.seat.formed == self.newest_formed
+            and not rank.seat.restoring
             and member not in self.condemned
         ]
 
     def group_of(self, plan: Plan) -> Group:
         return self.groups.setdefault(plan.generation, Group(self, plan))
 
-    def finish(self, end: End) -> None:
-        self.end = end
+    def finish(self, end: End, shell: Shell) -> None:
+        self.end, self.ended_by = end, shell
         self.tell(f"END {end.outcome}: {end.reason}")

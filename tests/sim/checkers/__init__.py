@@ -28,26 +28,36 @@ class Checker:
 
 def all_checkers(world: Any) -> list[Checker]:
     from .apply_only_complete import ApplyOnlyComplete
+    from .back_only_when_lost import BackOnlyWhenLost
     from .exact_result import ExactResult
+    from .fenced_writers import FencedWriters
     from .generations_unique import GenerationsUnique
     from .leaves_counted_once import LeavesCountedOnce
     from .liveness import Liveness
     from .no_fresh_start import NoFreshStart
+    from .no_protected_loss import NoProtectedLoss
     from .no_zombie_effect import NoZombieEffect
     from .one_ruling_controller import OneRulingController
     from .one_step_apart import OneStepApart
+    from .restored_state_is_true import RestoredStateIsTrue
+    from .restored_together import RestoredTogether
 
     return [
         checker(world)
         for checker in (
             ApplyOnlyComplete,
+            BackOnlyWhenLost,
             ExactResult,
+            FencedWriters,
             GenerationsUnique,
             LeavesCountedOnce,
             Liveness,
             NoFreshStart,
+            NoProtectedLoss,
             NoZombieEffect,
             OneRulingController,
             OneStepApart,
+            RestoredStateIsTrue,
+            RestoredTogether,
         )
     ]

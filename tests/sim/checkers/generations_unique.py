@@ -19,7 +19,7 @@ class GenerationsUnique(Checker):
         self.require(plan.generation not in self.plans, f"generation {plan.generation} was created twice")
         self.require(plan.generation > max(self.plans, default=0), f"generation {plan.generation} is not the newest")
         self.plans[plan.generation] = plan
-        if plan.kind == "initial":
+        if plan.kind == "initial" or (plan.kind == "restored" and plan.base == 0):
             return
         self.require(plan.base in self.formed, f"{plan} comes from a generation that never formed")
         if plan.kind == "unplanned":

@@ -1,4 +1,7 @@
-"""Without faults the run ends well; it fails only if the state is lost, and then it says so."""
+"""Without faults the run ends well; it fails only if the state is lost, and then it says so.
+
+With snapshots it fails only if none of those that are left can be read.
+"""
 
 from __future__ import annotations
 
@@ -12,5 +15,14 @@ class Liveness(Checker):
         if end.outcome == "finished":
             return
         self.require(end.outcome == "failed", f"the run ended as {end.outcome}")
+        if self.world.setting.limits.snapshots:
+            self.nothing_readable(end.reason)
+            return
         self.require("held the state" in end.reason, f"the run failed for another reason: {end.reason}")
         self.require(self.world.lost_state_at is not None, f"the state was not lost: {end.reason}")
+
+    def nothing_readable(self, reason: str) -> None:
+        said = "no snapshot in memory can be read" in reason or "no keeper holds a snapshot" in reason
+        self.require(said, f"the run failed for another reason: {reason}")
+        found = self.world.protected.readable(self.world.ended_by.keepers)
+        self.require(found is None, f"the run failed, though there was {found and found.reason}: {reason}")

@@ -1,0 +1,65 @@
+"""The way back: every member of a restored generation loads the snapshot from the keepers, or can't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from resilient.core.plan import Restore
+
+if TYPE_CHECKING:
+    from .group import Group
+
+NO_STATE = -1
+"""Shares that disagree."""
+
+
+class WayBack:
+    def __init__(self, group: Group, restore: Restore) -> None:
+        self.group, self.world, self.restore = group, group.world, restore
+        self._loaded: set[int] = set()
+
+    def begin(self) -> None:
+        self.world.faults.point("restoring", list(self.group.plan.members))
+        for number in self.group.plan.members:
+            self._after(number, self._wait_until_parked)
+
+    def _after(self, number: int, action: Callable[[int], None]) -> None:
+        def go_on() -> None:
+            if self.group.within(number):
+                action(number)
+
+        self.group.member(number).later(self.world.rng.uniform(0.005, 0.1), go_on)
+
+    def _wait_until_parked(self, number: int) -> None:
+        if not self.group.member(number).parked:
+            self._after(number, self._wait_until_parked)
+            return
+        self._fetch(number, 0, set())
+
+    def _fetch(self, number: int, place: int, states: set[int]) -> None:
+        """One share after the other, from the keeper that the plan names."""
+        if place == len(self.restore.shares):
+            self._load(number, states.pop() if len(states) == 1 else NO_STATE)
+            return
+        share = self.restore.shares[place]
+        keeper = self.world.keeper_of(share.keeper.host)
+        reached = keeper is not None and keeper.incarnation == share.keeper.port
+        state = keeper.memory.read_share(self.restore.key, share.node, share.rank) if keeper and reached else None
+        if state is None:
+            self.world.seen["a share could not be loaded"] += 1
+            self.group.broken = True
+            self.group.member(number).form_failed(self.group.plan.generation)
+            return
+        self.world.faults.point_at_node("loading", share.keeper.host)
+        self._after(number, lambda number: self._fetch(number, place + 1, states | {state}))
+
+    def _load(self, number: int, state: int) -> None:
+        plan, complete = self.group.plan, self.restore.key.step - 1
+        rank = self.group.member(number)
+        rank.load(plan.generation, self.restore, state)
+        self._loaded.add(number)
+        self.world.faults.point("restored", [number])
+        if self._loaded == set(plan.members):
+            self.world.seen["all members have loaded a snapshot"] += 1
+            self.group.level(complete)

@@ -1,0 +1,41 @@
+"""The run goes back to a snapshot only if no live rank holds the state.
+
+A controller does not decide so while a rank that it counts as alive is known to hold it. And when a restored
+generation forms, none is left that holds newer state, except ranks that are condemned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resilient.core.plan import Plan
+
+from . import Checker
+
+
+class BackOnlyWhenLost(Checker):
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        self.formed: set[int] = set()
+
+    def on_decided(self, shell: Any, plan: Plan) -> None:
+        formed = shell.control.formed
+        if plan.kind != "restored" or formed is None:
+            return
+        holding = [member for member in formed.members if shell.control.membership.is_alive(member)]
+        self.require(not holding, f"generation {plan.generation} goes back, though {holding} of {formed} are alive")
+
+    def on_formed(self, rank: Any, generation: int) -> None:
+        plan = self.world.plans_on_record[generation]
+        if plan.kind != "restored" or generation in self.formed:
+            return
+        self.formed.add(generation)
+        holding = [
+            member
+            for member, other in sorted(self.world.ranks.items())
+            if other.alive
+            and member not in self.world.condemned
+            and plan.base < other.seat.formed < generation
+            and not other.seat.restoring
+        ]
+        self.require(not holding, f"generation {generation} went back, though ranks {holding} held the state")

@@ -1,0 +1,33 @@
+"""A snapshot that is protected on all its nodes is not lost while no group has lost more nodes than it has parity.
+
+So nobody goes back further than to the newest one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resilient.core.plan import Plan
+
+from ..memory import ordinal
+from . import Checker
+
+
+class NoProtectedLoss(Checker):
+    def on_decided(self, shell: Any, plan: Plan) -> None:
+        protected = self.world.protected
+        if plan.restore is None or not protected.must_be_readable(known=shell.keepers):
+            return
+        self.require(
+            ordinal(plan.restore.key) >= ordinal(protected.newest),
+            f"generation {plan.generation} goes back to {plan.restore.key}, though {protected.newest} was protected",
+        )
+
+    def on_ended(self) -> None:
+        protected = self.world.protected
+        if self.world.end is None or self.world.end.outcome == "finished":
+            return
+        self.require(
+            not protected.must_be_readable(known=self.world.ended_by.keepers),
+            f"the run ended, though {protected.newest} was protected: {self.world.end.reason}",
+        )
