@@ -175,8 +175,12 @@ def body(
     before: Callable[[resilient.Run], None] | None = None,
     dataset: Any = None,
     hold: str = "",
+    poisoned: int = -1,
 ) -> dict[str, Any]:
-    """A loop with everything in it. It goes slowly until the file `hold`, if it names one, exists."""
+    """A loop with everything in it. It goes slowly until the file `hold`, if it names one, exists.
+
+    poisoned: a position in the data, in steps, where the loss is not finite.
+    """
 
     def at(phase: str) -> None:
         for fault in faults:
@@ -196,6 +200,8 @@ def body(
         dataset or Noisy(), global_batch=global_batch, micro_batch=micro_batch, steps=steps, num_workers=workers
     ):
         loss = loss_of(model(x), y)
+        if run._position(run.step) == poisoned:
+            loss = loss * float("nan")
         loss.backward()
         if run.committing:
             at("reduced")

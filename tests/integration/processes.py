@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -95,6 +97,17 @@ class Watched:
         os.kill(pid, sign)
         return pid
 
+    def kill_all_ranks(self) -> None:
+        """In one instant: none of them sees another one die."""
+        pids = [self.pid_of_rank(rank) for rank in range(len(self.ranks()))]
+        for sign in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                os.kill(pid, sign)
+
+    def until_protected(self, step: int) -> None:
+        """Until the snapshot of this step, or a later one, is protected everywhere."""
+        self.until(lambda news: news["snapshots"].get("protected", -1) >= step, f"step {step} is protected")
+
     def keeper_names(self, node: str) -> list[str]:
         """Actors that are, or were until just now, the node's keeper."""
         return launch.names(f"{self.name}/1/keeper/{node}/")
@@ -109,13 +122,21 @@ class Watched:
         os.kill(ray.get(self.controller.process.remote(), timeout=30), signal.SIGKILL)
 
 
-def kill_host(node: Any) -> None:
-    """All that a machine's power cut would end: the raylet and its children, in the same instant."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    for process in [raylet, *raylet.children(recursive=True)]:
-        process.send_signal(signal.SIGSTOP)
-    for process in [raylet, *raylet.children(recursive=True)]:
-        process.send_signal(signal.SIGKILL)
+def kill_host(*nodes: Any, also: tuple[int, ...] = ()) -> None:
+    """All that a power cut would end: raylets and their children, in the same instant, and their memory.
+
+    also: further processes that are to end with them.
+    """
+    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
+    processes = [psutil.Process(pid) for pid in also]
+    processes += [process for raylet in raylets for process in [raylet, *raylet.children(recursive=True)]]
+    for sign in (signal.SIGSTOP, signal.SIGKILL):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(sign)
+    for node in nodes:
+        for folder in Path(launch.FOLDER).glob(f"*-{node.node_id[:12]}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def left_behind(name: str) -> list[str]:

@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EPOCHS = 1
 LIMIT_S = 240.0
 
 
+@pytest.mark.long
 def test_ray_job_submit_gives_the_same_bits(cluster: Any) -> None:
     from ray.job_submission import JobSubmissionClient
 

@@ -35,6 +35,7 @@ def test_controller_killed_in_mid_step_and_a_rank_after_that(cluster: Any, tmp_p
     assert [row["loss"] for row in result.metrics] == [row["loss"] for row in undisturbed.metrics]
 
 
+@pytest.mark.long
 def test_training_goes_on_without_a_controller(cluster: Any, tmp_path: Path) -> None:
     """No step waits for it: as long as nobody dies, ranks commit while it is gone."""
     undisturbed = train("alone").local(steps=LONG)
@@ -79,11 +80,11 @@ DRIVER = """
 """
 
 
-def driver(cluster: Any, name: str) -> subprocess.Popen[str]:
-    """A driver in a process of its own, training endlessly."""
+def driver(cluster: Any, name: str, script: str = DRIVER) -> subprocess.Popen[str]:
+    """A driver in a process of its own, training on and on."""
     home = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(DRIVER), cluster.address, name],
+        [sys.executable, "-c", textwrap.dedent(script), cluster.address, name],
         cwd=home,
         env={**os.environ, "PYTHONPATH": str(home)},
         stdout=subprocess.PIPE,
@@ -109,6 +110,7 @@ def test_ctrl_c_ends_everything_before_the_driver_ends(cluster: Any) -> None:
     assert not left_behind("interrupted")
 
 
+@pytest.mark.long
 def test_a_second_run_of_the_same_name_is_refused_while_the_first_lives(cluster: Any, tmp_path: Path) -> None:
     run = Watched(train("twice", workers=1), steps=LONG, hold=str(tmp_path / "go"))
     run.at_step(1)
@@ -117,6 +119,7 @@ def test_a_second_run_of_the_same_name_is_refused_while_the_first_lives(cluster:
     assert run.result().step == LONG
 
 
+@pytest.mark.long
 def test_nothing_leaks_into_the_driver(cluster: Any) -> None:
     def held() -> tuple[int, int]:
         threads = [t for t in threading.enumerate() if t.daemon and "ray" not in t.name.lower()]

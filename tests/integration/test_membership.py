@@ -27,6 +27,7 @@ def kinds(result: Any) -> list[str]:
     return [item["kind"] for item in result.recoveries]
 
 
+@pytest.mark.long
 def test_joiners_that_die_while_receiving_and_once_seated(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     """A rank dies; the first to take its place dies with the state half received, the second right after
     it is seated, the third stays."""
@@ -43,6 +44,7 @@ def test_joiners_that_die_while_receiving_and_once_seated(cluster: Any, undistur
     assert "joined" in kinds(result) and result.recoveries[-1]["ranks"] == 2
 
 
+@pytest.mark.long
 def test_a_holder_dies_while_it_welcomes_a_joiner_and_a_spare_takes_over(
     cluster: Any, undisturbed: Any, tmp_path: Path
 ) -> None:
@@ -77,6 +79,7 @@ def test_a_host_dies_without_a_word_and_a_new_one_joins(cluster: Any, undisturbe
     assert len(lost["lost"]) == 2 and lost["decide_s"] + lost["form_s"] < 5
 
 
+@pytest.mark.long
 def test_a_keeper_that_dies_alone_is_replaced_and_its_ranks_go_on(
     cluster: Any, undisturbed: Any, tmp_path: Path
 ) -> None:
@@ -114,6 +117,7 @@ def test_below_min_it_waits_for_nodes_and_gives_up_in_time(cluster: Any) -> None
     assert any("waiting for nodes" in text for text in run.news["messages"])
 
 
+@pytest.mark.long
 def test_below_min_it_stands_still_until_a_rank_is_back(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     run = Watched(train("min", workers=2), steps=LONG, hold=str(tmp_path / "go"))
     run.at_step(4, ranks=2)

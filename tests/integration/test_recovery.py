@@ -21,7 +21,7 @@ def losses(result: Any) -> list[float]:
     return [row["loss"] for row in result.metrics]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(number, marks=pytest.mark.long) for number in (1, 3, 4)), 5])
 def test_any_number_of_workers_gives_the_same_bits(cluster: Any, undisturbed: Any, workers: int) -> None:
     result = train(f"workers-{workers}", workers=workers)(steps=STEPS)
     assert result.digest == undisturbed.digest
@@ -40,6 +40,7 @@ def test_deaths_at_every_phase_of_a_step_down_to_one_rank(cluster: Any, undistur
     assert sum(len(item["lost"]) for item in result.recoveries) == len(points)
 
 
+@pytest.mark.long
 def test_two_deaths_at_once_and_one_during_the_recovery(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     """Two of five die in the same exchange; of the rest, the rank whose store the next plan names dies
     while that generation forms."""
@@ -71,12 +72,14 @@ def test_a_finished_the_exchange_then_c_dies_then_a_dies_while_serving_b(
     assert sum(len(item["lost"]) for item in result.recoveries) == 2
 
 
+@pytest.mark.long
 def test_a_laggard_is_caught_up_from_the_kept_result(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     result = train("laggard", workers=(1, 3))(steps=STEPS, faults=(fault(tmp_path, 2, 5, "sent to rank 0 only"),))
     assert result.digest == undisturbed.digest
     assert losses(result) == losses(undisturbed)
 
 
+@pytest.mark.long
 def test_the_fast_reduction_survives_a_death_too(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     """Without the bits: ranks still agree with each other (the run fails if not), and nearly with one alone."""
     run = train("fast", workers=(1, 3), reduction="fast")
