@@ -21,7 +21,9 @@ FORBIDDEN_IN_CORE = {
     "time", "torch",
 }  # fmt: skip
 # What reads and writes live objects; keepers use the rest and start without torch.
-MAY_IMPORT_TORCH_IN_SNAPSHOT = {"snapshot/capture.py", "snapshot/load.py", "snapshot/table.py"}
+MAY_IMPORT_TORCH_IN_SNAPSHOT = {
+    f"snapshot/{name}.py" for name in ("capture", "front", "load", "recapture", "table", "watch")
+}
 
 
 def sources() -> list[Path]:
@@ -81,7 +83,7 @@ def test_relative_imports_are_resolved() -> None:
 
 
 # Every module that must start in a second: torch alone takes four more.
-@pytest.mark.parametrize("module", ["resilient.controller", "actors.keeper"])
+@pytest.mark.parametrize("module", ["resilient.controller", "actors.keeper", "actors.keeping"])
 def test_control_processes_start_without_torch(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
     done = subprocess.run(
