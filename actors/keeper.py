@@ -25,6 +25,7 @@ from .folders import own, process_stat, record_process, recorded_process, sweep
 from .lease import Lease
 from .lifeline import Lifeline
 from .priority import raise_priority
+from .remark import Remark
 from .words import read_words
 
 SWEEP_EVERY_S = 5.0
@@ -115,7 +116,11 @@ class Keeper:
         from .keeping import Keeping
 
         spec, ip = self._spec, ray.util.get_node_ip_address()
-        return Keeping(key=spec.key, node=spec.node, folder=folder, secret=spec.secret, ip=ip)
+        keeping = Keeping(key=spec.key, node=spec.node, folder=folder, secret=spec.secret, ip=ip)
+        if keeping.tally().codec != "isal":
+            text = f"node {spec.node[:8]} has no ISA-L: parity is computed by NumPy, a hundred times slower"
+            self._controller.hear.remote((Remark(text=text),))
+        return keeping
 
     def _hold(self, member: int, pid: int) -> None:
         pidfd = os.pidfd_open(pid)

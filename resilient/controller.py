@@ -21,6 +21,7 @@ from actors.keeper import KeeperAnswer, Pulse
 from actors.lease import Lease
 from actors.lifeline import Lifelines
 from actors.priority import raise_priority
+from actors.remark import Remark
 
 from .core.control import Control
 from .core.detector import Detector, Verdict, Vital
@@ -50,7 +51,7 @@ from .core.plan import Plan
 from .job import Job
 from .ledger import Ledger
 from .protection import Protection
-from .records import Records, Remark, ReturnValue, StepValues
+from .records import Records, ReturnValue, StepValues
 from .workers import Workers
 
 TICK_S = 0.05

@@ -77,13 +77,6 @@ def mean_values(values: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Remark:
-    """Something that a process has decided or noticed, and the user should read."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReturnValue:
     """What the user's function returned on one rank, by cloudpickle."""
 

@@ -32,6 +32,7 @@ from snapshot.recapture import Recapture
 from snapshot.table import StateTable
 
 from .core.cadence import Cadence
+from .pinning import pin, unpin
 
 ROOM_TO_GROW, SKELETON_GROWTH_BYTES = 1.05, 1 << 16
 
@@ -97,12 +98,14 @@ class Snapshots:
         attempt: int,
         folder: Path,
         member: int,
+        device: torch.device,
         cadence: Cadence,
         say: Callable[[str], None],
     ) -> None:
         """say: tells the user what was decided, or went wrong."""
         self.tally = Tally(interval=cadence.interval)
         self._run, self._attempt, self._folder, self._member = run, attempt, folder, member
+        self._device = device
         self._cadence = cadence
         self._say = say
         self._lock = threading.Lock()
@@ -313,12 +316,16 @@ class Snapshots:
                 path = self._folder / f"rank-{self._member}.slot-{self._made}"
             if former is not None:
                 self._targets.pop(former, None)  # they keep its memory
+                if self._device.type == "cuda":
+                    unpin(former.memory)
                 former.unlink()
             try:
                 slot = Slot.create(path, capacity)
             except NoRoom as error:
                 self._without_room(error)
                 break
+            if self._device.type == "cuda" and not pin(slot.memory):
+                self._say("the CUDA driver does not pin the memory of snapshots: copying into it is slower")
             with self._lock:
                 self._slots[number] = slot
         with self._lock:

@@ -10,9 +10,10 @@ from typing import Any
 from ray import cloudpickle
 
 from actors.rank import Host
+from actors.remark import Remark
 
 from .job import Job, Settings
-from .records import Remark, ReturnValue
+from .records import ReturnValue
 
 
 class RankBody:
@@ -48,6 +49,7 @@ class RankBody:
             attempt=self._job.attempt,
             folder=self._host.folder,
             member=self._host.member,
+            device=device_for(self._job.settings.resources),
             cadence=Cadence(every=wanted.every, budget=wanted.budget),
             say=lambda text: self._host.tell(Remark(text=f"member {self._host.member}: {text}")),
         )

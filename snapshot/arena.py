@@ -69,6 +69,11 @@ class Slot:
     def capacity_bytes(self) -> int:
         return len(self._buffer)
 
+    @property
+    def memory(self) -> memoryview:
+        """All of it, to be registered with a device. Valid until `close`."""
+        return self._buffer
+
     def begin(self, head: SlotHead) -> memoryview:
         """Invalidate the slot and write all but the payload. The buffer that the payload goes into, uninitialised.
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import resilient
+from resilient.core.cadence import Cadence
+from resilient.snapshots import Seating, Snapshots
+from snapshot.arena import SlotView, find_slots
+from snapshot.capture import capture
+from snapshot.core.lifecycle import Ordinal
 from tests.integration.loops import Noisy
+from tests.vaults import wait_for
 
 pytestmark = pytest.mark.gpu
 
@@ -30,3 +38,34 @@ def test_local_on_cuda_repeats_its_bits() -> None:
     first, second = train.local(steps=6), train.local(steps=6)
     assert first.digest == second.digest and first.metrics == second.metrics
     assert first.value == "cuda:0"
+
+
+def test_a_side_stream_fills_pinned_slots_while_the_next_step_computes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.BatchNorm1d(1024)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    said: list[str] = []
+    snapshots = Snapshots(
+        run="r",
+        attempt=1,
+        folder=tmp_path,
+        member=1,
+        device=torch.device("cuda", 0),
+        cadence=Cadence(every=1, budget=0.02),
+        say=said.append,
+    )
+    objects, seating = {"model": model, "optimizer": optimizer}, Seating(generation=1, rank=0, world=1)
+    expected = b""
+    for step in range(1, 4):
+        model(torch.randn(64, 1024, device="cuda")).square().mean().backward()
+        snapshots.gate()
+        optimizer.step()
+        optimizer.zero_grad()
+        wait_for(lambda: step == 1 or snapshots.wish(Ordinal(0, step), 1).ready)  # noqa: B023
+        table = capture(objects)
+        expected = b"".join(piece.cpu().numpy().tobytes() for piece in table.pieces(0, table.nbytes))
+        snapshots.boundary(Ordinal(0, step), objects, seating, wanted=step > 1)
+    snapshots.gate()
+    heads = {found.head.step: found.path for found in find_slots(tmp_path) if found.head is not None}
+    view = SlotView.open(heads[3])
+    assert bytes(view.payload[view.head().skeleton_bytes :]) == expected
+    assert said == [], "the driver has pinned the memory"

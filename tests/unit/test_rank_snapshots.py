@@ -48,6 +48,7 @@ class Training:
             attempt=1,
             folder=self.folder,
             member=member,
+            device=torch.device("cpu"),
             cadence=Cadence(every=1, budget=0.02),
             say=self.said.append,
         )
@@ -85,6 +86,11 @@ class Training:
 
 def is_ready(snapshots: Snapshots, step: int) -> bool:
     return snapshots.wish(Ordinal(0, step), 1).ready
+
+
+def made_or_full(snapshots: Snapshots) -> bool:
+    """Whether nothing is being prepared."""
+    return not snapshots._preparing
 
 
 def copied(table: StateTable) -> StateTable:
@@ -197,6 +203,36 @@ def test_protected_snapshots_make_room(kept: Training) -> None:
         wait_for(lambda: kept.snapshots.wish(Ordinal(0, kept.steps + 1), 1).protected >= 0)
     assert kept.snapshots.tally.captured >= 10
     assert kept.snapshots.tally.protected >= kept.steps - 4
+
+
+def test_one_slow_keeper_makes_all_skip_the_same_snapshots(tmp_path: Path) -> None:
+    """Two ranks on two nodes, in lock step; what the second captures is never protected."""
+    torch.manual_seed(0)
+    quick, slow = Training(tmp_path / "quick"), Training(tmp_path / "slow")
+    vault = Vault(run="r", attempt=1, node="a", folder=quick.folder, secret="s", ip="127.0.0.1")
+    vault.ring(Ring(generation=1, group=Group(nodes=("a",), parity=0), shares={"a": (0,)}))
+    captured = []
+    for _ in range(12):
+        wishes = []
+        for training in (quick, slow):
+            wish = training.snapshots.wish(Ordinal(0, training.steps + 1), 1)
+            wait_for(functools.partial(made_or_full, training.snapshots))
+            wishes.append(wish)
+        wanted = all(wish.ready for wish in wishes)
+        protected = {wish.protected for wish in wishes}
+        for training in (quick, slow):
+            training.snapshots.agreed(1, protected.pop() if len(protected) == 1 else -1)
+            training.compute()
+            training.snapshots.gate()
+            training.update()
+            training.snapshots.boundary(Ordinal(0, training.steps), training.objects, ALONE, wanted=wanted)
+        captured.append(wanted)
+    vault.close()
+    for training in (quick, slow):
+        training.snapshots.gate()
+    assert captured.count(True) == 3, "as many as the slow one has slots"
+    assert sorted(in_slots(slow.folder)) == [step + 1 for step, wanted in enumerate(captured) if wanted]
+    assert quick.snapshots.tally.captured == slow.snapshots.tally.captured == 3
 
 
 def test_writing_into_the_state_while_it_is_copied_gives_the_snapshot_up(

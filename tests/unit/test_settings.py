@@ -57,11 +57,33 @@ from resilient.job import settings_from
         ({"detection_s": True}, ValueError, "detection_s=True"),
         ({"wait_for_nodes_s": math.nan}, ValueError, "wait_for_nodes_s=nan"),
         ({"allow_different_bits": "no"}, TypeError, "allow_different_bits='no': is True or False"),
+        ({"snapshot": 5}, TypeError, r"snapshot=5: is a resilient\.Snapshot"),
+        ({"on_nonfinite": "explode"}, ValueError, 'on_nonfinite=\'explode\': is "ignore", "stop"'),
     ],
 )
 def test_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         resilient.train(**arguments)(main)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"every": 0}, r"every=0\): is \"auto\" or a whole number of steps from 1 on"),
+        ({"every": "often"}, r"every='often'\)"),
+        ({"every": 2.5}, r"every=2\.5\)"),
+        ({"budget": 0}, r"budget=0\): is a share of the step time, above 0 and up to 1"),
+        ({"budget": 2}, r"budget=2\)"),
+        ({"parity": -1}, r"parity=-1\): is a whole number of nodes, 0\.\.16"),
+        ({"parity": 17}, r"parity=17\)"),
+        ({"linger_s": -1}, r"linger_s=-1\): is a number of seconds, 0 or more"),
+        ({"linger_s": math.inf}, r"linger_s=inf\)"),
+        ({"directory": "here"}, r"directory='here'\): is an absolute path"),
+    ],
+)
+def test_refused_in_snapshot(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        resilient.Snapshot(**arguments)
 
 
 def main(run: resilient.Run) -> None:
