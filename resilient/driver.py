@@ -119,7 +119,7 @@ def _follow(controller: Any, progress: Progress) -> Result:
         if news["back_to"] is not None:
             rows = [row for row in rows if row["step"] < news["back_to"]]
         for row in news["rows"]:
-            if not rows or int(row["step"]) == _last_step(rows) + 1:
+            if int(row["step"]) > _last_step(rows):
                 rows.append(row)
         recoveries += news["recoveries"]
         known = news["known"]

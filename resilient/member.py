@@ -51,11 +51,11 @@ from .core.seat import (
 from .generation import GenerationThread, Holding, Superseded
 from .payload import Payload
 from .probe import probe
-from .records import StepValues
+from .records import RecentLosses, StepValues
 from .restoring import fetch
 from .snapshots import Seating, Snapshots, Wish
 from .sums import StepSums
-from .team import Loop
+from .team import Loop, mean
 
 WAKE_S = 1.0
 """How often waits look around although nothing has woken them."""
@@ -92,6 +92,7 @@ class Member:
         self._submitted: tuple[int, int] | None = None
         self._unrecorded: dict[int, StepValues] = {}
         self._losses: list[float] = []
+        self._recent = RecentLosses()
         self._parked = False
         """The training thread waits outside of the user's code, and keeps its hands off the state."""
         self._loading = threading.Lock()
@@ -188,6 +189,7 @@ class Member:
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         with self._changed:
             step = self._seat.step
+            self._recent.add(step, mean(self._losses))
             self._unrecorded[step] = StepValues(
                 branch=self._seat.plan.branch if self._seat.plan else 0,
                 step=step,
@@ -305,6 +307,20 @@ class Member:
                 self.sums.accept(caught_up)
             self._do(self._seat.handle(Formed(generation=plan.generation, complete=complete)))
             self._changed.notify_all()
+        if plan.rank_of(self.number) == 0:
+            self._tell_recent(plan)
+
+    def _tell_recent(self, plan: Plan) -> None:
+        """Whoever was rank 0 before may have died with the last rows untold."""
+        with self._changed:
+            rows = [
+                StepValues(step=step, branch=plan.branch, losses=(loss,), values={})
+                for step, loss in self._recent.means.items()
+                if step not in self._unrecorded
+            ]
+        if plan.restore is not None:
+            self._host.tell(*rows)
+        self.repeat_records()
 
     def exchanged(self, plan: Plan, step: int, agreed: int, capture: bool, result: Payload) -> None:
         with self._changed:
@@ -399,7 +415,7 @@ class Member:
 
     def objects(self) -> Mapping[str, object]:
         assert self._loop is not None
-        return self._loop.objects()
+        return {**self._loop.objects(), "run.losses": self._recent}
 
     def _is_current(self, plan: Plan) -> bool:
         return self.generation == plan.generation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class StepValues:
     """What the rank's snapshots did and cost so far (rank 0's account only)."""
 
 
+REMEMBERED_STEPS = 64
 LATE_STEPS = 2
 """A row is final when so many further steps are committed: what ranks logged comes a little later."""
 
@@ -53,18 +55,37 @@ class Records:
         self.newest = max(self.newest, account.step)
 
     def after(self, fetched: int, *, all_of_them: bool) -> list[dict[str, float]]:
-        """Rows after step `fetched`, without gaps, as far as they are final."""
+        """Rows after step `fetched`, as far as they are final; without gaps, but for what died with all ranks."""
         self.fetched = max(self.fetched, fetched)
         for step in [step for step in self._losses if step <= self.fetched]:
             del self._losses[step], self._values[step]
         rows = []
         step = self.fetched + 1
+        while step not in self._losses and self.rewinds and step < self.rewinds[-1]:
+            step += 1  # lost with the ranks that had it; nobody can tell it any more
         while step in self._losses and (all_of_them or step <= self.newest - LATE_STEPS):
             losses = self._losses[step]
             row = {"step": float(step), "loss": sum(losses) / len(losses)}
             rows.append({**row, **mean_values(self._values[step])})
             step += 1
         return rows
+
+
+@dataclass(slots=True)
+class RecentLosses:
+    """The mean losses of the last steps, as a part of the state: they outlive even all ranks together."""
+
+    means: dict[int, float] = field(default_factory=dict)
+
+    def add(self, step: int, mean: float) -> None:
+        self.means[step] = mean
+        self.means.pop(step - REMEMBERED_STEPS, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": dict(self.means)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.means = dict(state["means"])
 
 
 def mean_values(values: Mapping[int, Mapping[str, float]]) -> dict[str, float]:

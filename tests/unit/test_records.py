@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from resilient.probe import probe
-from resilient.records import LATE_STEPS, Records, StepValues, mean_values
+from resilient.records import LATE_STEPS, REMEMBERED_STEPS, RecentLosses, Records, StepValues, mean_values
 
 
 def account(step: int, losses: tuple[float, ...] = (1.0, 2.0), **values: Any) -> StepValues:
@@ -72,3 +72,43 @@ def test_the_probe_is_repeatable() -> None:
     assert (digest, fields) == probe(threads)
     assert f"torch {torch.__version__}, {threads} threads" in fields
     assert probe(threads + 1)[0] != digest
+
+
+def test_after_a_rewind_rows_come_anew() -> None:
+    records = Records()
+    for step in range(6):
+        records.add(account(step, losses=(float(step),)))
+    assert [row["step"] for row in records.after(-1, all_of_them=False)] == [0.0, 1.0, 2.0, 3.0]
+    records.after(3, all_of_them=False)
+    records.rewind(2, 0, anew=False)
+    for step in range(2, 6):
+        records.add(account(step, losses=(float(step),)))
+    assert records.rewinds == [2]
+    assert [row["step"] for row in records.after(1, all_of_them=True)] == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_what_died_with_all_ranks_holds_up_nothing() -> None:
+    records = Records()
+    for step in (0, 1):
+        records.add(account(step))
+    records.rewind(3, 0, anew=False)  # step 2 was committed, and nobody lives to tell
+    for step in range(3, 9):
+        records.add(account(step))
+    assert [row["step"] for row in records.after(-1, all_of_them=True)] == [0.0, 1.0]
+    assert [row["step"] for row in records.after(1, all_of_them=True)] == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
+def test_rows_of_a_branch_that_was_given_up_are_not_taken() -> None:
+    records = Records()
+    records.rewind(2, 1, anew=True)
+    records.add(account(2))
+    assert records.after(-1, all_of_them=True) == []
+
+
+def test_recent_losses_are_few_and_come_back() -> None:
+    recent = RecentLosses()
+    for step in range(2 * REMEMBERED_STEPS):
+        recent.add(step, float(step))
+    other = RecentLosses()
+    other.load_state_dict(recent.state_dict())
+    assert other.means == {float(step): step for step in range(REMEMBERED_STEPS, 2 * REMEMBERED_STEPS)}
