@@ -64,6 +64,8 @@ def _next_attempt(name: str) -> int:
                     f"a run named {name!r} is going on in this cluster ({other}) and its driver lives: wait for it, "
                     "stop it, or give this one another name"
                 )
+            if controller is not None:
+                launch.end(controller)  # orphaned: what it would still start would be in this attempt's way
     attempt = 1
     while not launch.create_key(f"attempt/{name}/{attempt}", b""):
         attempt += 1
