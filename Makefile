@@ -13,7 +13,7 @@ TEST_ENV := RAY_AUTH_MODE=disabled
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
-.PHONY: help demo test test-long test-gpu lint format sim bench-recovery clean
+.PHONY: help demo test test-long test-gpu lint format sim bench-recovery bench-snapshot clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -54,6 +54,9 @@ sim: $(VENV)/.test-stamp ## simulate a cluster and its faults: SEEDS=n FIRST=n, 
 
 bench-recovery: $(VENV)/.test-stamp ## time recoveries, written to out/bench/recovery.json
 	$(BIN)/python -m benchmarks.recovery
+
+bench-snapshot: $(VENV)/.test-stamp ## time snapshots beside others', written to out/bench/snapshot.json
+	$(BIN)/python -m benchmarks.snapshot
 
 clean: ## remove outputs and caches, keep .venv
 	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

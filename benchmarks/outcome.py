@@ -23,11 +23,16 @@ class Target:
     value: float
     unit: str
     goal: float
-    """The value must not exceed it."""
+    """The value must not exceed it; or, with `at_least`, not fall below it."""
+    at_least: bool = False
 
     @property
     def met(self) -> bool:
-        return self.value <= self.goal
+        return self.value >= self.goal if self.at_least else self.value <= self.goal
+
+    @property
+    def wanted(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.goal:g}"
 
 
 def write(path: Path, targets: list[Target], samples: dict[str, Any]) -> None:
@@ -41,7 +46,7 @@ def write(path: Path, targets: list[Target], samples: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "target" else "right")
     for target in targets:
         table.add_row(
-            target.name, f"{target.value:.3f} {target.unit}", f"<= {target.goal:g}", "yes" if target.met else "MISSED"
+            target.name, f"{target.value:.3f} {target.unit}", target.wanted, "yes" if target.met else "MISSED"
         )
     Console().print(table)
 
