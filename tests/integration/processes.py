@@ -129,7 +129,8 @@ def kill_host(*nodes: Any, also: tuple[int, ...] = ()) -> None:
     """
     raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
     processes = [psutil.Process(pid) for pid in also]
-    processes += [process for raylet in raylets for process in [raylet, *raylet.children(recursive=True)]]
+    # The raylets last: the kernel wakes stopped children whose parent dies, and a keeper could still say something.
+    processes += [process for raylet in raylets for process in [*raylet.children(recursive=True), raylet]]
     for sign in (signal.SIGSTOP, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
