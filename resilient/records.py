@@ -61,7 +61,10 @@ class Records:
             del self._losses[step], self._values[step]
         rows = []
         step = self.fetched + 1
-        while step not in self._losses and self.rewinds and step < self.rewinds[-1]:
+        back_to = self.rewinds[-1] if self.rewinds else 0
+        # Whoever goes on tells what it knows of the steps before, first of all.
+        told = all_of_them or self.newest >= back_to + LATE_STEPS
+        while told and step not in self._losses and step < back_to:
             step += 1  # lost with the ranks that had it; nobody can tell it any more
         while step in self._losses and (all_of_them or step <= self.newest - LATE_STEPS):
             losses = self._losses[step]
