@@ -329,7 +329,8 @@ class Controller:
             self._handle(GenerationTaken(generation=plan.generation))
             return
         if plan.restore is not None:
-            self._records.rewind(plan.restore.key.step, plan.branch, anew=plan.base == 0)
+            of_earlier_attempt = plan.restore.key.attempt != self._job.attempt
+            self._records.rewind(plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
         self._protect(plan)
         self._handle(GenerationCreated(generation=plan.generation))
 

@@ -90,7 +90,8 @@ def _start_controller(job: Job) -> Any:
             lifetime="detached",
             num_cpus=0,
             max_restarts=-1,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+            # Nowhere else: a host that dies must never take the controller along. Without the head all is over anyway.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )
         .remote(job)
     )

@@ -83,7 +83,7 @@ def test_a_node_is_gone_together_with_all_ranks(
     pids = tuple(run.pid_of_rank(rank) for rank in range(3))
     kill_host(spots[1], also=pids)
     result = run.result()
-    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed)
+    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed), run.news["messages"]
     (back,) = gone_back(result)
     assert back["source"] == "parity" and back["kind"] == "node lost", back
 
