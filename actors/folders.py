@@ -47,13 +47,20 @@ def recorded_process(path: Path) -> int | None:
         pid, started = path.read_text().split()
     except (OSError, ValueError):  # gone, or being written
         return None
-    return int(pid) if started_at(int(pid)) == started and process_stat(int(pid))[0] != "Z" else None
+    shown = process_stat(int(pid))
+    return int(pid) if shown and shown[19] == started and shown[0] != "Z" else None
 
 
 def own(folder: Path, linger_s: float) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (folder / LINGERS).write_text(str(linger_s))
     record_process(folder / OWNER, os.getpid())
+
+
+def still_owned(folder: Path) -> None:
+    """From time to time: how long the folder lingers counts from its keeper's end, not from its beginning."""
+    with contextlib.suppress(FileNotFoundError):  # a host that is taken for dead has had its memory cleared
+        os.utime(folder / OWNER)
 
 
 def earlier_attempts(folder: Path, run: str, attempt: int, node: str) -> tuple[Path, ...]:
@@ -87,8 +94,9 @@ def end_processes(folder: Path) -> None:
 def sweep(folders: Path, keep: tuple[Path, ...]) -> None:
     """Remove what keepers have left that were killed together with their host's processes."""
     for owner in folders.glob(f"*/{OWNER}"):
-        if owner.parent in keep or recorded_process(owner) is not None:
-            continue
+        records = [owner, *owner.parent.glob("rank-*.process")]
+        if owner.parent in keep or any(recorded_process(record) is not None for record in records):
+            continue  # of a keeper that died alone the ranks live on, and the next one needs what it left
         with contextlib.suppress(OSError, ValueError):  # another keeper sweeps too, or it is not ours to read
             lingers_s = float((owner.parent / LINGERS).read_text())
             if time.time() - owner.stat().st_mtime > lingers_s:

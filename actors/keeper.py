@@ -21,7 +21,7 @@ from typing import Any
 
 import ray
 
-from .folders import own, process_stat, record_process, recorded_process, sweep
+from .folders import own, process_stat, record_process, recorded_process, still_owned, sweep
 from .lease import Lease
 from .lifeline import Lifeline
 from .priority import raise_priority
@@ -197,9 +197,11 @@ class Keeper:
                 self._linger()
                 self.clean_up()
                 os._exit(0)
-            if self._keeping is not None and time.monotonic() - swept_at > SWEEP_EVERY_S:
-                self._keeping.sweep(self._is_alive)
+            if time.monotonic() - swept_at > SWEEP_EVERY_S:
                 swept_at = time.monotonic()
+                still_owned(Path(self._spec.folder))
+                if self._keeping is not None:
+                    self._keeping.sweep(self._is_alive)
             vault = self._keeping.address if self._keeping is not None else None
             self._controller.beat.remote(self._spec.node, self._spec.incarnation, self._pulses(), vault)
 

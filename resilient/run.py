@@ -26,6 +26,8 @@ from .randomness import seed_everything
 from .sums import StepSums
 from .team import Loop, Team, mean
 
+MOST_REFUSALS = 3
+"""So many times in a row a step's data is left out because it was not finite; then the run stops."""
 OnNonfinite = Literal["ignore", "stop", "skip", "rollback"]
 
 
@@ -51,6 +53,8 @@ class Run:
         self._sought: tuple[int, tuple[int, ...]] | None = None
         self._left_in_step: int | None = None
         self._rollback: Rollback | None = None
+        self._refused = (-1, 0)
+        """The last step that was not finite, and with how much data in a row."""
         self._skipping = False
         """Whether the present step goes by without an update."""
         self._logged: dict[int, dict[str, float]] = {}
@@ -331,6 +335,9 @@ class Run:
             raise LoopError(f'{what}; on_nonfinite="skip" or "rollback" would go on without this step\'s data')
         position = self._position(self.step)
         if self._on_nonfinite == "rollback":
+            self._refused = (self.step, self._refused[1] + 1 if self._refused[0] == self.step else 1)
+            if self._refused[1] > MOST_REFUSALS:
+                raise LoopError(f"{what}, nor was it with the data of {MOST_REFUSALS} others: the state itself is bad")
             self._rollback = Rollback(back_to=self.step, skip_from=position, skip_to=position, why=what)
         else:
             self._skipping = True

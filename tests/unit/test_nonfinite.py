@@ -88,6 +88,11 @@ def test_a_rollback_leaves_the_data_out_as_if_it_had_never_been_there() -> None:
     assert result.metrics == without.metrics
 
 
+def test_a_step_that_is_bad_with_any_data_ends_the_run() -> None:
+    with pytest.raises(resilient.LoopError, match=r"step 2 is not finite.*nor was it with the data of 3 others"):
+        train(Numbers(bad=tuple(range(2, 15))), "rollback")
+
+
 def test_rollback_needs_snapshots() -> None:
     with pytest.raises(ValueError, match=r"on_nonfinite=.rollback. needs snapshots"):
         resilient.train(on_nonfinite="rollback")(lambda run: None)
