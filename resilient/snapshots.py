@@ -323,7 +323,7 @@ class Snapshots:
                 former.unlink()
             try:
                 slot = Slot.create(path, capacity)
-            except NoRoom as error:
+            except (NoRoom, OSError) as error:
                 self._without_room(error)
                 break
             if self._device.type == "cuda" and not pin(slot.memory):
@@ -333,11 +333,11 @@ class Snapshots:
         with self._lock:
             self._preparing = False
 
-    def _without_room(self, error: NoRoom) -> None:
+    def _without_room(self, error: Exception) -> None:
         """At the start that ends the run, which asked for snapshots; a run on its way goes on without some."""
         if self.tally.captured == 0:
             self._no_room = error
-        self._say(f"no room for snapshots any more: {error}")
+        self._say(f"no memory for snapshots could be had: {error}")
 
 
 def _hopeless(slots: Iterable[Ordinal | None], branch: int, here: Standing) -> list[Ordinal]:
