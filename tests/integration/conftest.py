@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,22 +12,14 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 NODES = 4
-START_CHANCES = 3
-"""Ray gives a node's agents 15 s to start, come what may; on a busy machine they may take longer."""
-
-
-def add_node(cluster: Any, **options: Any) -> Any:
-    """One more raylet; started again where Ray's own limit was too short for this machine."""
-    for _ in range(START_CHANCES - 1):
-        with contextlib.suppress(Exception):  # all that Ray raises here is a plain Exception
-            return cluster.add_node(**options)
-    return cluster.add_node(**options)
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
+
+    from tests.integration.nodes import add_node
 
     node = {"num_cpus": 2, "object_store_memory": 80 << 20}
     cluster = Cluster()

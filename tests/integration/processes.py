@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import signal
 import threading
 import time
@@ -12,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 
 from actors import launch
@@ -120,24 +117,6 @@ class Watched:
 
     def kill_controller(self) -> None:
         os.kill(ray.get(self.controller.process.remote(), timeout=30), signal.SIGKILL)
-
-
-def kill_host(*nodes: Any, also: tuple[int, ...] = ()) -> None:
-    """All that a power cut would end: raylets and their children, in the same instant, and their memory.
-
-    also: further processes that are to end with them.
-    """
-    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
-    processes = [psutil.Process(pid) for pid in also]
-    # The raylets last: the kernel wakes stopped children whose parent dies, and a keeper could still say something.
-    processes += [process for raylet in raylets for process in [*raylet.children(recursive=True), raylet]]
-    for sign in (signal.SIGSTOP, signal.SIGKILL):
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(sign)
-    for node in nodes:
-        for folder in Path(launch.FOLDER).glob(f"*-{node.node_id[:12]}"):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def left_behind(name: str) -> list[str]:

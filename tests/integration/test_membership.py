@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 import resilient
-from tests.integration.conftest import add_node
 from tests.integration.loops import fault, train
-from tests.integration.processes import Watched, kill_host, until
+from tests.integration.nodes import add_spots, kill_host, only_spots
+from tests.integration.processes import Watched, until
 
 LONG = 150
 """Steps; at the pace that `hold` keeps, long enough for new processes to start and join."""
@@ -59,20 +59,15 @@ def test_a_holder_dies_while_it_welcomes_a_joiner_and_a_spare_takes_over(
 
 
 def test_a_host_dies_without_a_word_and_a_new_one_joins(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
-    host = add_node(cluster, num_cpus=2, object_store_memory=80 << 20, resources={"spot": 2})
-    other = add_node(cluster, num_cpus=1, object_store_memory=80 << 20, resources={"spot": 1})
     train_on_spot = train("hosts", workers=(1, 3), resources={"CPU": 1, "spot": 1})
-    run = Watched(train_on_spot, steps=LONG, hold=str(tmp_path / "go"))
-    try:
+    with only_spots(cluster, 2, 1) as (host, _):
+        run = Watched(train_on_spot, steps=LONG, hold=str(tmp_path / "go"))
         run.at_step(5, ranks=3)
         kill_host(host)
         run.until_recovered(1)
-        add_node(cluster, num_cpus=2, object_store_memory=80 << 20, resources={"spot": 2})
+        add_spots(cluster, 2)
         run.until(lambda news: any(item["kind"] == "joined" for item in news["recoveries"]), "a rank joins")
         result = run.result()
-    finally:
-        cluster.remove_node(host, allow_graceful=False)
-        cluster.remove_node(other, allow_graceful=False)
     assert result.digest == undisturbed.digest
     lost = result.recoveries[0]
     assert kinds(result)[0] == "node lost" and "joined" in kinds(result), (result.recoveries, run.news["messages"])

@@ -12,9 +12,9 @@ import pytest
 
 import resilient
 from actors import launch
-from tests.integration.conftest import add_node
 from tests.integration.loops import train
-from tests.integration.processes import Watched, kill_host, until
+from tests.integration.nodes import kill_host, only_spots
+from tests.integration.processes import Watched, until
 
 STEPS = 120
 EVERY_STEP = resilient.Snapshot(every=1, linger_s=60.0)
@@ -28,10 +28,8 @@ def undisturbed() -> Any:
 @pytest.fixture
 def spots(cluster: Any) -> Iterator[list[Any]]:
     """Three more nodes, each with room for one rank of a run that asks for `spot`."""
-    nodes = [add_node(cluster, num_cpus=2, object_store_memory=80 << 20, resources={"spot": 1}) for _ in range(3)]
-    yield nodes
-    for node in nodes:
-        cluster.remove_node(node, allow_graceful=False)
+    with only_spots(cluster, 1, 1, 1) as nodes:
+        yield nodes
 
 
 def on_spots(name: str, **settings: Any) -> Any:
@@ -79,20 +77,20 @@ def test_a_node_is_gone_together_with_all_ranks(
 ) -> None:
     run = Watched(on_spots("parity", workers=(2, 3)), steps=STEPS, hold=str(tmp_path / "go"))
     run.at_step(5, ranks=3)
-    run.until_protected(5)
+    run.until_protected(run.news["step"] + 1)  # by all three: some may have joined just now
     pids = tuple(run.pid_of_rank(rank) for rank in range(3))
     kill_host(spots[1], also=pids)
     result = run.result()
     assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed), run.news["messages"]
     (back,) = gone_back(result)
-    assert back["source"] == "parity" and back["kind"] == "node lost", back
+    assert back["source"] == "parity" and back["kind"] == "node lost", (back, run.news["messages"])
 
 
 @pytest.mark.long
 def test_more_nodes_gone_than_parity_covers_is_said(cluster: Any, spots: list[Any], tmp_path: Path) -> None:
     run = Watched(on_spots("too-many", workers=(1, 3)), steps=STEPS, hold=str(tmp_path / "go"))
     run.at_step(5, ranks=3)
-    run.until_protected(5)
+    run.until_protected(run.news["step"] + 1)  # by all three: some may have joined just now
     pids = tuple(run.pid_of_rank(rank) for rank in range(3))
     kill_host(spots[0], spots[2], also=pids)
     with pytest.raises(
