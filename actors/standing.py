@@ -1,7 +1,7 @@
 """Where a keeper stands with its node's snapshots, shown to the ranks through a file in shared memory.
 
-Three words of eight bytes, each a generation and a step of it, each written at once: no reader sees half
-of one. A word of another generation says nothing to the members of this one.
+Four words of eight bytes, each written at once: no reader sees half of one. Three of them are each a generation and
+a step of it; a word of another generation says nothing to the members of this one. The last is an ordinal.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from snapshot.core.inventory import SnapshotKey
+from snapshot.core.lifecycle import Ordinal
 
 NAME = "keeper.standing"
 NONE = -1
 _STEP_BITS = 40
-_WORDS = struct.Struct("<qqq")
-_PLACES = ("protected", "taken_up", "given_up")
+_WORDS = struct.Struct("<qqqq")
+_PLACES = ("protected", "taken_up", "given_up", "settled")
 
 
 class Standing(NamedTuple):
-    """Steps of one generation, -1 for none."""
+    """Steps of one generation, -1 for none; `settled` is about all."""
 
     protected: int
     """The newest snapshot that is protected, from the node's point of view."""
@@ -30,6 +31,8 @@ class Standing(NamedTuple):
     """The newest one whose protection has begun: older ones that are not protected never will be."""
     given_up: int
     """The last one that could not be protected."""
+    settled: Ordinal | None
+    """The newest snapshot that was to be made durable and needs its slots no more, whatever came of it."""
 
 
 class StandingFile:
@@ -40,11 +43,16 @@ class StandingFile:
         self._descriptor = os.open(folder / NAME, flags, 0o600)
         self._lock = threading.Lock()
         self._open = True
+        if os.fstat(self._descriptor).st_size < _WORDS.size:
+            self._write("settled", NONE)
         self.clear()
 
     def clear(self) -> None:
         for place in ("protected", "taken_up", "given_up"):
             self._write(place, NONE)
+
+    def show_settled(self, ordinal: Ordinal) -> None:
+        self._write("settled", ordinal.packed())
 
     def show(self, place: Literal["protected", "taken_up", "given_up"], key: SnapshotKey) -> None:
         self._write(place, key.generation << _STEP_BITS | key.step)
@@ -65,8 +73,9 @@ def read_standing(folder: Path, generation: int) -> Standing:
     try:
         words = _WORDS.unpack((folder / NAME).read_bytes())
     except (FileNotFoundError, struct.error):  # no keeper yet, or none any more
-        words = (NONE, NONE, NONE)
-    return Standing(*(_step(word, generation) for word in words))
+        words = (NONE, NONE, NONE, NONE)
+    protected, taken_up, given_up = (_step(word, generation) for word in words[:3])
+    return Standing(protected, taken_up, given_up, Ordinal.unpacked(words[3]))
 
 
 def _step(word: int, generation: int) -> int:

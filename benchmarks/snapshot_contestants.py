@@ -20,7 +20,7 @@ from actors.standing import read_standing
 from benchmarks.gpt import Training
 from benchmarks.snapshot_keeper import ATTEMPT, GENERATION, RUN
 from resilient.core.cadence import Cadence
-from resilient.snapshots import Seating, Snapshots
+from resilient.snapshots import Agreed, Seating, Snapshots
 from snapshot.core.lifecycle import Ordinal
 from snapshot.room import reserve
 
@@ -90,12 +90,12 @@ class Ours:
     def agree(self) -> None:
         self._step += 1
         wish = self.snapshots.wish(Ordinal(0, self._step), GENERATION)
-        lane = torch.tensor([int(wish.ready), -wish.interval, wish.protected, -wish.protected])
+        lane = torch.tensor(wish.lane())
         if self._world > 1:
             dist.all_reduce(lane, op=dist.ReduceOp.MIN)
-        ready, interval, oldest, newest = lane.tolist()
-        self.snapshots.agreed(-interval, oldest if oldest == -newest else -1)
-        self._wanted = bool(ready)
+        agreed = Agreed.of(lane.tolist())
+        self.snapshots.agreed(Ordinal(0, self._step), agreed)
+        self._wanted = agreed.capture
 
     def take(self) -> bool:
         ordinal = Ordinal(0, self._step)

@@ -208,8 +208,8 @@ class GenerationThread(threading.Thread):
         layout = sums.fingerprint()
         wish = member.wish(self.plan, step)
         lane = [newest, layout, -layout, control, -control, int(mask is not None), mask or 0, -(mask or 0)]
-        low = group.minimum([*lane, int(wish.ready), -wish.interval, wish.protected, -wish.protected])
-        member.agreed_on_snapshots(-low[9], low[10] if low[10] == -low[11] else -1)
+        low = group.minimum([*lane, *wish.lane()])
+        snapshot = member.agreed_on_snapshots(self.plan, step, low[len(lane) :])
         agreed = low[0]
         if low[1] != -low[2]:
             names = [json.loads(text) for text in group.gather_bytes(json.dumps(sums.known_buffers).encode())]
@@ -226,7 +226,7 @@ class GenerationThread(threading.Thread):
         else:
             exchange(group, self.plan, nodes, result, self._scratch, counts)
         self._in_flight = None
-        member.exchanged(self.plan, step, agreed, bool(low[8]), result)
+        member.exchanged(self.plan, step, agreed, snapshot, result)
 
     def _all_counts(self, group: Group) -> dict[Node, list[int]]:
         """Which tensors each root holds, of all ranks: asked for only when they differ."""

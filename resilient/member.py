@@ -12,7 +12,7 @@ import os
 import threading
 import traceback
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,7 +53,7 @@ from .payload import Payload
 from .probe import probe
 from .records import RecentLosses, StepValues
 from .restoring import fetch
-from .snapshots import Seating, Snapshots, Wish
+from .snapshots import Agreed, Seating, Snapshots, Wish
 from .sums import StepSums
 from .team import Loop, mean
 
@@ -97,8 +97,9 @@ class Member:
         """The training thread waits outside of the user's code, and keeps its hands off the state."""
         self._loading = threading.Lock()
         self._snapshots = snapshots
-        self._to_capture: tuple[int, Seating] | None = None
-        """The step at whose start all ranks capture the state, and under which membership."""
+        self._to_capture: tuple[int, Seating, bool] | None = None
+        """The step at whose start all ranks capture the state, under which membership, and whether to make it
+        durable."""
         self._control_digest = 0
         self._control_state: dict[str, object] = {}
 
@@ -216,7 +217,8 @@ class Member:
             if plan.kind == "unplanned":  # somebody has died since, whose share nobody can capture
                 return
             seating = agreed[1]
-        snapshots.boundary(Ordinal(plan.branch, step), self.objects(), seating, wanted=wanted)
+        durable = wanted and agreed is not None and agreed[2]
+        snapshots.boundary(Ordinal(plan.branch, step), self.objects(), seating, wanted=wanted, durable=durable)
 
     def roll_back(self, rollback: Rollback) -> None:
         with self._changed:
@@ -229,6 +231,8 @@ class Member:
             if self._seat.restoring:
                 return False
             self._do(self._seat.handle(Finished(step=self._seat.step)))
+        if self._snapshots is not None:
+            self._snapshots.gate()  # the last snapshot is whole before this process may end
         self._host.words.activity("paused")
         return True
 
@@ -322,14 +326,14 @@ class Member:
             self._host.tell(*rows)
         self.repeat_records()
 
-    def exchanged(self, plan: Plan, step: int, agreed: int, capture: bool, result: Payload) -> None:
+    def exchanged(self, plan: Plan, step: int, agreed: int, snapshot: Agreed, result: Payload) -> None:
         with self._changed:
             if not self._is_current(plan):
                 return
             self.sums.accept(result)
-            if capture:
+            if snapshot.capture:
                 seating = Seating(generation=plan.generation, rank=plan.rank_of(self.number), world=plan.size)
-                self._to_capture = step + 1, seating
+                self._to_capture = step + 1, seating, snapshot.save
             event = ExchangeDone(generation=plan.generation, step=step, agreed=agreed)
             self._do(self._seat.handle(event))
             self._changed.notify_all()
@@ -379,12 +383,16 @@ class Member:
     def wish(self, plan: Plan, step: int) -> Wish:
         """What this rank brings into the lane about the snapshot of the state after `step`."""
         if self._snapshots is None:
-            return Wish(ready=False, interval=1, protected=-1)
-        return self._snapshots.wish(Ordinal(plan.branch, step + 1), plan.generation)
+            return Wish()
+        steps = self._loop.steps if self._loop is not None else None
+        return self._snapshots.wish(Ordinal(plan.branch, step + 1), plan.generation, steps)
 
-    def agreed_on_snapshots(self, interval: int, protected: int) -> None:
+    def agreed_on_snapshots(self, plan: Plan, step: int, low: Sequence[int]) -> Agreed:
+        """What the lane says about the same: the minimum over all ranks' wishes."""
+        agreed = Agreed.of(low)
         if self._snapshots is not None:
-            self._snapshots.agreed(interval, protected)
+            self._snapshots.agreed(Ordinal(plan.branch, step + 1), agreed)
+        return agreed
 
     def require_current(self, generation: int) -> None:
         with self._changed:

@@ -13,7 +13,7 @@ import ctypes
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -33,6 +33,7 @@ from snapshot.recapture import Recapture
 from snapshot.table import StateTable
 
 from .core.cadence import Cadence
+from .core.saves import Saves
 from .pinning import pin, unpin
 
 LARGE_BYTES = 4 << 20
@@ -48,6 +49,8 @@ class Tally:
     captured: int = 0
     skipped: int = 0
     """Not taken although due, because no slot was free on some rank."""
+    saves_postponed: int = 0
+    """Steps at which a checkpoint was due while the one before was still being written."""
     torn: int = 0
     """Given up because the state was written while it was copied."""
     blocked_s: float = 0.0
@@ -59,12 +62,49 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What a rank brings into the lane; the minimum over all ranks is agreed."""
+    """What a rank brings into the lane."""
 
-    ready: bool
-    interval: int
-    protected: int
+    due: bool = False
+    """A snapshot is."""
+    room: bool = False
+    save_due: bool = False
+    """One that is to be made durable is."""
+    save_room: bool = False
+    interval: int = 1
+    protected: int = -1
     """Packed ordinal of the newest snapshot its keeper holds protected, -1 for none."""
+
+    def lane(self) -> list[int]:
+        """Numbers of which the minimum over all ranks tells `agreed` all."""
+        return [
+            *(-int(self.due), int(self.room), -int(self.save_due), int(self.save_room)),
+            *(-self.interval, self.protected, -self.protected),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreed:
+    """What all ranks do, as the lane says it."""
+
+    capture: bool
+    save: bool
+    """What is captured is to be made durable."""
+    interval: int
+    """The longest that any rank wants."""
+    protected: int
+    """Packed ordinal of the newest protected snapshot, if that is the same on all nodes, else -1."""
+
+    @classmethod
+    def of(cls, low: Sequence[int]) -> Agreed:
+        """low: the minimum of every rank's `Wish.lane()`."""
+        due, room, save_due, save_room, interval, oldest, newest = low
+        save = bool(save_due) and bool(save_room)
+        return cls(
+            capture=save or (bool(due) and bool(room)),
+            save=save,
+            interval=-interval,
+            protected=oldest if oldest == -newest else -1,
+        )
 
 
 @dataclass(slots=True)
@@ -103,8 +143,9 @@ class Snapshots:
         device: torch.device,
         cadence: Cadence,
         say: Callable[[str], None],
+        saves: Saves | None = None,
     ) -> None:
-        """say: tells the user what was decided, or went wrong."""
+        """say: tells the user what was decided, or went wrong. saves: what is made durable, if anything is."""
         self.tally = Tally(interval=cadence.interval)
         self._run, self._attempt, self._folder, self._member = run, attempt, folder, member
         self._device = device
@@ -112,7 +153,8 @@ class Snapshots:
         self._say = say
         self._lock = threading.Lock()
         """Over lifecycle, slots and what they need."""
-        self._lifecycle = Lifecycle()
+        self._saves = saves
+        self._lifecycle = Lifecycle(durable=saves is not None)
         self._slots: list[Slot | None] = [None] * len(self._lifecycle.slots)
         self._made = 0
         self._needed = 0
@@ -133,26 +175,46 @@ class Snapshots:
 
     # The lane: by the generation's thread, while the training thread waits for it
 
-    def wish(self, ordinal: Ordinal, generation: int) -> Wish:
-        """For the state at the start of this step, to the members of this generation."""
+    def wish(self, ordinal: Ordinal, generation: int, last_step: int | None = None) -> Wish:
+        """For the state at the start of this step, to the members of this generation; the run ends at `last_step`."""
         last = self._last.step if self._last is not None and self._last.branch == ordinal.branch else None
         due = self._cadence.is_due(ordinal.step, last, self._agreed_interval)
         here = read_standing(self._folder, generation)
         with self._lock:
             self._lifecycle.never_protected(_hopeless(self._lifecycle.slots, ordinal.branch, here))
-            room, started = self._free_slot() is not None, self._made > 0
+            if here.settled is not None:
+                self._lifecycle.settled(here.settled)
+            room = self._free_slot(self._lifecycle.free_for_any) is not None
+            save_room = self._saves is not None and self._lifecycle.kept is None and self._free_slot() is not None
+            started = self._made > 0
         if due and not room and started:
             self.tally.skipped += 1
             self._cadence.skipped()
-        protected = -1 if here.protected < 0 else Ordinal(ordinal.branch, here.protected).packed()
-        return Wish(ready=due and room, interval=self._cadence.interval, protected=protected)
+        save_due = self._save_due(ordinal.step, last_step)
+        if save_due and not save_room and started:
+            self.tally.saves_postponed += 1
+        return Wish(
+            due=due,
+            room=room,
+            save_due=save_due,
+            save_room=save_room,
+            interval=self._cadence.interval,
+            protected=-1 if here.protected < 0 else Ordinal(ordinal.branch, here.protected).packed(),
+        )
 
-    def agreed(self, interval: int, protected: int) -> None:
-        """What came out of the lane: the longest interval, and the newest protected snapshot (packed) if that is
-        the same on all nodes, else -1."""
-        self._agreed_interval = self.tally.interval = interval
-        self._everywhere = max(self._everywhere, protected)
-        everywhere = Ordinal.unpacked(protected)
+    def _save_due(self, step: int, last_step: int | None) -> bool:
+        if self._saves is None:
+            return False
+        self._saves.last_step = last_step
+        return self._saves.is_due(step, time.monotonic())
+
+    def agreed(self, ordinal: Ordinal, agreed: Agreed) -> None:
+        """What came out of the lane, about the state at the start of this step."""
+        self._agreed_interval = self.tally.interval = agreed.interval
+        if agreed.save and self._saves is not None:
+            self._saves.saved(ordinal.step, time.monotonic())
+        self._everywhere = max(self._everywhere, agreed.protected)
+        everywhere = Ordinal.unpacked(agreed.protected)
         if everywhere is not None:
             self.tally.protected = everywhere.step
             with self._lock:
@@ -161,9 +223,9 @@ class Snapshots:
     def account(self) -> dict[str, float]:
         return asdict(self.tally)
 
-    def _free_slot(self) -> tuple[int, Slot] | None:
-        """One that is free and large enough."""
-        for number in self._lifecycle.free:
+    def _free_slot(self, numbers: Sequence[int] | None = None) -> tuple[int, Slot] | None:
+        """One of these, or of all, that is free and large enough."""
+        for number in self._lifecycle.free if numbers is None else numbers:
             slot = self._slots[number]
             if slot is not None and slot.capacity_bytes >= self._needed:
                 return number, slot
@@ -171,14 +233,23 @@ class Snapshots:
 
     # The boundary and the gate: by the training thread
 
-    def boundary(self, ordinal: Ordinal, objects: Mapping[str, object], seating: Seating, *, wanted: bool) -> None:
-        """The state at the start of step `ordinal.step` stands. `wanted`: all ranks capture it."""
+    def boundary(
+        self,
+        ordinal: Ordinal,
+        objects: Mapping[str, object],
+        seating: Seating,
+        *,
+        wanted: bool,
+        durable: bool = False,
+    ) -> None:
+        """The state at the start of step `ordinal.step` stands. `wanted`: all ranks capture it; `durable`: for
+        their keepers to write it to storage."""
         began = time.monotonic()
         if self._no_room is not None:
             raise self._no_room
         self._measure(began, seating)
         if wanted or seating != self._seating:
-            self._capture(ordinal, self._recapture.capture(objects), seating, wanted=wanted)
+            self._capture(ordinal, self._recapture.capture(objects), seating, wanted=wanted, durable=durable)
         self._seating = seating
         self._waited_s = time.monotonic() - began
         self.tally.blocked_s += self._waited_s
@@ -199,7 +270,7 @@ class Snapshots:
                 self._say(said)
         self._began_at, self._copy = now, None
 
-    def _capture(self, ordinal: Ordinal, table: StateTable, seating: Seating, *, wanted: bool) -> None:
+    def _capture(self, ordinal: Ordinal, table: StateTable, seating: Seating, *, wanted: bool, durable: bool) -> None:
         ends = table.chunk_ends()
         start, stop = share_of(ends, seating.rank, seating.world)
         head = SlotHead(
@@ -217,12 +288,13 @@ class Snapshots:
             skeleton=xxhash.xxh3_128_hexdigest(table.skeleton),
             skeleton_bytes=len(table.skeleton),
             chunks=tuple(len(table.skeleton) + end for end in (0, *ends_within(ends, start, stop))),
+            durable=durable,
         )
         with self._lock:
             self._needed = required_bytes(head)
             free = self._free_slot() if wanted else None
             if free is not None:
-                self._lifecycle.begin(free[0], ordinal)
+                self._lifecycle.begin(free[0], ordinal, durable=durable)
         if free is not None:
             self._begin(free[1], head, table)
             self._last = ordinal

@@ -69,6 +69,7 @@ class SlotHead:
     start, stop: the share, as bytes of the concatenation of all tensors, which has state_bytes.
     chunks: where each chunk of the payload ends, in bytes, ascending; the first is the skeleton.
     skeleton: digest of the skeleton, in hexadecimal.
+    durable: it is to be made so: the keeper writes it to storage.
     """
 
     run: str
@@ -85,6 +86,7 @@ class SlotHead:
     chunks: tuple[int, ...]
     skeleton: str
     skeleton_bytes: int
+    durable: bool = False
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -95,6 +97,8 @@ class SlotHead:
             raise ValueError(f"slot head: run: {self.run!r:.80} is not a name of 1..255 characters")
         if type(self.skeleton) is not str or not _DIGEST.fullmatch(self.skeleton):
             raise ValueError(f"slot head: skeleton: {self.skeleton!r:.80} is not a digest in hexadecimal")
+        if type(self.durable) is not bool:
+            raise ValueError(f"slot head: durable: {self.durable!r:.80} is neither true nor false")
         if self.rank >= self.world:
             raise ValueError(f"slot head: rank: {self.rank} is not within 0..{self.world - 1}")
         if not self.start <= self.stop <= self.state_bytes:
@@ -142,7 +146,7 @@ class SlotHead:
         return head
 
 
-_COUNTS = tuple(name for name in SlotHead.__slots__ if name not in ("run", "chunks", "skeleton"))
+_COUNTS = tuple(name for name in SlotHead.__slots__ if name not in ("run", "chunks", "skeleton", "durable"))
 _DIGEST = re.compile("[0-9a-f]{8,128}")
 
 

@@ -8,6 +8,8 @@ Invariants
     * A snapshot that will never be protected (its keeper went on to a later one, or has given it up) makes room,
       unless it is the newest that was protected everywhere. All others stay: each may be the best there is.
     * If no slot is free, there is no snapshot of this step, on any rank: all agree before they begin.
+    * What is being made durable is kept until its keeper says that it is done with it. There is one slot more for
+      that, which nothing else takes.
 """
 
 from __future__ import annotations
@@ -47,18 +49,35 @@ class Lifecycle:
     """The slot that is being written."""
     everywhere: Ordinal | None = None
     """The newest snapshot that is protected everywhere."""
+    durable: bool = False
+    """Whether snapshots are made durable, so that there is a slot for one of them."""
+    kept: Ordinal | None = None
+    """The snapshot that is being made durable."""
+
+    def __post_init__(self) -> None:
+        if self.durable:
+            self.slots.append(None)
 
     @property
     def free(self) -> list[int]:
         """Slots that may be written now; one at a time."""
         return [] if self.writing is not None else [n for n, held in enumerate(self.slots) if held is None]
 
-    def begin(self, number: int, ordinal: Ordinal) -> None:
-        """This snapshot is written into slot `number`."""
+    @property
+    def free_for_any(self) -> list[int]:
+        """Those that a snapshot may take that is not to be made durable."""
+        free, spare = self.free, int(self.durable and self.kept is None)
+        return free if len(free) > spare else []
+
+    def begin(self, number: int, ordinal: Ordinal, *, durable: bool = False) -> None:
+        """This snapshot is written into slot `number`, and kept there until `settled`, if it is to be made durable."""
         assert number in self.free, (number, ordinal, self)
         held = [other for other in self.slots if other is not None]
         assert all(other < ordinal for other in held), f"{ordinal} is not newer than {held}"
         self.writing, self.slots[number] = number, ordinal
+        if durable:
+            assert self.durable and self.kept is None, self
+            self.kept = ordinal
 
     def commit(self) -> None:
         assert self.writing is not None, self
@@ -66,19 +85,31 @@ class Lifecycle:
 
     def give_up(self) -> None:
         assert self.writing is not None, self
+        if self.kept == self.slots[self.writing]:
+            self.kept = None
         self.slots[self.writing], self.writing = None, None
 
     def protected(self, everywhere: Ordinal) -> None:
         """All keepers have acknowledged the parity of this snapshot: older ones may go."""
         self.everywhere = everywhere
+        self._make_room()
+
+    def settled(self, ordinal: Ordinal) -> None:
+        """The keeper is done with making this snapshot durable, and all before it."""
+        if self.kept is not None and self.kept <= ordinal:
+            self.kept = None
+            self._make_room()
+
+    def _make_room(self) -> None:
         for number, held in enumerate(self.slots):
-            if held is not None and held < everywhere and number != self.writing:
+            older = held is not None and self.everywhere is not None and held < self.everywhere
+            if older and held != self.kept and number != self.writing:
                 self.slots[number] = None
 
     def never_protected(self, ordinals: Iterable[Ordinal]) -> None:
         """These will never be protected everywhere."""
         for ordinal in ordinals:
-            if ordinal != self.everywhere and ordinal in self.slots:
+            if ordinal not in (self.everywhere, self.kept) and ordinal in self.slots:
                 number = self.slots.index(ordinal)
                 if number != self.writing:
                     self.slots[number] = None

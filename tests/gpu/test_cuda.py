@@ -60,7 +60,7 @@ def test_a_side_stream_fills_pinned_slots_while_the_next_step_computes(tmp_path:
         snapshots.gate()
         optimizer.step()
         optimizer.zero_grad()
-        wait_for(lambda: step == 1 or snapshots.wish(Ordinal(0, step), 1).ready)  # noqa: B023
+        wait_for(lambda: step == 1 or snapshots.wish(Ordinal(0, step), 1).room)  # noqa: B023
         table = capture(objects)
         expected = b"".join(piece.cpu().numpy().tobytes() for piece in table.pieces(0, table.nbytes))
         snapshots.boundary(Ordinal(0, step), objects, seating, wanted=step > 1)

@@ -17,7 +17,7 @@ from torch import nn
 from actors.ring import Ring
 from actors.vault import Vault
 from resilient.core.cadence import Cadence
-from resilient.snapshots import Seating, Snapshots
+from resilient.snapshots import Agreed, Seating, Snapshots
 from snapshot.arena import NoRoom, find_slots
 from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal
@@ -70,22 +70,25 @@ class Training:
     def step(self, *, seating: Seating = ALONE) -> StateTable | None:
         """One step as the loop takes it. The state as it was when a snapshot of it was taken, if one was."""
         wish = self.snapshots.wish(Ordinal(0, self.steps + 1), seating.generation)
-        self.snapshots.agreed(wish.interval, wish.protected)
+        agreed = Agreed.of(wish.lane())
+        self.snapshots.agreed(Ordinal(0, self.steps + 1), agreed)
         self.compute()
         self.snapshots.gate()
         self.update()
-        copy = copied(capture(self.objects)) if wish.ready else None
-        self.snapshots.boundary(Ordinal(0, self.steps), self.objects, seating, wanted=wish.ready)
+        copy = copied(capture(self.objects)) if agreed.capture else None
+        self.snapshots.boundary(
+            Ordinal(0, self.steps), self.objects, seating, wanted=agreed.capture, durable=agreed.save
+        )
         return copy
 
     def ready(self) -> None:
         """Until its slots have been made."""
         self.step()
-        wait_for(lambda: self.snapshots.wish(Ordinal(0, self.steps + 1), 1).ready)
+        wait_for(lambda: self.snapshots.wish(Ordinal(0, self.steps + 1), 1).room and made_or_full(self.snapshots))
 
 
 def is_ready(snapshots: Snapshots, step: int) -> bool:
-    return snapshots.wish(Ordinal(0, step), 1).ready
+    return snapshots.wish(Ordinal(0, step), 1).room
 
 
 def made_or_full(snapshots: Snapshots) -> bool:
@@ -217,16 +220,15 @@ def test_one_slow_keeper_makes_all_skip_the_same_snapshots(tmp_path: Path) -> No
         for training in (quick, slow):
             wish = training.snapshots.wish(Ordinal(0, training.steps + 1), 1)
             wait_for(functools.partial(made_or_full, training.snapshots))
-            wishes.append(wish)
-        wanted = all(wish.ready for wish in wishes)
-        protected = {wish.protected for wish in wishes}
+            wishes.append(wish.lane())
+        agreed = Agreed.of(list(map(min, *wishes)))
         for training in (quick, slow):
-            training.snapshots.agreed(1, protected.pop() if len(protected) == 1 else -1)
+            training.snapshots.agreed(Ordinal(0, training.steps + 1), agreed)
             training.compute()
             training.snapshots.gate()
             training.update()
-            training.snapshots.boundary(Ordinal(0, training.steps), training.objects, ALONE, wanted=wanted)
-        captured.append(wanted)
+            training.snapshots.boundary(Ordinal(0, training.steps), training.objects, ALONE, wanted=agreed.capture)
+        captured.append(agreed.capture)
     vault.close()
     for training in (quick, slow):
         training.snapshots.gate()
@@ -264,7 +266,7 @@ def test_a_state_that_outgrows_its_slots_gets_larger_ones(training: Training) ->
     training.values["large"] = torch.zeros(1 << 20)
     training.step()
     training.step()
-    wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), 1).ready)
+    wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), 1).room)
     state = training.step()
     assert state is not None
     training.snapshots.gate()
@@ -295,7 +297,7 @@ def test_memory_does_not_grow_over_a_thousand_snapshots(kept: Training) -> None:
 
     def capture_until(count: int) -> None:
         while kept.snapshots.tally.captured < count:
-            wait_for(lambda: kept.snapshots.wish(Ordinal(0, kept.steps + 1), 1).ready)
+            wait_for(lambda: kept.snapshots.wish(Ordinal(0, kept.steps + 1), 1).room)
             kept.step()
 
     capture_until(200)

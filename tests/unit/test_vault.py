@@ -369,10 +369,10 @@ def test_a_new_generation_begins_with_nothing_protected(three: Nodes) -> None:
     three.stop("c")
     three.ring = ring_of("ab", 1, generation=2)
     three.tell()
-    assert read_standing(three.folder("a"), 1) == (-1, -1, -1)
+    assert read_standing(three.folder("a"), 1) == (-1, -1, -1, None)
     assert {found.ring.generation for found in read_rings(three.folder("a"))} == {1, 2}
     key = three.write_protected(7)  # gone back
-    assert read_standing(three.folder("a"), 2) == (7, 7, -1)
+    assert read_standing(three.folder("a"), 2) == (7, 7, -1, None)
     assert read_standing(three.folder("a"), 1).protected == -1, "nothing is said to the members of another generation"
     found = {(image.key, image.ring) for image in three.vaults["a"].inventory().images}
     assert found == {(key_of(9), 1), (key, 2)}
@@ -490,7 +490,7 @@ def test_ranks_are_heard_and_strangers_counted(two: Nodes) -> None:
     wait_for(lambda: two.vaults["a"].tally().oddities == {"no wake-up": 1})
     two.stop("a")
     assert not wake_vault(folder)
-    assert read_standing(folder / "nothing", 1) == (-1, -1, -1)
+    assert read_standing(folder / "nothing", 1) == (-1, -1, -1, None)
 
 
 def test_a_folder_with_a_very_long_name(tmp_path: Path) -> None:
