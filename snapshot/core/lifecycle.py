@@ -60,8 +60,8 @@ class Lifecycle:
 
     @property
     def free(self) -> list[int]:
-        """Slots that may be written now; one at a time."""
-        return [] if self.writing is not None else [n for n, held in enumerate(self.slots) if held is None]
+        """Slots that hold nothing. One may be written once no other is being written."""
+        return [number for number, held in enumerate(self.slots) if held is None]
 
     @property
     def free_for_any(self) -> list[int]:
@@ -71,7 +71,7 @@ class Lifecycle:
 
     def begin(self, number: int, ordinal: Ordinal, *, durable: bool = False) -> None:
         """This snapshot is written into slot `number`, and kept there until `settled`, if it is to be made durable."""
-        assert number in self.free, (number, ordinal, self)
+        assert self.writing is None and number in self.free, (number, ordinal, self)
         held = [other for other in self.slots if other is not None]
         assert all(other < ordinal for other in held), f"{ordinal} is not newer than {held}"
         self.writing, self.slots[number] = number, ordinal

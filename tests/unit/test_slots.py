@@ -69,9 +69,29 @@ def test_what_will_never_be_protected_makes_room_but_for_what_is() -> None:
 def test_one_slot_is_written_at_a_time_and_may_be_given_up() -> None:
     slots = Lifecycle()
     slots.begin(0, Ordinal(0, 1))
-    assert slots.free == []
+    with pytest.raises(AssertionError):
+        slots.begin(1, Ordinal(0, 2))
     slots.give_up()
     assert slots.free == [0, 1, 2]
+
+
+def test_what_is_made_durable_is_kept_and_has_a_slot_that_nothing_else_takes() -> None:
+    slots = Lifecycle(durable=True)
+    for step in (1, 2, 3):
+        slots.begin(slots.free_for_any[0], Ordinal(0, step))
+        slots.commit()
+    assert slots.free == [3] and slots.free_for_any == []
+    slots.begin(3, Ordinal(0, 4), durable=True)
+    slots.commit()
+    slots.protected(Ordinal(0, 4))
+    for step in (5, 6, 7):
+        slots.begin(slots.free_for_any[0], Ordinal(0, step))
+        slots.commit()
+    slots.never_protected([Ordinal(0, 4)])
+    slots.protected(Ordinal(0, 6))
+    assert Ordinal(0, 4) in slots.slots and len(slots.free) == 1
+    slots.settled(Ordinal(0, 4))
+    assert Ordinal(0, 4) not in slots.slots and len(slots.free_for_any) == 2
 
 
 def test_a_later_branch_is_newer_whatever_its_step_is() -> None:
