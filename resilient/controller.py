@@ -94,7 +94,8 @@ class Controller:
         self._control = Control(
             limits=settings.limits,
             allow_different_bits=settings.allow_different_bits,
-            look_back=settings.snapshot is not None and job.attempt > 1,
+            attempt=job.attempt,
+            resume=settings.checkpoint.resume if settings.checkpoint else "auto",
         )
         self._detector = Detector(detection_s=settings.detection_s)
         self._records = Records()

@@ -12,7 +12,7 @@ from typing import Literal
 from .plan import Plan, Restore
 
 RecoveryKind = Literal["rank lost", "node lost", "link broken", "joined", "dealt anew", "resumed", "rolled back"]
-Source = Literal["live ranks", "memory", "parity"]
+Source = Literal["live ranks", "memory", "parity", "storage"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class Chronicle:
         self._created_at, self._formed_at = now, -1.0
 
     def _going_back(self, record: Recovery, restore: Restore) -> None:
-        record.source = "parity" if restore.decoded else "memory"
+        record.source = "storage" if restore.folder else "parity" if restore.decoded else "memory"
         record.restored_step = restore.key.step
         record.replayed = max(0, self._newest + 1 - restore.key.step)
 

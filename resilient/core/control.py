@@ -41,13 +41,16 @@ from .events import (
     RankReturned,
     Resumed,
     StopAsked,
+    StorageSeen,
     Tick,
 )
+from .going_back import GoingBack, Resume
 from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
 from .membership import Member, Membership, Starts
 from .plan import Plan
 from .restoring import Restoring
 from .seat import Rollback
+from .storage import Storage
 
 STARTS_THAT_MAY_FAIL = 3
 """Ranks that may die in a row before any has reached its loop, on nodes that live."""
@@ -57,8 +60,8 @@ STARTS_THAT_MAY_FAIL = 3
 class Control:
     limits: recovery.Limits
     allow_different_bits: bool = False
-    look_back: bool = False
-    """Whether an earlier attempt may have left snapshots: then the first generation begins from them."""
+    attempt: int = 1
+    resume: Resume = "auto"
     membership: Membership = field(default_factory=Membership)
     plans: dict[int, Plan] = field(default_factory=dict)
     """Generations whose key exists, from the last formed one on."""
@@ -69,8 +72,9 @@ class Control:
     newest: int = 0
     chronicle: Chronicle = field(default_factory=Chronicle)
     restoring: Restoring = field(init=False)
+    going_back: GoingBack = field(init=False)
     ended: bool = False
-    _now: float = 0.0
+    now: float = 0.0
     _out: list[Instruction] = field(default_factory=list)
     _unheard: set[int] = field(default_factory=set)
     _since: dict[str, float] = field(default_factory=dict)
@@ -82,13 +86,20 @@ class Control:
     def __post_init__(self) -> None:
         detection_s = self.limits.detection_s
         self.restoring = Restoring(ask_again_s=detection_s / 4, answer_limit_s=15 * detection_s)
+        earlier = self.limits.snapshots and self.attempt > 1
+        self.going_back = GoingBack(
+            control=self,
+            resume=self.resume,
+            storage=Storage(attempt=self.attempt),
+            looking_back=self.resume != "never" and (earlier or self.limits.checkpoints),
+        )
 
     def handle(self, event: Event, now: float) -> tuple[Instruction, ...]:
         """Take in one fact at time `now` (seconds, any origin, never backwards)."""
-        assert now >= self._now, (now, self._now)
+        assert now >= self.now, (now, self.now)
         if self.ended:
             return ()
-        self._now, self._out = now, []
+        self.now, self._out = now, []
         _TABLE[type(event)](self, event)
         if not self.ended:
             self._settle()
@@ -98,12 +109,12 @@ class Control:
 
     def _node_seen(self, event: NodeSeen) -> None:
         if event.node not in self.membership.nodes:
-            self.restoring.again()
+            self.going_back.changed()
         self.membership.nodes[event.node] = event.capacity
 
     def _node_gone(self, event: NodeGone) -> None:
         self.membership.nodes.pop(event.node, None)
-        self.restoring.again()
+        self.going_back.changed()
         for member in self.membership.on_node(event.node):
             self._declare_gone(member, f"node {event.node[:8]}: {event.why}", event.silent_s, node_lost=True)
         self._starts.node_gone(event.node)
@@ -130,7 +141,7 @@ class Control:
             f"against {first.probe_fields}"
         )
         if self.allow_different_bits:
-            self._say(f"warning: {what}; the result may differ in its last bits")
+            self.say(f"warning: {what}; the result may differ in its last bits")
         else:
             self._end("failed", f"{what}; use equal machines, or allow it with allow_different_bits=True")
 
@@ -148,9 +159,10 @@ class Control:
         member.report = report
         if report.formed and report.formed in self.plans and self._counts_as_formed(report.member, report.formed):
             self.formed = self.plans[report.formed]
+            self.going_back.formed()
             self._forget_older_plans()
-            self.chronicle.formed(report.formed, report.complete, self._now)
-        self.chronicle.committed(report.formed, report.complete, self._now)
+            self.chronicle.formed(report.formed, report.complete, self.now)
+        self.chronicle.committed(report.formed, report.complete, self.now)
         self._send_again(member)
 
     def _counts_as_formed(self, number: int, generation: int) -> bool:
@@ -173,7 +185,7 @@ class Control:
         self._out.append(Kill(member=member.number, node=member.node, reason=why))
         if self.current is not None and member.number in self.current.members:
             rank = self.current.rank_of(member.number)
-            self.chronicle.lost(rank, member.node, why, silent_s, self._now, node_lost=node_lost)
+            self.chronicle.lost(rank, member.node, why, silent_s, self.now, node_lost=node_lost)
 
     def _rank_failed(self, event: RankFailed) -> None:
         member = self.membership.members.get(event.member)
@@ -197,7 +209,7 @@ class Control:
         self.plans[event.generation] = self.current
         self.restoring.lineage = Lineage(branches=self.current.branches)
         self._since.pop("broken", None)
-        self.chronicle.created(self.current, self._now)
+        self.chronicle.created(self.current, self.now)
         for number in self.current.members:
             self._send(self.membership.members[number])
 
@@ -217,6 +229,7 @@ class Control:
             self.current = event.plans[-1]
             self.newest = self._inherited = self.current.generation
             self.restoring.lineage = Lineage(branches=self.current.branches)
+            self.going_back.resumed(event.plans)
             self.formed = self.plans.get(self.current.base)  # plans come only from what has formed
         self._unheard = set(self.membership.members)
 
@@ -238,72 +251,28 @@ class Control:
         rollback = self._rollback_wanted()
         self.restoring.look_for(rollback)
         if rollback is not None:
-            self._roll_back(rollback, situation)
+            self.going_back.roll_back(rollback, situation)
             return
         decision = recovery.decide(situation)
-        lost_for_s = self._for_s("lost", isinstance(decision, recovery.Lost))
+        lost_for_s = self.for_s("lost", isinstance(decision, recovery.Lost))
         match decision:
-            case recovery.Make(plan=plan) if plan.kind == "initial" and self.look_back:
-                self._look_back(situation, plan)
+            case recovery.Make(plan=plan) if plan.kind == "initial" and self.going_back.looking_back:
+                self.going_back.at_the_start(situation, plan)
             case recovery.Make(plan=plan):
-                self._make(plan)
+                self.make(plan)
             case recovery.NeedNodes(reason=reason):
-                self._wait_for_nodes(reason)
+                self.wait_for_nodes(reason)
             case recovery.Lost(reason=reason):
-                self._look_for_snapshot(reason, situation, lost_for_s)
+                self.going_back.after_loss(reason, situation, lost_for_s)
             case recovery.Stay():
                 self._since.pop("waiting", None)
         if not self.ended:
             self._spawn_missing()
 
-    def _make(self, plan: Plan) -> None:
+    def make(self, plan: Plan) -> None:
         self.creating, self.newest = plan, plan.generation
         self._since.pop("waiting", None)
         self._out.append(CreateGeneration(plan=plan))
-
-    def _look_for_snapshot(self, reason: str, situation: recovery.Situation, lost_for_s: float) -> None:
-        """No live rank holds the state: go on from the newest snapshot in memory, if there is one."""
-        if not self.limits.snapshots:
-            if lost_for_s >= self.limits.detection_s:
-                self._end("failed", f"{reason}: start again from the beginning, or from a checkpoint of your own")
-            return
-        ended = tuple(member.number for member in self.membership.members.values() if member.gone)
-        self._out += self.restoring.ask(ended, self._now)
-        none = None if self.restoring.waiting else self.restoring.none
-        if none is not None and lost_for_s >= self.limits.lost_limit_s(bool(self.restoring.absent)):
-            self._end("failed", f"{reason}, and {none.reason}: start again from a checkpoint, or from the beginning")
-        else:
-            self._restore(reason, situation)
-
-    def _look_back(self, situation: recovery.Situation, plan: Plan) -> None:
-        """The first generation of a run that was submitted again."""
-        self._out += self.restoring.ask((), self._now)
-        none = None if self.restoring.waiting else self.restoring.none
-        looked_for_s = self._for_s("looking back", self.restoring.none is not None)
-        if none is None or (self.restoring.absent and looked_for_s < self.limits.lost_limit_s(True)):
-            self._restore("the run was submitted again", situation)
-        elif none.passed_over:
-            self._end(
-                "failed",
-                f"an earlier attempt of this run has left snapshots, but {none.reason}: choose another name to begin "
-                "anew, or wait until they have been swept",
-            )
-        else:
-            self.look_back = False
-            self._say("no snapshots of an earlier attempt are left: the run begins at step 0")
-            self._make(plan)
-
-    def _restore(self, reason: str, situation: recovery.Situation) -> None:
-        if self.restoring.elected is None:
-            return
-        why = f"{reason}; {self.restoring.elected.reason}"
-        choose = recovery.restored if self.restoring.rollback is None else recovery.rolled_back
-        match choose(situation, self.restoring.restore(), self.restoring.line_to_go_on(), why):
-            case recovery.Make(plan=plan):
-                self.restoring.again()
-                self._make(plan)
-            case recovery.NeedNodes(reason=need):
-                self._wait_for_nodes(need)
 
     def _rollback_wanted(self) -> Rollback | None:
         """What seated ranks ask for. They all do, but one is enough."""
@@ -312,23 +281,11 @@ class Control:
         reports = [member.report for member in self._seated() if not member.gone]
         return next((report.rollback for report in reports if report is not None and report.rollback is not None), None)
 
-    def _roll_back(self, rollback: Rollback, situation: recovery.Situation) -> None:
-        if not self.limits.snapshots:
-            self._end(
-                "failed", f"{rollback.why}, but there are no snapshots to go back to: ask for them with snapshot="
-            )
-            return
-        assert self.current is not None
-        self._out += self.restoring.ask((), self._now)
-        none = None if self.restoring.waiting else self.restoring.none
-        looked_for_s = self._for_s("rolling back", self.restoring.none is not None)
-        if none is not None and looked_for_s >= self.limits.lost_limit_s(bool(self.restoring.absent)):
-            self._end("failed", f"{rollback.why}, but from step {rollback.back_to} or before {none.reason}")
-        else:
-            self._restore(rollback.why, situation)
-
     def _inventory_taken(self, event: InventoryTaken) -> None:
-        self._out += self.restoring.answered(event, self._now)
+        self._out += self.restoring.answered(event, self.now)
+
+    def _storage_seen(self, event: StorageSeen) -> None:
+        self.going_back.storage.seen(event, self.now)
 
     def _images_decoded(self, event: ImagesDecoded) -> None:
         self.restoring.decoded(event)
@@ -343,8 +300,8 @@ class Control:
             current=self.current,
             newest=self.newest,
             inherited=self.newest == self._inherited,
-            broken_for_s=self._for_s("broken", broken),
-            waited_s=self._for_s("enough", enough),
+            broken_for_s=self.for_s("broken", broken),
+            waited_s=self.for_s("enough", enough),
         )
 
     def _kill_orphans(self) -> None:
@@ -377,7 +334,7 @@ class Control:
         failed = len(self._starts.failed)
         failing = failed >= STARTS_THAT_MAY_FAIL
         # Time for the verdict that their node has died, which would explain it.
-        if self._for_s("failing starts", failing) > 4 * self.limits.detection_s:
+        if self.for_s("failing starts", failing) > 4 * self.limits.detection_s:
             self._end(
                 "failed",
                 f"{failed} ranks in a row died before they reached the training loop; the workers' logs say why",
@@ -413,8 +370,8 @@ class Control:
             'ranks, such as run.step or run.reduced("loss")'
         )
 
-    def _wait_for_nodes(self, reason: str) -> None:
-        waited_s = self._for_s("waiting", True)
+    def wait_for_nodes(self, reason: str) -> None:
+        waited_s = self.for_s("waiting", True)
         if waited_s >= self.limits.wait_for_nodes_s:
             self._end(
                 "failed",
@@ -422,7 +379,7 @@ class Control:
                 "add nodes, lower workers=(min, max), or allow more time with wait_for_nodes_s",
             )
         else:
-            self._say(f"waiting for nodes: {reason}; gives up after {self.limits.wait_for_nodes_s:.0f} s")
+            self.say(f"waiting for nodes: {reason}; gives up after {self.limits.wait_for_nodes_s:.0f} s")
 
     # Small things
 
@@ -440,14 +397,14 @@ class Control:
     def _send(self, member: Member) -> None:
         assert self.current is not None
         if not member.gone:
-            member.plan_sent_at = self._now
+            member.plan_sent_at = self.now
             self._out.append(SendPlan(member=member.number, plan=self.current))
 
     def _send_again(self, member: Member) -> None:
         if self.current is None or member.report is None or member.number not in self.current.members:
             return
         behind = member.report.generation < self.current.generation
-        if behind and self._now - member.plan_sent_at >= self.limits.resend_s:
+        if behind and self.now - member.plan_sent_at >= self.limits.resend_s:
             self._send(member)
 
     def _forget_older_plans(self) -> None:
@@ -455,17 +412,23 @@ class Control:
         oldest = self.formed.generation
         self.plans = {number: plan for number, plan in self.plans.items() if number >= oldest}
 
-    def _for_s(self, what: str, holds: bool) -> float:
+    def for_s(self, what: str, holds: bool) -> float:
         """For how long a condition has held, in seconds."""
         if not holds:
             self._since.pop(what, None)
             return 0.0
-        return self._now - self._since.setdefault(what, self._now)
+        return self.now - self._since.setdefault(what, self.now)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if text != self._said:
             self._said = text
             self._out.append(Say(text=text))
+
+    def instruct(self, instructions: tuple[Instruction, ...]) -> None:
+        self._out += instructions
+
+    def fail(self, reason: str) -> None:
+        self._end("failed", reason)
 
     def _end(self, outcome: Any, reason: str, digest: str = "") -> None:
         self.ended = True
@@ -492,6 +455,7 @@ _TABLE: dict[type, Callable[[Control, Any], None]] = {
     GenerationTaken: Control._generation_taken,
     InventoryTaken: Control._inventory_taken,
     ImagesDecoded: Control._images_decoded,
+    StorageSeen: Control._storage_seen,
     Resumed: Control._resumed,
     StopAsked: Control._stop_asked,
     Tick: Control._tick,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snapshot.core.inventory import Inventory
+from snapshot.core.inventory import CheckpointFound, Inventory
 
 from .plan import Address, Plan
 from .seat import SeatReport
@@ -110,6 +110,15 @@ class ImagesDecoded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StorageSeen:
+    """The complete checkpoints on storage, asked for with LookAtStorage; or why they can't be listed."""
+
+    asked: int
+    checkpoints: tuple[CheckpointFound, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
     """What a restarted controller found written down; sent once, before anything else."""
 
@@ -141,6 +150,7 @@ Event = (
     | GenerationTaken
     | InventoryTaken
     | ImagesDecoded
+    | StorageSeen
     | Resumed
     | StopAsked
     | Tick

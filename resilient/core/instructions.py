@@ -58,6 +58,13 @@ class DecodeImages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LookAtStorage:
+    """List the complete checkpoints on storage. Comes back as StorageSeen."""
+
+    asked: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Say:
     """Something the user should read."""
 
@@ -73,4 +80,4 @@ class End:
     digest: str = ""
 
 
-Instruction = Spawn | Kill | CreateGeneration | SendPlan | TakeInventory | DecodeImages | Say | End
+Instruction = Spawn | Kill | CreateGeneration | SendPlan | TakeInventory | DecodeImages | LookAtStorage | Say | End

@@ -53,10 +53,12 @@ class Restore:
     """The snapshot that a generation begins from: the state at the start of `step`."""
 
     key: SnapshotKey
-    shares: tuple[Share, ...]
-    """Together the whole state."""
-    decoded: bool
+    shares: tuple[Share, ...] = ()
+    """Together the whole state; none if it is read from storage."""
+    decoded: bool = False
     """Whether parity had to make up for what was lost."""
+    folder: str = ""
+    """Of the checkpoint on storage that it is read from; empty if it is in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,4 +146,4 @@ def _restore_from(raw: dict[str, Any] | None) -> Restore | None:
     shares = tuple(
         Share(rank=share["rank"], node=share["node"], keeper=Address(**share["keeper"])) for share in raw.pop("shares")
     )
-    return Restore(key=SnapshotKey(**raw["key"]), shares=shares, decoded=raw["decoded"])
+    return Restore(key=SnapshotKey(**raw["key"]), shares=shares, decoded=raw["decoded"], folder=raw["folder"])

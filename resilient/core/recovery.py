@@ -26,6 +26,8 @@ class Limits:
     spares: int = 0
     snapshots: bool = False
     """Whether keepers hold any."""
+    checkpoints: bool = False
+    """Whether keepers write some of them to storage."""
     wait_for_nodes_s: float = 600.0
     """How long the run may stand still below `min_workers`."""
     detection_s: float = 2.0

@@ -10,11 +10,12 @@ An election starts only when every rank that wrote has certainly ended: the keep
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from snapshot.core.branches import Branch, Lineage
 from snapshot.core.decoding import Decode, Read
 from snapshot.core.election import Elected, NotRecoverable, elect
+from snapshot.core.inventory import Inventory
 
 from .events import ImagesDecoded, InventoryTaken
 from .instructions import DecodeImages, Instruction, TakeInventory
@@ -42,6 +43,9 @@ class Restoring:
     waiting: bool = False
     """Whether an answer is awaited."""
 
+    not_before: int = 0
+    """Snapshots in memory of attempts before this one are left alone."""
+
     def again(self) -> None:
         """What was known may have changed."""
         self.elected, self.none, self._asked_at, self.waiting = None, None, None, False
@@ -66,7 +70,7 @@ class Restoring:
             return ()
         self.waiting = False
         self.absent, self.addresses = event.absent, dict(event.addresses)
-        found = elect(event.inventories, self._line_to_look_on())
+        found = elect([self._since(inventory) for inventory in event.inventories], self.line_to_look_on())
         if isinstance(found, NotRecoverable):
             self.none, self._asked_at = found, now
             return ()
@@ -77,24 +81,32 @@ class Restoring:
         self.elected = found
         return ()
 
+    def _since(self, inventory: Inventory) -> Inventory:
+        if not self.not_before:
+            return inventory
+        return replace(
+            inventory,
+            images=tuple(found for found in inventory.images if found.key.attempt >= self.not_before),
+            parities=tuple(found for found in inventory.parities if found.key.attempt >= self.not_before),
+        )
+
     def decoded(self, event: ImagesDecoded) -> None:
         """Seen in the next inventory, as images that are whole again."""
         if event.asked == self.asked:
             self._asked_at = None
 
-    def _line_to_look_on(self) -> Lineage:
-        return self.lineage if self.rollback is None else self._opened(self.rollback.back_to, ())
+    def line_to_look_on(self) -> Lineage:
+        return self.lineage if self.rollback is None else self.opened(self.rollback.back_to)
 
-    def line_to_go_on(self) -> Lineage:
-        """That of the generation which begins from what was elected."""
+    def line_to_go_on(self, step: int) -> Lineage:
+        """That of the generation which begins from the state at the start of `step`."""
         if self.rollback is None:
             return self.lineage
-        assert self.elected is not None
-        step = self.elected.key.step
         first = self.lineage.position_of(step) if self.rollback.skip_from is None else self.rollback.skip_from
-        return self._opened(step, tuple(range(first, self.rollback.skip_to + 1)))
+        return self.opened(step, tuple(range(first, self.rollback.skip_to + 1)))
 
-    def _opened(self, at_step: int, skipped: tuple[int, ...]) -> Lineage:
+    def opened(self, at_step: int, skipped: tuple[int, ...] = ()) -> Lineage:
+        """With a new branch from there."""
         parent = self.lineage.newest.number
         kept = tuple(position for position in skipped if position not in self.lineage.skipped)
         branch = Branch(number=parent + 1, parent=parent, at_step=at_step, skipped=kept)

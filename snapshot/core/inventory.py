@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snapshot.core.branches import Lineage
 from snapshot.core.stripes import Group
 
 
@@ -106,3 +107,17 @@ class Inventory:
     keeper: str
     images: tuple[ImageFound, ...] = ()
     parities: tuple[ParityFound, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFound:
+    """A complete checkpoint on storage. lineage: the run's branches when it was written. folder: where it is."""
+
+    key: SnapshotKey
+    lineage: Lineage
+    folder: str
+
+    @property
+    def newness(self) -> tuple[int, int, int, int]:
+        """The greater, the newer. A later attempt has decided what to go on from: what it wrote counts first."""
+        return (self.key.attempt, self.key.branch, self.key.step, self.key.generation)

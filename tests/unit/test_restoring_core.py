@@ -67,7 +67,7 @@ class Scenario:
     said: list[Instruction] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.control = Control(limits=self.limits, look_back=self.look_back)
+        self.control = Control(limits=self.limits, attempt=2 if self.look_back else 1)
 
     def take(self, event: Event, after_s: float = 0.01) -> tuple[Instruction, ...]:
         self.now += after_s

@@ -1,0 +1,203 @@
+"""The ways back to a state that no live rank holds, cheapest first; each choice says why.
+
+    lost                 memory, parity; what no keeper can give any more, from storage
+    submitted again      whatever is newest of what an earlier attempt has left in memory and on storage
+    a rollback           the newest of memory, else of storage, that is old enough
+
+What can't be had is waited for as long as that may help (keepers that are being replaced, storage that can't be
+reached), and then the run ends and says what is missing. It never begins from scratch without being told to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from snapshot.core.branches import Lineage
+from snapshot.core.inventory import CheckpointFound
+
+from . import recovery
+from .plan import Plan, Restore
+from .restoring import Restoring
+from .seat import Rollback
+from .storage import Storage
+
+if TYPE_CHECKING:
+    from .control import Control
+
+Resume = Literal["auto", "never"] | int
+STORAGE_PATIENCE_DETECTIONS = 30
+"""How long storage may fail to answer before the run ends for it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class GoingBack:
+    control: Control = field(repr=False, compare=False)
+    resume: Resume = "auto"
+    storage: Storage
+    looking_back: bool = False
+    """Whether the first generation may have something to go on from."""
+    lineage_known: bool = False
+    """Whether the branches of earlier attempts are known from elsewhere than from a checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.resume != "auto":
+            self.restoring.not_before = self.storage.attempt
+
+    @property
+    def restoring(self) -> Restoring:
+        return self.control.restoring
+
+    def resumed(self, plans: tuple[Plan, ...]) -> None:
+        """A controller that came back: what the attempt began from is in its plans."""
+        self.lineage_known = bool(plans)
+        self.storage.own_only = self.resume != "auto"
+        for plan in plans:
+            if plan.restore is not None and plan.restore.folder and plan.base == 0:
+                self.storage.first = plan.restore.folder
+
+    def formed(self) -> None:
+        """Whatever was restored could be."""
+        self.storage.tried.clear()
+
+    def changed(self) -> None:
+        """A node has come or gone, or there is something new to look for."""
+        self.restoring.again()
+        self.storage.again()
+
+    # No live rank holds the state
+
+    def after_loss(self, reason: str, situation: recovery.Situation, lost_for_s: float) -> None:
+        control, limits = self.control, self.control.limits
+        if not limits.snapshots:
+            if lost_for_s >= limits.detection_s:
+                control.fail(f"{reason}: start again from the beginning, or from a checkpoint of your own")
+            return
+        ended = tuple(member.number for member in control.membership.members.values() if member.gone)
+        control.instruct(self.restoring.ask(ended, control.now))
+        if self._memory_has_none(lost_for_s):
+            assert self.restoring.none is not None
+            self._from_storage(f"{reason}, and {self.restoring.none.reason}", situation)
+        else:
+            self._from_memory(reason, situation)
+
+    def _memory_has_none(self, for_s: float) -> bool:
+        """For certain: everybody who could have something has answered, or has had his time."""
+        none = None if self.restoring.waiting else self.restoring.none
+        return none is not None and for_s >= self.control.limits.lost_limit_s(bool(self.restoring.absent))
+
+    def _from_memory(self, reason: str, situation: recovery.Situation) -> None:
+        if self.restoring.elected is not None:
+            why = f"{reason}; {self.restoring.elected.reason}"
+            restore = self.restoring.restore()
+            self._begin(restore, self.restoring.line_to_go_on(restore.key.step), why, situation)
+
+    def _from_storage(self, reason: str, situation: recovery.Situation) -> None:
+        control = self.control
+        if not control.limits.checkpoints:
+            control.fail(f"{reason}: start again from a checkpoint, or from the beginning")
+            return
+        if not self._storage_answers(reason):
+            return
+        found = self.storage.newest(self.restoring.line_to_look_on())
+        if found is None:
+            control.fail(f"{reason}, and there is no checkpoint of it on storage: start again from the beginning")
+        else:
+            self._begin_from(found, self.restoring.line_to_go_on(found.key.step), reason, situation)
+
+    def _storage_answers(self, reason: str) -> bool:
+        control = self.control
+        control.instruct(self.storage.look(control.now))
+        if self.storage.failing_for_s(control.now) > STORAGE_PATIENCE_DETECTIONS * control.limits.detection_s:
+            control.fail(
+                f"{reason}, and the checkpoints can't be listed: {self.storage.error}: see that the storage can be "
+                "reached from the cluster's head node and start again"
+            )
+        return self.storage.checkpoints is not None
+
+    def _begin_from(self, found: CheckpointFound, line: Lineage, reason: str, situation: recovery.Situation) -> None:
+        restore = Restore(key=found.key, folder=found.folder)
+        self._begin(restore, line, f"{reason}; the checkpoint of {found.key} is on storage", situation)
+
+    def _begin(self, restore: Restore, line: Lineage, why: str, situation: recovery.Situation) -> None:
+        control = self.control
+        choose = recovery.restored if self.restoring.rollback is None else recovery.rolled_back
+        match choose(situation, restore, line, why):
+            case recovery.Make(plan=plan):
+                self.storage.tried[restore.folder] += 1
+                self._make(plan)
+            case recovery.NeedNodes(reason=need):
+                control.wait_for_nodes(need)
+
+    # The first generation of a run that was submitted before
+
+    def at_the_start(self, situation: recovery.Situation, plan: Plan) -> None:
+        control = self.control
+        if control.limits.checkpoints and not self._storage_answers("the run begins"):
+            return
+        if isinstance(self.resume, int):
+            self._from_step(self.resume, situation)
+            return
+        found = self.storage.newest(self.restoring.lineage if self.lineage_known else None)
+        control.instruct(self.restoring.ask((), control.now))
+        none = None if self.restoring.waiting else self.restoring.none
+        looked_for_s = control.for_s("looking back", self.restoring.none is not None)
+        absent = bool(self.restoring.absent) and looked_for_s < control.limits.lost_limit_s(True)
+        elected = self.restoring.elected
+        if elected is not None and (found is None or found.key.attempt <= elected.key.attempt):
+            self._from_memory("the run was submitted again", situation)
+        elif elected is None and (none is None or absent):
+            return
+        elif found is not None:
+            self._go_on_from(found, "the run was submitted again", situation)
+        elif none is not None and none.passed_over:
+            control.fail(
+                f"an earlier attempt of this run has left snapshots, but {none.reason}: choose another name to begin "
+                "anew, or wait until they have been swept",
+            )
+        else:
+            where = "" if not control.limits.checkpoints else " or checkpoints"
+            control.say(f"there are no snapshots{where} of this run yet: it begins at step 0")
+            self._make(plan)
+
+    def _make(self, plan: Plan) -> None:
+        self.changed()
+        self.looking_back, self.lineage_known = False, True
+        self.storage.own_only = self.resume != "auto"
+        self.control.make(plan)
+
+    def _from_step(self, step: int, situation: recovery.Situation) -> None:
+        """Later steps than this one are given up: what begins here is a new branch."""
+        found = self.storage.newest(None, step)
+        if found is None:
+            steps = sorted({checkpoint.key.step for checkpoint in self.storage.checkpoints or ()})
+            self.control.fail(
+                f"resume={step}: there is no complete checkpoint of step {step} on storage; there are those of "
+                f"steps {', '.join(map(str, steps)) or '(none)'}"
+            )
+            return
+        self.storage.first = found.folder
+        self.restoring.lineage = found.lineage
+        self._begin_from(found, self.restoring.opened(step), f"resume={step}", situation)
+
+    def _go_on_from(self, found: CheckpointFound, reason: str, situation: recovery.Situation) -> None:
+        self.storage.first = found.folder
+        line = self.restoring.lineage if self.lineage_known else found.lineage
+        self._begin_from(found, line, reason, situation)
+
+    # Going back on purpose
+
+    def roll_back(self, rollback: Rollback, situation: recovery.Situation) -> None:
+        control = self.control
+        if not control.limits.snapshots:
+            control.fail(f"{rollback.why}, but there are no snapshots to go back to: ask for them with snapshot=")
+            return
+        control.instruct(self.restoring.ask((), control.now))
+        looked_for_s = control.for_s("rolling back", self.restoring.none is not None)
+        if self._memory_has_none(looked_for_s):
+            assert self.restoring.none is not None
+            self._from_storage(
+                f"{rollback.why}, but from step {rollback.back_to} or before {self.restoring.none.reason}", situation
+            )
+        else:
+            self._from_memory(rollback.why, situation)

@@ -1,0 +1,88 @@
+"""What is known of the checkpoints on storage, and which of them to go on from.
+
+    nothing known --look--> asked --StorageSeen--> seen
+                              ^---- error: asked again after a while
+
+Storage is asked only when it may be needed: at the start of a run, and when memory holds nothing that can be read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from snapshot.core.branches import Lineage
+from snapshot.core.inventory import CheckpointFound
+
+from .events import StorageSeen
+from .instructions import Instruction, LookAtStorage
+
+ASK_AGAIN_S = 2.0
+TRIES = 2
+"""So often a checkpoint is tried before it is passed over."""
+ANSWER_LIMIT_S = 60.0
+"""How long storage may take to answer before it is asked again."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Storage:
+    """attempt: this one's number; what later ones have written is not touched."""
+
+    attempt: int
+    first: str = ""
+    """The folder that this attempt began from, if that was on storage."""
+    own_only: bool = False
+    """Whether only this attempt's checkpoints count, and the one that it began from."""
+    checkpoints: tuple[CheckpointFound, ...] | None = None
+    """None as long as storage has not answered."""
+    tried: Counter[str] = field(default_factory=Counter)
+    """How often each folder was to be restored in vain: one that can't be read gives way to an older one."""
+    error: str = ""
+    failing_since: float | None = None
+    _asked: int = 0
+    _asked_at: float | None = None
+    _waiting: bool = False
+
+    def again(self) -> None:
+        """There may be newer ones by now."""
+        self.checkpoints, self._asked_at, self._waiting = None, None, False
+
+    def look(self, now: float) -> tuple[Instruction, ...]:
+        if self.checkpoints is not None:
+            return ()
+        wait_s = ANSWER_LIMIT_S if self._waiting else ASK_AGAIN_S
+        if self._asked_at is not None and now - self._asked_at < wait_s:
+            return ()
+        self._asked, self._asked_at, self._waiting = self._asked + 1, now, True
+        return (LookAtStorage(asked=self._asked),)
+
+    def seen(self, event: StorageSeen, now: float) -> None:
+        if event.asked != self._asked:
+            return
+        self._waiting, self._asked_at, self.error = False, now, event.error
+        if event.error:
+            self.failing_since = now if self.failing_since is None else self.failing_since
+        else:
+            self.failing_since, self.checkpoints = None, event.checkpoints
+
+    def failing_for_s(self, now: float) -> float:
+        return 0.0 if self.failing_since is None else now - self.failing_since
+
+    def newest(self, lineage: Lineage | None, step: int | None = None) -> CheckpointFound | None:
+        """The newest to go on from, on the newest branch's line if the branches are known; of this step if one is
+        given."""
+        found = [
+            checkpoint
+            for checkpoint in self.checkpoints or ()
+            if self._counts(checkpoint)
+            and (step is None or checkpoint.key.step == step)
+            and (lineage is None or lineage.holds(checkpoint.key.branch, checkpoint.key.step))
+        ]
+        return max(found, key=lambda checkpoint: checkpoint.newness, default=None)
+
+    def _counts(self, checkpoint: CheckpointFound) -> bool:
+        if checkpoint.key.attempt > self.attempt:
+            return False
+        if self.tried[checkpoint.folder] >= TRIES:
+            return False
+        return not self.own_only or checkpoint.key.attempt == self.attempt or checkpoint.folder == self.first
