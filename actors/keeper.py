@@ -44,6 +44,8 @@ class KeeperSpec:
     snapshots: bool = False
     linger_s: float = 0.0
     """How long snapshots are kept when the run has ended without finishing."""
+    save: Any = None
+    """A SaveSpec, if some are to be made durable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,7 @@ class Keeper:
         from .keeping import Keeping
 
         spec, ip = self._spec, ray.util.get_node_ip_address()
-        keeping = Keeping(key=spec.key, node=spec.node, folder=folder, secret=spec.secret, ip=ip)
+        keeping = Keeping(key=spec.key, node=spec.node, folder=folder, secret=spec.secret, ip=ip, save=spec.save)
         if keeping.tally().codec != "isal":
             text = f"node {spec.node[:8]} has no ISA-L: parity is computed by NumPy, a hundred times slower"
             self._controller.hear.remote((Remark(text=text),))
@@ -161,6 +163,9 @@ class Keeper:
     def rebuild(self, asked: int, phase: str, elected: Any, peers: dict[str, tuple[str, int]]) -> None:
         self._keeping.rebuild(phase, elected, peers, functools.partial(self._answer, asked, phase))
 
+    def finish_saving(self) -> None:
+        self._keeping.finish_saving(functools.partial(self._answer, 0, "saved"))
+
     def _answer(self, asked: int, phase: str, inventory: Any = None, error: str = "") -> None:
         answer = KeeperAnswer(asked=asked, phase=phase, node=self._spec.node, inventory=inventory, error=error)
         self._controller.hear.remote((answer,))
@@ -203,7 +208,8 @@ class Keeper:
                 if self._keeping is not None:
                     self._keeping.sweep(self._is_alive)
             vault = self._keeping.address if self._keeping is not None else None
-            self._controller.beat.remote(self._spec.node, self._spec.incarnation, self._pulses(), vault)
+            saved = self._keeping.save_news if self._keeping is not None else None
+            self._controller.beat.remote(self._spec.node, self._spec.incarnation, self._pulses(), vault, saved)
 
     def _linger(self) -> None:
         """Keep the snapshots for a while: the run may be submitted again. The next attempt's keeper ends this."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snapshot.arena import find_slots
 from snapshot.core.election import Elected
@@ -20,16 +20,23 @@ from snapshot.core.lifecycle import Ordinal
 from .folders import earlier_attempts
 from .vault import Ring, Vault
 
+if TYPE_CHECKING:
+    from .saving import SaveNews, SaveSpec
+
 END_LIMIT_S = 5.0
 
 
 class Keeping:
-    def __init__(self, *, key: str, node: str, folder: Path, secret: str, ip: str) -> None:
+    def __init__(
+        self, *, key: str, node: str, folder: Path, secret: str, ip: str, save: SaveSpec | None = None
+    ) -> None:
         run, _, attempt = key.rpartition("/")
         older = earlier_attempts(folder, run, int(attempt), node)
         self.folders = (folder, *older)
         self._node = node
-        self._vault = Vault(run=run, attempt=int(attempt), node=node, folder=folder, secret=secret, ip=ip, older=older)
+        self._vault = Vault(
+            run=run, attempt=int(attempt), node=node, folder=folder, secret=secret, ip=ip, older=older, save=save
+        )
 
     @property
     def address(self) -> tuple[str, int]:
@@ -80,6 +87,20 @@ class Keeping:
                 slot.path.unlink(missing_ok=True)
         for older in self.folders[1:]:
             shutil.rmtree(older, ignore_errors=True)
+
+    @property
+    def save_news(self) -> SaveNews | None:
+        return None if self._vault.saving is None else self._vault.saving.news
+
+    def finish_saving(self, answer: Callable[..., None]) -> None:
+        """All that is here to be made durable is, or has been given up."""
+
+        def work() -> None:
+            if self._vault.saving is not None:
+                self._vault.saving.wait_until_done()
+            answer()
+
+        self._in_thread(work, answer)
 
     def tally(self) -> Any:
         return self._vault.tally()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from snapshot.core.branches import Branch
 from snapshot.core.stripes import Group
-from snapshot.fields import Fields, group_fields, group_from, mapping, text, whole
+from snapshot.fields import Fields, group_fields, group_from, mapping, sequence, text, whole
 from snapshot.tree import to_bytes
 
 
@@ -19,11 +20,13 @@ class Ring:
 
     group: the keeper's own.
     shares: the ranks on each of the group's nodes, ascending; nodes without ranks may be left out.
+    branches: the run's lines of steps, of which the generation goes on with the newest.
     """
 
     generation: int
     group: Group
     shares: Mapping[str, tuple[int, ...]]
+    branches: tuple[Branch, ...] = (Branch(number=0),)
 
     def __post_init__(self) -> None:
         whole(self.generation, "ring: generation")
@@ -50,7 +53,12 @@ class Ring:
 
     def fields(self) -> Fields:
         shares = {node: list(ranks) for node, ranks in self.shares.items()}
-        return {"generation": self.generation, "group": group_fields(self.group), "shares": shares}
+        return {
+            "generation": self.generation,
+            "group": group_fields(self.group),
+            "shares": shares,
+            "branches": [asdict(branch) for branch in self.branches],
+        }
 
     @classmethod
     def from_fields(cls, value: object) -> Ring:
@@ -65,7 +73,19 @@ class Ring:
             generation=whole(fields.get("generation"), "ring: generation"),
             group=group_from(fields.get("group")),
             shares=shares,
+            branches=tuple(_branch_from(branch) for branch in sequence(fields.get("branches"), "ring: branches")),
         )
+
+
+def _branch_from(value: object) -> Branch:
+    fields = mapping(value, "ring: branches")
+    parent = fields.get("parent")
+    return Branch(
+        number=whole(fields.get("number"), "ring: branch"),
+        parent=None if parent is None else whole(parent, "ring: parent"),
+        at_step=whole(fields.get("at_step"), "ring: at_step"),
+        skipped=tuple(whole(step, "ring: skipped") for step in sequence(fields.get("skipped"), "ring: skipped")),
+    )
 
 
 def write_ring(folder: Path, ring: Ring, *, run: str, attempt: int, node: str) -> None:

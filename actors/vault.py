@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actors.holdings import Holdings
 from actors.links import Address, Fields, Links
@@ -35,6 +36,9 @@ from snapshot import codec
 from snapshot.core.election import Elected
 from snapshot.core.inventory import Inventory, SnapshotKey
 from snapshot.core.lifecycle import Ordinal
+
+if TYPE_CHECKING:
+    from actors.saving import SaveSpec, Saving
 
 __all__ = ["NotAsElected", "Ring", "Tally", "Vault", "fetch_slot", "wake_vault"]
 
@@ -76,11 +80,20 @@ class Vault:
     """One node's, for one attempt of a run. All methods may be called from several threads."""
 
     def __init__(
-        self, *, run: str, attempt: int, node: str, folder: Path, secret: str, ip: str, older: Sequence[Path] = ()
+        self,
+        *,
+        run: str,
+        attempt: int,
+        node: str,
+        folder: Path,
+        secret: str,
+        ip: str,
+        older: Sequence[Path] = (),
+        save: SaveSpec | None = None,
     ) -> None:
         """folder: created if it is not there; what a former keeper of this attempt has left in it is taken over.
 
-        older: further folders of this run on this machine, that are only read.
+        older: further folders of this run on this machine, that are only read. save: where to make snapshots durable.
         ip: where to listen; secret: the run's, which all its keepers know.
         Raises ValueError for a damaged ring, OSError if it can't listen.
         """
@@ -106,11 +119,24 @@ class Vault:
             taken_up=lambda key: self._standing.show("taken_up", key),
             given_up=lambda key: self._standing.show("given_up", key),
         )
+        self.saving = self._new_saving(save) if save is not None else None
         self._server = Server(ip, secret, self._serve)
         self.address: Address = self._server.address
         self._listener = threading.Thread(target=self._listen, name="vault bell", daemon=True)
         self._listener.start()
         self._protecting.start()
+        if self.saving is not None:
+            self.saving.start()
+
+    def _new_saving(self, spec: SaveSpec) -> Saving:
+        from actors.saving import Saving  # file systems take a while to import
+
+        return Saving(
+            spec,
+            holdings=self._holdings,
+            protected=lambda: self._protecting.agenda.protected,
+            settled=self._standing.show_settled,
+        )
 
     def ring(self, ring: Ring) -> None:
         """Snapshots of this generation are protected so. ValueError if this node is not in the group."""
@@ -141,6 +167,8 @@ class Vault:
                 self._holdings.protected(newest)
                 self._rebuilding.forget()
         self._protecting.wake()
+        if self.saving is not None:
+            self.saving.wake()
 
     def inventory(self) -> Inventory:
         """All that is here and good, verified now: takes as long as reading it all once."""
@@ -189,6 +217,8 @@ class Vault:
         self._holdings.parities.close()
         self._links.close(CLOSE_LIMIT_S)
         self._protecting.close(CLOSE_LIMIT_S)
+        if self.saving is not None:
+            self.saving.close(CLOSE_LIMIT_S)
         self._server.close(CLOSE_LIMIT_S)
         self._listener.join(CLOSE_LIMIT_S)
         self._bell.close()

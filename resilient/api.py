@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from .imports import check_not_hidden
-from .job import Snapshot, settings_from
+from .job import Checkpoint, Snapshot, settings_from
 from .result import Result
 
 
@@ -23,6 +23,7 @@ def train(
     wait_for_nodes_s: float = 600.0,
     allow_different_bits: bool = False,
     snapshot: Snapshot | None = None,
+    checkpoint: Checkpoint | None = None,
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore",
 ) -> Callable[[Callable[..., Any]], TrainFunction]:
     """Make a training function fault-tolerant. The function receives a `Run` as its first argument.
@@ -40,6 +41,8 @@ def train(
     allow_different_bits: only warn when nodes compute different bits.
     snapshot: resilient.Snapshot(...): copies of the state in the nodes' memory, from which the run goes on
         even when all of its ranks have died.
+    checkpoint: resilient.Checkpoint(url, ...): some of these copies are written to storage in the background, to go
+        on from when memory can't help; with it, snapshots are on.
     on_nonfinite: what to do with a step whose loss or gradient is not finite: "stop" the run, "skip" the step
         (no update, no scheduler step, the next data), or "rollback" to the newest snapshot and leave that
         step's data out. With a GradScaler, which expects such gradients, only the loss counts.
@@ -59,6 +62,7 @@ def train(
             wait_for_nodes_s=wait_for_nodes_s,
             allow_different_bits=allow_different_bits,
             snapshot=snapshot,
+            checkpoint=checkpoint,
             on_nonfinite=on_nonfinite,
         )
         return TrainFunction(function, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from .core.recovery import Limits
 DRIVER_LEASE_DETECTIONS = 5
 LEASE_DETECTIONS = 15
 MOST_PARITY = 16
+HIGHEST_ZSTD = 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,63 @@ class Snapshot:
             raise ValueError(f"Snapshot(directory={self.directory!r}): is an absolute path, such as /dev/shm")
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Snapshots on storage, written in the background. Raises ValueError naming field, value and what is allowed.
+
+    url: a folder that all nodes can write to, or a place in an object store: a path, s3://bucket/name, gs://...
+    every: a checkpoint at the start of every so many steps, or after so much time, such as "10min" or "90s"; and of
+        the final state.
+    keep: how many complete ones to keep.
+    compression: zstd level, 1..22, or "none".
+    resume: "auto" goes on from the newest snapshot or checkpoint that there is, "never" begins at step 0, a step
+        begins with the checkpoint of exactly that step.
+    """
+
+    url: str
+    every: int | str = "10min"
+    keep: int = 3
+    compression: int | Literal["none"] = 1
+    resume: Literal["auto", "never"] | int = "auto"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.url, str) and self.url):
+            raise ValueError(f"Checkpoint(url={self.url!r}): is a path or a URL, such as s3://bucket/name")
+        whole = _is_whole(self.every) and isinstance(self.every, int) and self.every >= 1
+        if not whole and self.every_s is None:
+            raise ValueError(
+                f'Checkpoint(every={self.every!r}): is a whole number of steps from 1 on, or a time such as "10min", '
+                '"90s" or "2h"'
+            )
+        if not (_is_whole(self.keep) and self.keep >= 1):
+            raise ValueError(f"Checkpoint(keep={self.keep!r}): is a whole number of checkpoints from 1 on")
+        if self.compression != "none" and not (_is_whole(self.compression) and 1 <= self.compression <= HIGHEST_ZSTD):
+            raise ValueError(
+                f'Checkpoint(compression={self.compression!r}): is a zstd level 1..{HIGHEST_ZSTD}, or "none"'
+            )
+        if self.resume not in ("auto", "never") and not (_is_whole(self.resume) and int(self.resume) >= 0):
+            raise ValueError(f'Checkpoint(resume={self.resume!r}): is "auto", "never", or a step')
+
+    @property
+    def every_steps(self) -> int | None:
+        return self.every if isinstance(self.every, int) else None
+
+    @property
+    def every_s(self) -> float | None:
+        found = _TIME.fullmatch(self.every) if isinstance(self.every, str) else None
+        seconds = float(found["number"]) * _UNITS_S[found["unit"]] if found else 0.0
+        return seconds or None
+
+    @property
+    def level(self) -> int | None:
+        """Of zstd; None for none."""
+        return None if self.compression == "none" else self.compression
+
+
+_UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_TIME = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>s|min|h)")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The decorator's arguments. Raises ValueError or TypeError naming field, value and what is allowed."""
@@ -59,6 +118,7 @@ class Settings:
     wait_for_nodes_s: float
     allow_different_bits: bool
     snapshot: Snapshot | None = None
+    checkpoint: Checkpoint | None = None
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
 
     def __post_init__(self) -> None:
@@ -100,6 +160,7 @@ class Settings:
             max_workers=self.workers[1],
             spares=self.spares,
             snapshots=self.snapshot is not None,
+            checkpoints=self.checkpoint is not None,
             wait_for_nodes_s=self.wait_for_nodes_s,
             detection_s=self.detection_s,
         )
@@ -142,6 +203,7 @@ def settings_from(
     wait_for_nodes_s: Any,
     allow_different_bits: Any,
     snapshot: Any = None,
+    checkpoint: Any = None,
     on_nonfinite: Any = "ignore",
 ) -> Settings:
     """Bring what users write into one form: workers=4 means (4, 4); spares and seed are whole numbers."""
@@ -159,6 +221,10 @@ def settings_from(
         raise TypeError(f"allow_different_bits={allow_different_bits!r}: is True or False")
     if not (snapshot is None or isinstance(snapshot, Snapshot)):
         raise TypeError(f"snapshot={snapshot!r}: is a resilient.Snapshot(...), or None for none")
+    if not (checkpoint is None or isinstance(checkpoint, Checkpoint)):
+        raise TypeError(f"checkpoint={checkpoint!r}: is a resilient.Checkpoint(...), or None for none")
+    if checkpoint is not None and snapshot is None:
+        snapshot = Snapshot()  # checkpoints are written from them
     return Settings(
         name=name,
         workers=(pair[0], pair[1]),
@@ -170,6 +236,7 @@ def settings_from(
         wait_for_nodes_s=wait_for_nodes_s,
         allow_different_bits=allow_different_bits,
         snapshot=snapshot,
+        checkpoint=checkpoint,
         on_nonfinite=on_nonfinite,
     )
 

@@ -182,6 +182,13 @@ class SlotView:
         self._expect(preamble.commit)
         layout.write_seal(self._buffer, word)
 
+    def sums(self) -> tuple[int, ...]:
+        """The xxh3_64 of each chunk, as sealed. Raises SlotChanged if the slot is not sealed."""
+        preamble = self._expect()
+        if not preamble.seal:
+            raise SlotChanged(f"{self.name} is not sealed, so there are no sums")
+        return layout.read_sums(self._readonly, preamble, self.name)
+
     def verify(self) -> tuple[int, ...]:
         """The numbers of the chunks that are not what was sealed; ascending, empty if all is well.
 

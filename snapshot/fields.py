@@ -19,7 +19,7 @@ def key_fields(key: SnapshotKey) -> list[int]:
 
 
 def key_from(value: object) -> SnapshotKey:
-    attempt, branch, step, generation = (whole(number, "key") for number in _list(value, "key", 4))
+    attempt, branch, step, generation = (whole(number, "key") for number in sequence(value, "key", 4))
     return SnapshotKey(attempt=attempt, branch=branch, step=step, generation=generation)
 
 
@@ -29,7 +29,7 @@ def group_fields(group: Group) -> Fields:
 
 def group_from(value: object) -> Group:
     fields = mapping(value, "group")
-    nodes = tuple(text(node, "group: nodes") for node in _list(fields.get("nodes"), "group: nodes"))
+    nodes = tuple(text(node, "group: nodes") for node in sequence(fields.get("nodes"), "group: nodes"))
     return Group(nodes=nodes, parity=whole(fields.get("parity"), "group: parity"))
 
 
@@ -43,7 +43,7 @@ def image_from(value: object) -> NodeImage:
     return NodeImage(
         node=text(fields.get("node"), "image: node"),
         image_bytes=whole(fields.get("image_bytes"), "image: image_bytes"),
-        shards=tuple(_shard_from(shard) for shard in _list(fields.get("shards"), "image: shards")),
+        shards=tuple(_shard_from(shard) for shard in sequence(fields.get("shards"), "image: shards")),
     )
 
 
@@ -66,7 +66,7 @@ def parity_from(value: object) -> ParityFound:
         group=group_from(fields.get("group")),
         class_index=whole(fields.get("class"), "parity: class"),
         row=whole(fields.get("row"), "parity: row"),
-        images=tuple(image_from(image) for image in _list(fields.get("images"), "parity: images")),
+        images=tuple(image_from(image) for image in sequence(fields.get("images"), "parity: images")),
     )
 
 
@@ -89,8 +89,14 @@ def mapping(value: object, name: str) -> Mapping[str, Any]:
     return value
 
 
+def sequence(value: object, name: str, length: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or length not in (None, len(value)):
+        raise ValueError(f"{name}: got {value!r:.80}, must be a list" + (f" of {length}" if length else ""))
+    return value
+
+
 def _shard_from(value: object) -> ShardFound:
-    rank, world, start, stop, state_bytes, skeleton = _list(value, "shard", 6)
+    rank, world, start, stop, state_bytes, skeleton = sequence(value, "shard", 6)
     return ShardFound(
         rank=whole(rank, "shard: rank"),
         world=whole(world, "shard: world"),
@@ -99,9 +105,3 @@ def _shard_from(value: object) -> ShardFound:
         state_bytes=whole(state_bytes, "shard: state_bytes"),
         skeleton=text(skeleton, "shard: skeleton"),
     )
-
-
-def _list(value: object, name: str, length: int | None = None) -> list[Any]:
-    if not isinstance(value, list) or length not in (None, len(value)):
-        raise ValueError(f"{name}: got {value!r:.80}, must be a list" + (f" of {length}" if length else ""))
-    return value

@@ -139,6 +139,12 @@ class SlotFolder:
                     found.setdefault(key_of(known.head), {})[known.head.rank] = known.view
         return found
 
+    def durable(self) -> set[SnapshotKey]:
+        """Of what the last look found, that which is to be made durable."""
+        with self._lock:
+            heads = [known.head for known in self._known.values() if known.head is not None]
+        return {key_of(head) for head in heads if head.durable}
+
     def held_bytes(self) -> int:
         with self._lock:
             return sum(known.head.payload_bytes for known in self._known.values() if known.head is not None)

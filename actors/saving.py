@@ -1,0 +1,232 @@
+"""Makes a node's snapshots durable: writes those that are meant to be, and commits a checkpoint when all nodes have.
+
+    protected --> written: each keeper its ranks' shards --> committed, by the keeper of rank 0 --> old ones pruned
+             \\--> given up after some tries; counted and told, and training has its slot back
+
+What other keepers have written is seen on storage alone. It all happens in one thread at the lowest priority, beside
+training, never in front of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+
+from actors.agenda import in_time, ordinal
+from actors.holdings import Holdings
+from actors.priority import lowest_priority
+from actors.ring import Ring
+from snapshot import store
+from snapshot.arena import SlotError, SlotView
+from snapshot.core.branches import Lineage
+from snapshot.core.inventory import SnapshotKey
+from snapshot.core.lifecycle import Ordinal
+from snapshot.core.manifest import Manifest
+from snapshot.files import Files, StorageError, open_files
+
+LOOK_S = 0.2
+LATE_S = 10.0
+"""So long a snapshot may take to be protected before it is written all the same."""
+TRIES = 3
+PAUSE_S = 2.0
+COMMIT_LIMIT_S = 1800.0
+"""So long the others' shards are waited for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveSpec:
+    """url: where to. keep: how many checkpoints. level: of zstd, None for none. token: this attempt's own."""
+
+    url: str
+    keep: int
+    level: int | None
+    token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveNews:
+    """What has come of it so far. durable: the newest checkpoint that this keeper has committed."""
+
+    durable: SnapshotKey | None = None
+    committed: int = 0
+    failures: int = 0
+    last_failure: str = ""
+    stored_bytes: int = 0
+    """Of the newest checkpoint."""
+    took_s: float = 0.0
+    """From seeing it complete here to its commit."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """All shards of this node are on storage."""
+
+    key: SnapshotKey
+    lineage: Lineage
+    folder: str
+    seen_at: float
+
+
+class GivenUp(Exception):
+    """The keeper is closing."""
+
+
+class Saving:
+    def __init__(
+        self,
+        spec: SaveSpec,
+        *,
+        holdings: Holdings,
+        protected: Callable[[], SnapshotKey | None],
+        settled: Callable[[Ordinal], None],
+        open_files: Callable[[str], Files] = open_files,
+    ) -> None:
+        """protected: the newest snapshot that is. settled: the slots of this one, and all before, are not needed
+        any more."""
+        self.news = SaveNews()
+        self._spec = spec
+        self._holdings = holdings
+        self._protected = protected
+        self._settled = settled
+        self._open_files = open_files
+        self._files: Files | None = None
+        self._first_seen: dict[SnapshotKey, float] = {}
+        self._tries: dict[SnapshotKey, int] = {}
+        self._newest_done: SnapshotKey | None = None
+        self._pending: _Pending | None = None
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="saving", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def close(self, limit_s: float) -> None:
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(limit_s)
+
+    def wait_until_done(self) -> None:
+        """Until all that is here to be made durable is, or has been given up."""
+        while not self._closing.is_set() and (self._to_write() or self._pending is not None):
+            time.sleep(LOOK_S)
+
+    # The thread
+
+    def _run(self) -> None:
+        lowest_priority()
+        while not self._closing.is_set():
+            self._wake.wait(LOOK_S)
+            self._wake.clear()
+            try:
+                self._turn(time.monotonic())
+            except GivenUp:
+                return
+
+    def _turn(self, now: float) -> None:
+        found = self._to_write()
+        for key in sorted(found, key=in_time):
+            seen_at = self._first_seen.setdefault(key, now)
+            protected = self._protected()
+            if (protected is not None and in_time(protected) >= in_time(key)) or now - seen_at > LATE_S:
+                self._write(key, *found[key])
+        if self._pending is not None:
+            self._commit(self._pending)
+
+    def _to_write(self) -> dict[SnapshotKey, tuple[Ring, Mapping[int, SlotView]]]:
+        complete = self._holdings.own.complete()
+        wanted = self._holdings.own.slots.durable()
+        done = self._newest_done
+        return {
+            key: found
+            for key, found in complete.items()
+            if key in wanted and found[1] and (done is None or in_time(key) > in_time(done))
+        }
+
+    def _write(self, key: SnapshotKey, ring: Ring, slots: Mapping[int, SlotView]) -> None:
+        try:
+            for _, view in sorted(slots.items()):
+                view.seal()
+                store.write_shard(
+                    self._storage(),
+                    token=self._spec.token,
+                    head=view.head(),
+                    payload=view.payload,
+                    sums=view.sums(),
+                    compression=self._spec.level,
+                    pause=self._pause,
+                )
+        except (StorageError, SlotError) as error:
+            self._failed(key, error)
+            return
+        if 0 in slots:
+            folder = store.folder_of(key.attempt, key.branch, key.step, key.generation, self._spec.token)
+            self._pending = _Pending(key, Lineage(branches=ring.branches), folder, self._first_seen[key])
+        self._finished_writing(key)
+
+    def _failed(self, key: SnapshotKey, error: Exception) -> None:
+        self._tries[key] = self._tries.get(key, 0) + 1
+        self._count(f"{key} could not be written: {error}")
+        if self._tries[key] >= TRIES or isinstance(error, SlotError):
+            self._finished_writing(key)
+        elif self._closing.wait(PAUSE_S):
+            raise GivenUp
+
+    def _finished_writing(self, key: SnapshotKey) -> None:
+        """With success or without."""
+        self._newest_done = key
+        self._tries.clear()
+        self._first_seen.clear()
+        self._settled(ordinal(key))
+
+    def _commit(self, pending: _Pending) -> None:
+        try:
+            manifest = store.commit(self._storage(), pending.folder, lineage=pending.lineage, saved_at=_now())
+        except (StorageError, ValueError) as error:
+            manifest = None
+            self._count(f"{pending.key} could not be committed: {error}")
+            if self._closing.wait(PAUSE_S):
+                raise GivenUp from error
+        if manifest is not None:
+            self._pending = None
+            self._committed(pending, manifest)
+        elif time.monotonic() - pending.seen_at > COMMIT_LIMIT_S:
+            self._pending = None
+            self._count(f"{pending.key}: other nodes have not written their shards")
+
+    def _committed(self, pending: _Pending, manifest: Manifest) -> None:
+        self.news = replace(
+            self.news,
+            durable=pending.key,
+            committed=self.news.committed + 1,
+            stored_bytes=manifest.stored_bytes,
+            took_s=time.monotonic() - pending.seen_at,
+        )
+        try:
+            store.prune(
+                self._storage(), self._spec.keep, attempt=pending.key.attempt, token=self._spec.token, verified=None
+            )
+        except StorageError as error:
+            self._count(f"old checkpoints could not be removed: {error}")
+
+    def _count(self, what: str) -> None:
+        self.news = replace(self.news, failures=self.news.failures + 1, last_failure=what)
+
+    def _storage(self) -> Files:
+        if self._files is None:
+            self._files = self._open_files(self._spec.url)
+        return self._files
+
+    def _pause(self) -> None:
+        if self._closing.is_set():
+            raise GivenUp
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
