@@ -6,6 +6,7 @@
     anything else       its state_dict(), given back to load_state_dict(): schedulers, scalers, data loaders
 
 No pickle anywhere. Bits survive, and so does aliasing: a tensor that several places share is stored once.
+Of a DTensor this rank's shard is stored; see `snapshot.sharded`.
 `snapshot.load` is the way back, `snapshot.recapture` the way to do it at every step.
 
 The steady tensors stand first in the table: of all modules, by name, then what the optimizers keep for each
@@ -14,16 +15,20 @@ parameter. From one step to the next they are nearly always the same.
 
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from snapshot.skeleton import Skeleton, TensorSpec
+from snapshot.sharded import is_sharded, local_of, place_of_any, shard_of
+from snapshot.skeleton import ShardSpec, Skeleton, TensorSpec
 from snapshot.table import DTYPES, Place, StateTable, describe, memory_order, place_of
 from snapshot.tree import Json, encode
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def capture(objects: Mapping[str, object]) -> StateTable:
@@ -198,7 +203,9 @@ class Capturing:
         index = self.tensor(path, tensor)
         base = self._base
         held = base.tensors[index] if base and index < self._first else self.tensors[index - self._first]
-        if held.data_ptr() == tensor.data_ptr():  # the table refers to it, and has no copy
+        # The table refers to it, and has no copy. Not a DTensor: torch counts no writes to its local tensor, so who
+        # copies that while it may change would not find out that it did.
+        if held.data_ptr() == tensor.data_ptr() and not is_sharded(tensor):
             self.calm.add(index)
         return index
 
@@ -207,23 +214,31 @@ class Capturing:
 
     def tensor(self, path: str, tensor: Tensor) -> int:
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        if not plain and is_sharded(tensor):
+            return self._shard(path, tensor)
         if not plain or tensor.is_meta or _dtype_name(tensor.dtype) not in DTYPES:
-            raise TypeError(
-                f"{path}: {describe(tensor)} can't be captured; only dense, plain tensors in memory can. "
-                "Lazy modules need a forward first, meta tensors to_empty, sparse ones to_dense"
-            )
-        place = place_of(tensor)
+            raise _refusal(path, tensor)
+        return self._numbered(path, tensor, place_of(tensor), None)
+
+    def _shard(self, path: str, tensor: "DTensor") -> int:
+        shard, local = shard_of(path, tensor), local_of(tensor)
+        plain = type(local) in (Tensor, nn.Parameter) and local.layout is torch.strided
+        if not plain or local.is_meta or _dtype_name(local.dtype) not in DTYPES:
+            raise _refusal(f"{path}: local tensor", local)
+        return self._numbered(path, tensor, place_of_any(tensor), shard)
+
+    def _numbered(self, path: str, tensor: Tensor, place: Place, shard: ShardSpec | None) -> int:
         index = self.index.get(place)
         if index is None and self._base is not None:
             index = self._base.index.get(place)
         if index is None:
             index = self._first + len(self.tensors)
             self.originals.append(tensor)
-            self._add(path, tensor)
+            self._add(path, tensor if shard is None else local_of(tensor), shard)
         self.index[place] = index
         return index
 
-    def _add(self, path: str, tensor: Tensor) -> None:
+    def _add(self, path: str, tensor: Tensor, shard: ShardSpec | None) -> None:
         dense, order = dense_of(tensor)
         self.tensors.append(dense)
         self.specs.append(
@@ -234,6 +249,7 @@ class Capturing:
                 shape=tuple(dense.shape),
                 order=order,
                 device=dense.device.type,
+                shard=shard,
             )
         )
 
@@ -269,6 +285,13 @@ def dense_of(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def _is_portable(dtype: np.dtype[Any]) -> bool:
     """Numbers in this machine's byte order; not long double, about which platforms disagree."""
     return dtype.kind in "biufc" and dtype.isnative and dtype.char not in "gG"
+
+
+def _refusal(path: str, tensor: Tensor) -> TypeError:
+    return TypeError(
+        f"{path}: {describe(tensor)} can't be captured; only dense, plain tensors in memory can. "
+        "Lazy modules need a forward first, meta tensors to_empty, sparse ones to_dense"
+    )
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

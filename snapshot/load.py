@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from snapshot.capture import buffer_places, kind_of, parts_with_extra_state
+from snapshot.sharded import describe_any, distributed, fill, has_layout, local_of, place_of_any
 from snapshot.skeleton import TensorSpec
-from snapshot.table import Place, StateTable, describe, place_of
+from snapshot.table import Place, StateTable
 from snapshot.tree import DecodeLeaf, Json, decode
 
 _KINDS = ("module", "optimizer", "values", "object")
@@ -72,7 +73,7 @@ def _plan_module(loading: "_Loading", name: str, module: nn.Module, structure: A
     stored = structure["extra"]
     _require_same(f"{name}: modules with extra state", list(extra), [path for path, _ in stored])
     for path, node in stored:
-        loading.call(extra[path].set_extra_state, loading.fresh_tree(node))
+        loading.call(extra[path].set_extra_state, loading.fresh_tree(node, extra[path].get_extra_state))
 
 
 def _plan_buffer(
@@ -85,9 +86,8 @@ def _plan_buffer(
     part, key, buffer = place
     new = None
     if index is not None:
-        source = loading.source(index)
-        if buffer is not None and buffer.dtype != source.dtype:
-            raise ValueError(f"{path}: expected {describe(buffer)}, found {describe(source)} in the table")
+        if buffer is not None and buffer.dtype != loading.source(index).dtype:
+            raise loading.misfit(path, index, buffer)
         new = loading.tensor(index, buffer, home if buffer is None else buffer.device)
     if new is not buffer:
         loading.write(lambda: part._buffers.__setitem__(key, new))
@@ -128,7 +128,7 @@ def _plan_parameter_state(
         beside = spec.device == entry["device"] and (step_on_device or not is_step)
         return parameter.device if beside else torch.device("cpu")
 
-    state = loading.tree(entry["state"], current=current, device_for=device_for)
+    state = loading.tree(entry["state"], current=current, device_for=device_for, beside=parameter)
     if parameter in optimizer.state:
         loading.replace(current, state)
     else:
@@ -136,7 +136,7 @@ def _plan_parameter_state(
 
 
 def _plan_object(loading: "_Loading", name: str, thing: Any, structure: Json) -> None:
-    state = loading.fresh_tree(structure)
+    state = loading.fresh_tree(structure, thing.state_dict)
     if isinstance(thing, LRScheduler | GradScaler):
         # Their load_state_dict takes whatever it is given.
         _require_same(f"{name}: fields", _fields(thing.state_dict()), _fields(state))
@@ -173,6 +173,7 @@ class _Loading:
 
     def __init__(self, table: StateTable) -> None:
         self._table = table
+        self._any_shards = any(spec.shard is not None for spec in table.layout.tensors)
         self._targets: dict[int, Tensor] = {}
         self._claimed: dict[Place, int] = {}
         self._calls: list[Callable[[], object]] = []
@@ -182,15 +183,19 @@ class _Loading:
     def source(self, index: int) -> Tensor:
         return self._table.tensors[index]
 
+    def misfit(self, path: str, index: int, target: Tensor) -> ValueError:
+        found = describe_any(self.source(index), self._table.layout.tensors[index].shard)
+        return ValueError(f"{path}: expected {describe_any(target)}, found {found} in the table")
+
     def overwrite(self, path: str, index: int, target: Tensor) -> None:
         """This very tensor takes the stored one's elements."""
         source, known = self.source(index), self._targets.get(index)
-        if (target.shape, target.dtype) != (source.shape, source.dtype):
-            raise ValueError(f"{path}: expected {describe(target)}, found {describe(source)} in the table")
-        name = self._table.layout.tensors[index].name
-        if known is not None and place_of(known) != place_of(target):
-            raise ValueError(f"{path}: expected a tensor of its own, found it tied to {name} in the table")
-        owner = self._claimed.setdefault(place_of(target), index)
+        spec, part = self._table.layout.tensors[index], local_of(target)
+        if (part.shape, part.dtype) != (source.shape, source.dtype) or not has_layout(target, spec.shard):
+            raise self.misfit(path, index, target)
+        if known is not None and place_of_any(known) != place_of_any(target):
+            raise ValueError(f"{path}: expected a tensor of its own, found it tied to {spec.name} in the table")
+        owner = self._claimed.setdefault(place_of_any(target), index)
         if owner != index:
             tied = self._table.layout.tensors[owner].name
             raise ValueError(f"{path}: expected it tied to {tied}, found a tensor of its own in the table")
@@ -198,22 +203,32 @@ class _Loading:
             self._targets[index] = target
             self._copies.append((target, source))
 
-    def tensor(self, index: int, current: object, device: torch.device) -> Tensor:
-        """The tensor that takes the stored one's place: the current one if it fits, else a new one."""
-        source, known = self.source(index), self._targets.get(index)
+    def tensor(self, index: int, current: object, device: torch.device, beside: object = None) -> Tensor:
+        """The tensor that takes the stored one's place: the current one if it fits, else a new one.
+
+        beside: on its mesh a new DTensor is, if none stands here.
+        """
+        source, known, spec = self.source(index), self._targets.get(index), self._table.layout.tensors[index]
         if isinstance(current, Tensor):
-            if known is not None and place_of(known) == place_of(current):
+            if not has_layout(current, spec.shard):
+                raise self.misfit(spec.name, index, current)
+            place, part = place_of_any(current), local_of(current)
+            if known is not None and place_of_any(known) == place:
                 return current
-            same = (current.shape, current.dtype, current.device) == (source.shape, source.dtype, device)
-            overlaps = any(stride == 0 < size - 1 for size, stride in zip(current.shape, current.stride(), strict=True))
-            if known is None and same and not overlaps and place_of(current) not in self._claimed:
-                self._claimed[place_of(current)] = index
+            same = (part.shape, part.dtype, part.device) == (source.shape, source.dtype, device)
+            overlaps = any(stride == 0 < size - 1 for size, stride in zip(part.shape, part.stride(), strict=True))
+            if known is None and same and not overlaps and place not in self._claimed:
+                self._claimed[place] = index
                 self._targets[index] = current
                 self._copies.append((current, source))
                 return current
         if known is None:
-            known = self._targets[index] = source.to(device, copy=True)
+            known = self._targets[index] = self._new(index, device, current, beside)
         return known
+
+    def _new(self, index: int, device: torch.device, *likes: object) -> Tensor:
+        spec, local = self._table.layout.tensors[index], self.source(index).to(device, copy=True)
+        return local if spec.shard is None else distributed(local, spec, likes)
 
     def tree(
         self,
@@ -221,25 +236,31 @@ class _Loading:
         *,
         current: object,
         device_for: Callable[[TensorSpec, object], torch.device] = _default_device,
+        beside: Tensor | None = None,
     ) -> Any:
-        """Values whose tensors are, where they fit, those in `current`."""
+        """Values whose tensors are, where they fit, those in `current`. beside: see `tensor`."""
 
         def place(index: int, here: object) -> Tensor:
-            return self.tensor(index, here, device_for(self._table.layout.tensors[index], here))
+            return self.tensor(index, here, device_for(self._table.layout.tensors[index], here), beside)
 
         return decode(node, leaf=_leaf_decoder(place), current=current)
 
-    def fresh_tree(self, node: Json) -> Any:
-        """Values whose tensors are all new, for code that may keep them."""
+    def fresh_tree(self, node: Json, current: Callable[[], object]) -> Any:
+        """Values whose tensors are all new, for code that may keep them.
+
+        current: gives what there is now, if DTensors have to know on which mesh they are.
+        """
         made: dict[int, Tensor] = {}
 
-        def place(index: int, _: object) -> Tensor:
+        def place(index: int, here: object) -> Tensor:
             if index not in made:
-                device = _default_device(self._table.layout.tensors[index], None)
-                made[index] = self.source(index).to(device, copy=True)
+                spec = self._table.layout.tensors[index]
+                if spec.shard is not None and isinstance(here, Tensor) and not has_layout(here, spec.shard):
+                    raise self.misfit(spec.name, index, here)
+                made[index] = self._new(index, _default_device(spec, None), here)
             return made[index]
 
-        return decode(node, leaf=_leaf_decoder(place))
+        return decode(node, leaf=_leaf_decoder(place), current=current() if self._any_shards else None)
 
     def replace(self, target: dict[Any, Any], values: Mapping[Any, Any]) -> None:
         """Later: the dict, itself kept, has these values in this order."""
@@ -257,7 +278,7 @@ class _Loading:
             call()
         with torch.no_grad():
             for target, source in self._copies:
-                target.copy_(source)
+                fill(target, source)
         for write in self._writes:
             write()
 

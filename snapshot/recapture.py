@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from snapshot.capture import Capturing, capture_steady, capture_upon, capture_values, dense_of, kind_of
 from snapshot.front import Front
+from snapshot.sharded import is_sharded, local_of, place_of_any
 from snapshot.skeleton import Skeleton, spelled, spelled_specs
 from snapshot.table import StateTable, place_of
 from snapshot.tree import Json, to_bytes
@@ -67,11 +68,11 @@ class _Known:
                 self._watches[name] = WatchedOptimizer(name, thing, structure)
         tensors = [tensor for watch in self._watches.values() for tensor in watch.tensors()]
         self._memory = Memory(tensors)
-        self._place = {id(tensor): place_of(tensor) for tensor in tensors}
-        self._uses = Counter(map(place_of, tensors))
+        self._place = {id(tensor): place_of_any(tensor) for tensor in tensors}
+        self._uses = Counter(map(place_of_any, tensors))
         self._layouts = {place[2:] for place in steady.index}
         # What has gaps in memory, so that the table has a copy.
-        pairs = zip(steady.originals, steady.tensors, strict=True)
+        pairs = zip(map(local_of, steady.originals), steady.tensors, strict=True)
         self._copied = [number for number, (own, held) in enumerate(pairs) if own.data_ptr() != held.data_ptr()]
         self._calm = steady.all_calm()
         self._specs, self._spelled_specs = tuple(steady.specs), spelled_specs(steady.specs)
@@ -88,7 +89,7 @@ class _Known:
         except Changed:
             return None
         for number in self._copied:
-            self._steady.tensors[number] = dense_of(self._steady.originals[number])[0]
+            self._steady.tensors[number] = dense_of(local_of(self._steady.originals[number]))[0]
         layout = Skeleton(
             tensors=(*self._specs, *capturing.specs), objects={name: node for name, (node, _) in parts.items()}
         )
@@ -117,7 +118,12 @@ class _Known:
 
     def _replace(self, former: Tensor, buffer: Tensor) -> None:
         """One that nothing else here refers to, by another such, laid out alike."""
-        if type(buffer) is not type(former) or buffer.layout is not former.layout or buffer.numel() == 0:
+        if (
+            type(buffer) is not type(former)
+            or is_sharded(buffer)
+            or buffer.layout is not former.layout
+            or buffer.numel() == 0
+        ):
             raise Changed
         old, new = self._place.pop(id(former), ()), place_of(buffer)
         alike = (old[:1], old[2:]) == (new[:1], new[2:])

@@ -6,14 +6,65 @@ they belong. No torch: keepers read it too.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
 from snapshot.tree import Json, to_bytes
 
 FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """Where a tensor lies in a whole of which each rank holds a box.
+
+    offsets: of the box's first element in the whole, per dim. An empty box may lie at the end.
+    placements: per mesh axis, "Shard(dim)" or "Replicate()".
+    mesh_shape, coordinate: ranks along each mesh axis, and where among them this one stands.
+    """
+
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    placements: tuple[str, ...]
+    mesh_shape: tuple[int, ...]
+    coordinate: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        numbers = (*self.global_shape, *self.offsets, *self.mesh_shape, *self.coordinate)
+        if not all(_is_size(number) for number in numbers):
+            raise ValueError(f"skeleton: impossible size in {self!r}")
+        if not len(self.placements) == len(self.mesh_shape) == len(self.coordinate):
+            raise ValueError(f"skeleton: not as many placements, mesh axes and coordinates in {self!r}")
+        if any(at >= ranks for at, ranks in zip(self.coordinate, self.mesh_shape, strict=True)):
+            raise ValueError(f"skeleton: the coordinate is outside of the mesh in {self!r}")
+        if not all(type(placement) is str and _PLACEMENT.fullmatch(placement) for placement in self.placements):
+            raise ValueError(f"skeleton: unknown placement in {self!r}")
+        if any(dim is not None and dim >= len(self.global_shape) for dim in self.dims):
+            raise ValueError(f"skeleton: a dim is sharded that is not there in {self!r}")
+
+    @property
+    def dims(self) -> tuple[int | None, ...]:
+        """Per mesh axis the dim that it shards."""
+        found = (_PLACEMENT.fullmatch(placement) for placement in self.placements)
+        return tuple(int(match[1]) if match and match[1] else None for match in found)
+
+    def check_box(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless a box of that shape lies within the whole, and spans what nothing shards."""
+        if not len(shape) == len(self.offsets) == len(self.global_shape):
+            raise ValueError(f"skeleton: {name}: {shape} has not as many dims as {self!r}")
+        for dim, (size, offset, whole) in enumerate(zip(shape, self.offsets, self.global_shape, strict=True)):
+            if offset + size > whole or (dim not in self.dims and size != whole):
+                raise ValueError(f"skeleton: {name}: no box {shape} is in {self!r}")
+
+    def __str__(self) -> str:
+        placements = ", ".join(self.placements)
+        return f"shape {self.global_shape}, [{placements}] at {self.coordinate} of mesh {self.mesh_shape}"
+
+
+_PLACEMENT = re.compile(r"Replicate\(\)|Shard\((0|[1-9][0-9]{0,3})\)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +77,7 @@ class TensorSpec:
     order: axes of `shape` from the outermost in memory to the innermost; (0, 1, ...) is the usual order. The
         bytes are stored in memory order, so that a channels-last tensor needs no copy.
     device: the kind of device that the sender had it on, e.g. "cuda".
+    shard: of what it is a part, if it is the sender's shard of a DTensor; `shape` is the shard's.
     """
 
     name: str
@@ -34,6 +86,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     order: tuple[int, ...]
     device: str
+    shard: ShardSpec | None = None
 
     def __post_init__(self) -> None:
         sizes_fit = all(_is_size(size) for size in (self.itemsize, *self.shape))
@@ -41,6 +94,8 @@ class TensorSpec:
             raise ValueError(f"skeleton: {self.name}: impossible size {self.itemsize} * {self.shape}")
         if sorted(self.order) != list(range(len(self.shape))):
             raise ValueError(f"skeleton: {self.name}: {self.order} is no order of {len(self.shape)} axes")
+        if self.shard is not None:
+            self.shard.check_box(self.name, self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -71,13 +126,9 @@ class Skeleton:
             found = node["format"]
             if found != FORMAT:
                 raise ValueError(f"skeleton: format {found!r}, this version reads {FORMAT}")
-            specs = tuple(
-                TensorSpec(**{**spec, "shape": tuple(spec["shape"]), "order": tuple(spec["order"])})
-                for spec in node["tensors"]
-            )
-            skeleton = cls(tensors=specs, objects=dict(node["objects"]))
+            skeleton = cls(tensors=tuple(map(_spec_of, node["tensors"])), objects=dict(node["objects"]))
             canonical = skeleton.to_bytes() == data
-        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not a skeleton of a state: {error!r}") from error
         if not canonical:
             raise ValueError("not a skeleton of a state: it is not spelled canonically")
@@ -96,19 +147,31 @@ def spelled(*, objects: Mapping[str, bytes], tensors: bytes) -> bytes:
 
 def spelled_specs(specs: Iterable[TensorSpec]) -> bytes:
     """One after the other, with commas between."""
-    return b",".join(
-        to_bytes(
-            {
-                "name": spec.name,
-                "dtype": spec.dtype,
-                "itemsize": spec.itemsize,
-                "shape": list(spec.shape),
-                "order": list(spec.order),
-                "device": spec.device,
-            }
-        )
-        for spec in specs
-    )
+    return b",".join(to_bytes(_node_of(spec)) for spec in specs)
+
+
+def _node_of(spec: TensorSpec) -> Json:
+    node: dict[str, Json] = {
+        "name": spec.name,
+        "dtype": spec.dtype,
+        "itemsize": spec.itemsize,
+        "shape": list(spec.shape),
+        "order": list(spec.order),
+        "device": spec.device,
+    }
+    if spec.shard is not None:  # left out of all others, which are spelled as ever
+        node["shard"] = {field: list(getattr(spec.shard, field)) for field in _SHARD_FIELDS}
+    return node
+
+
+_SHARD_FIELDS = tuple(field.name for field in fields(ShardSpec))
+
+
+def _spec_of(node: Any) -> TensorSpec:
+    values = {**node, "shape": tuple(node["shape"]), "order": tuple(node["order"])}
+    if "shard" in node:
+        values["shard"] = ShardSpec(**{field: tuple(value) for field, value in node["shard"].items()})
+    return TensorSpec(**values)
 
 
 def _is_size(value: object) -> bool:

@@ -22,6 +22,7 @@ from snapshot.capture import (
     parameter_states,
     parts_with_extra_state,
 )
+from snapshot.sharded import identity_of, is_sharded, local_of
 from snapshot.tree import Json, to_bytes
 
 _CHILDREN: Callable[[nn.Module], Iterable[Any]] = attrgetter("_parameters", "_modules")
@@ -42,11 +43,14 @@ class Changed(Exception):
 
 
 class Memory:
-    """Tensors, and what memory they were."""
+    """Tensors, and what memory they were; for a DTensor its local tensor stands."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
-        self._at = {id(tensor): position for position, tensor in enumerate(self._tensors)}
+        whole = list({id(tensor): tensor for tensor in tensors}.values())
+        self._at = {id(tensor): position for position, tensor in enumerate(whole)}
+        self._sharded = list(filter(is_sharded, whole))
+        self._parts = list(map(identity_of, self._sharded))
+        self._tensors = list(map(local_of, whole))
         self._former = [tensor.detach() for tensor in self._tensors]
         self._types, self._dtypes = list(map(type, self._tensors)), list(map(_DTYPE, self._tensors))
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
@@ -55,11 +59,21 @@ class Memory:
         """Raises Changed unless each is, laid out alike, the same part of the same storage."""
         if not _same(map(type, self._tensors), self._types) or not _same(map(_DTYPE, self._tensors), self._dtypes):
             raise Changed
+        if self._sharded:
+            self._check_sharded()
         try:
             same = all(map(Tensor.is_set_to, self._tensors, self._former))
         except RuntimeError as error:  # one of another kind, on the meta device perhaps: a full capture says so
             raise Changed from error
         if not same:
+            raise Changed
+
+    def _check_sharded(self) -> None:
+        """Raises Changed unless each is still made of the very same local tensor and layout."""
+        if not all(map(is_sharded, self._sharded)):
+            raise Changed
+        now = chain.from_iterable(map(identity_of, self._sharded))
+        if not _same(now, list(chain.from_iterable(self._parts))):
             raise Changed
 
     def check_addresses(self) -> None:
