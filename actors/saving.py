@@ -26,6 +26,7 @@ from snapshot.core.inventory import SnapshotKey
 from snapshot.core.lifecycle import Ordinal
 from snapshot.core.manifest import Manifest
 from snapshot.files import Files, StorageError, open_files
+from snapshot.manifests import folder_of
 
 LOOK_S = 0.2
 LATE_S = 10.0
@@ -166,7 +167,7 @@ class Saving:
             self._failed(key, error)
             return
         if 0 in slots:
-            folder = store.folder_of(key.attempt, key.branch, key.step, key.generation, self._spec.token)
+            folder = folder_of(key.attempt, key.branch, key.step, key.generation, self._spec.token)
             self._pending = _Pending(key, Lineage(branches=ring.branches), folder, self._first_seen[key])
         self._finished_writing(key)
 

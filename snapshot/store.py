@@ -35,7 +35,7 @@ from snapshot.share import ShareParts, check_chunk
 from snapshot.slot import RottenSlot, SlotHead
 
 INCOMPLETE = "incomplete"
-_SAME = tuple(name for name in SlotHead.__slots__ if name != "chunks")
+_SAME = tuple(name for name in SlotHead.__slots__ if name not in ("chunks", "durable"))
 
 
 def write_shard(
