@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from .api import TrainFunction, train
 from .errors import LoopError, ResilientError, RunLost, RunStopped, StateDiverged, TrainingFailed
-from .job import Snapshot
+from .job import Checkpoint, Snapshot
 from .result import Result
 
 if TYPE_CHECKING:
     from .run import Run
 
 __all__ = [
+    "Checkpoint",
     "LoopError",
     "ResilientError",
     "Result",

@@ -22,7 +22,9 @@ from actors.lease import Lease
 from actors.lifeline import Lifelines
 from actors.priority import raise_priority
 from actors.remark import Remark
+from actors.saving import SaveNews
 
+from .checkpoints import Saved, look
 from .core.control import Control
 from .core.detector import Detector, Verdict, Vital
 from .core.events import (
@@ -42,6 +44,7 @@ from .core.instructions import (
     End,
     Instruction,
     Kill,
+    LookAtStorage,
     Say,
     SendPlan,
     Spawn,
@@ -71,6 +74,7 @@ class _Beat:
     incarnation: int
     pulses: tuple[Pulse, ...]
     vault: tuple[str, int] | None
+    saved: SaveNews | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,11 @@ class Controller:
         self._me = ray.get_runtime_context().current_actor
         self._ledger = Ledger(job)
         self._workers = Workers(job, self._me)
+        self._saved = Saved()
+        self._finishing: End | None = None
+        """What the run ends with, once its last checkpoint is durable."""
+        self._still_saving: dict[str, int] = {}
+        """Nodes that have not said that they are done, with the keepers' incarnations that were asked."""
         self._protection = Protection(settings.snapshot.parity if settings.snapshot else 0)
         self._answer_limit_s = ANSWER_LIMIT_DETECTIONS * settings.detection_s
         self._lifelines = Lifelines(ray.util.get_node_ip_address(), job.secret, self._lifeline_lost)
@@ -129,9 +138,14 @@ class Controller:
             self._events.put(message)
 
     def beat(
-        self, node: str, incarnation: int, pulses: tuple[Pulse, ...], vault: tuple[str, int] | None = None
+        self,
+        node: str,
+        incarnation: int,
+        pulses: tuple[Pulse, ...],
+        vault: tuple[str, int] | None = None,
+        saved: SaveNews | None = None,
     ) -> None:
-        self._events.put(_Beat(node, incarnation, pulses, vault))
+        self._events.put(_Beat(node, incarnation, pulses, vault, saved))
 
     # Called by the driver
 
@@ -159,6 +173,7 @@ class Controller:
             "recoveries": [{**asdict(item), "total_s": item.total_s} for item in chronicle.recoveries[known:]],
             "back_to": back_to,
             "snapshots": dict(self._snapshots),
+            "checkpoints": self._saved.summary() if self._job.settings.checkpoint else {},
             "known": (os.getpid(), len(chronicle.recoveries), len(self._records.rewinds)),
             "messages": list(self._messages),
             "outcome": None if self._outcome is None else asdict(self._outcome),
@@ -225,7 +240,9 @@ class Controller:
                 self._say(text)
             case ReturnValue(member=member, value=value):
                 self._values[member] = value
-            case _Beat(node=node, incarnation=incarnation, pulses=pulses, vault=vault):
+            case _Beat(node=node, incarnation=incarnation, pulses=pulses, vault=vault, saved=saved):
+                for text in self._saved.heard(node, incarnation, saved) if saved is not None else ():
+                    self._say(text)
                 if self._workers.is_present(node, incarnation):
                     self._protection.heard(node, vault, self._workers.keepers)
                     self._beaten(node, pulses, now)
@@ -240,6 +257,9 @@ class Controller:
         self._look_around(now)
 
     def _answered(self, answer: KeeperAnswer) -> None:
+        if answer.phase == "saved":
+            self._still_saving.pop(answer.node, None)
+            return
         if answer.error:
             self._say(f"keeper of node {answer.node[:8]}: {answer.error}")
         self._protection.answered(answer)
@@ -255,6 +275,8 @@ class Controller:
         if now - self._renewed_at > RENEW_EVERY_S:
             self._renewed_at = now
             self._renew()
+            if self._finishing is not None:
+                self._finish_saving()
 
     def _handle(self, event: Event) -> None:
         for instruction in self._control.handle(event, time.monotonic()):
@@ -280,6 +302,7 @@ class Controller:
     def _judge(self, verdict: Verdict) -> None:
         if verdict.what == "node":
             self._workers.forget_node(verdict.node)
+            self._still_saving.pop(verdict.node, None)
             self._protection.forget(verdict.node)
             self._handle(NodeGone(node=verdict.node, why=verdict.why, silent_s=verdict.silent_s))
         else:
@@ -315,6 +338,9 @@ class Controller:
                 self._create(plan)
             case TakeInventory() | DecodeImages():
                 self._ask_keepers(instruction)
+            case LookAtStorage(asked=asked):
+                assert self._job.settings.checkpoint is not None
+                look(self._job.settings.checkpoint, asked, self._events.put)
             case SendPlan(member=member, plan=plan):
                 if member in self._workers.ranks:
                     self._workers.ranks[member].deliver.remote(plan)
@@ -349,6 +375,24 @@ class Controller:
             self._protection.rebuild(instruction.asked, instruction.elected, keepers, now, limit_s)
 
     def _end(self, end: End) -> None:
+        if end.outcome == "finished" and self._job.settings.checkpoint is not None and self._finishing is None:
+            self._finishing = end
+            self._still_saving = dict.fromkeys(self._workers.keepers, 0)
+            self._finish_saving()
+        else:
+            self._conclude(end)
+
+    def _finish_saving(self) -> None:
+        """The final state's checkpoint is waited for; a keeper that was replaced meanwhile is asked again."""
+        assert self._finishing is not None
+        for node in self._still_saving:
+            if node in self._workers.keepers and self._still_saving[node] != self._workers.incarnation(node):
+                self._still_saving[node] = self._workers.incarnation(node)
+                self._workers.keepers[node].finish_saving.remote()
+        if not self._still_saving or self._driver.expired():
+            self._conclude(self._finishing)
+
+    def _conclude(self, end: End) -> None:
         if self._outcome is not None:
             return
         self._outcome = end
@@ -419,7 +463,8 @@ class Controller:
     def _resume(self) -> None:
         """After a restart: learn what is on record, and which of the processes on record still live."""
         if self._ledger.begin():
-            self._control.restoring.lineage = self._ledger.lineage() or self._control.restoring.lineage
+            if (lineage := self._ledger.lineage()) is not None:
+                self._control.restoring.lineage, self._control.going_back.lineage_known = lineage, True
             return
         plans, spawned = self._ledger.plans(), self._workers.find()
         self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items()))))

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import launch
 
+from .checkpoints import first_attempt
 from .controller import Controller
 from .errors import ResilientError, RunLost, RunStopped, TrainingFailed
 from .job import Job, Settings
@@ -36,7 +37,7 @@ def run_on_ray(settings: Settings, function: bytes, progress: Progress) -> Resul
         ray.init(log_to_driver=os.environ.get("RESILIENT_WORKER_LOGS") == "1")
     job = Job(
         settings=settings,
-        attempt=_next_attempt(settings.name),
+        attempt=_next_attempt(settings),
         function=function,
         secret=secrets.token_hex(16),
     )
@@ -55,7 +56,8 @@ def run_on_ray(settings: Settings, function: bytes, progress: Progress) -> Resul
         _await_gone(job.key)
 
 
-def _next_attempt(name: str) -> int:
+def _next_attempt(settings: Settings) -> int:
+    name = settings.name
     for other in launch.names(f"{name}/"):
         if other.endswith("/controller"):
             controller = launch.find(other)
@@ -66,7 +68,8 @@ def _next_attempt(name: str) -> int:
                 )
             if controller is not None:
                 launch.end(controller)  # orphaned: what it would still start would be in this attempt's way
-    attempt = 1
+    # What earlier ones have left on storage tells their numbers even when the cluster is a new one.
+    attempt = first_attempt(settings.checkpoint) if settings.checkpoint is not None else 1
     while not launch.create_key(f"attempt/{name}/{attempt}", b""):
         attempt += 1
     return attempt
@@ -145,6 +148,7 @@ def _result(news: dict[str, Any]) -> Result:
             metrics=news["rows"],
             recoveries=news["recoveries"],
             snapshots=news["snapshots"],
+            checkpoints=news["checkpoints"],
             digest=news["outcome"]["digest"],
             value=cloudpickle.loads(news["value"]) if news["value"] is not None else None,
         )

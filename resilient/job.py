@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if not (isinstance(self.url, str) and self.url):
             raise ValueError(f"Checkpoint(url={self.url!r}): is a path or a URL, such as s3://bucket/name")
+        if "://" not in self.url:  # other processes work in other folders
+            object.__setattr__(self, "url", os.path.abspath(self.url))
         whole = _is_whole(self.every) and isinstance(self.every, int) and self.every >= 1
         if not whole and self.every_s is None:
             raise ValueError(

@@ -52,7 +52,7 @@ from .generation import GenerationThread, Holding, Superseded
 from .payload import Payload
 from .probe import probe
 from .records import RecentLosses, StepValues
-from .restoring import fetch
+from .restoring import fetch, fetch_stored
 from .snapshots import Agreed, Seating, Snapshots, Wish
 from .sums import StepSums
 from .team import Loop, mean
@@ -73,7 +73,9 @@ class Member:
         threads: int,
         device: torch.device,
         snapshots: Snapshots | None,
+        storage: str = "",
     ) -> None:
+        """storage: URL of the checkpoints, if there are any."""
         self.number = host.member
         self.workers = workers
         self.reduction = reduction
@@ -97,6 +99,7 @@ class Member:
         """The training thread waits outside of the user's code, and keeps its hands off the state."""
         self._loading = threading.Lock()
         self._snapshots = snapshots
+        self._storage = storage
         self._to_capture: tuple[int, Seating, bool] | None = None
         """The step at whose start all ranks capture the state, under which membership, and whether to make it
         durable."""
@@ -378,7 +381,7 @@ class Member:
             load(self.objects(), table)
 
     def fetch(self, restore: Restore) -> StateTable:
-        return fetch(restore, self._host.secret)
+        return fetch_stored(self._storage, restore.folder) if restore.folder else fetch(restore, self._host.secret)
 
     def wish(self, plan: Plan, step: int) -> Wish:
         """What this rank brings into the lane about the snapshot of the state after `step`."""

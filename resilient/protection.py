@@ -29,6 +29,7 @@ def rings(plan: Plan, parity: int, domains: Mapping[str, str]) -> dict[str, Ring
             generation=plan.generation,
             group=group,
             shares={member: tuple(shares[member]) for member in group.nodes},
+            branches=plan.branches,
         )
         for group in groups([(node, domains.get(node, node)) for node in shares], parity)
         for node in group.nodes

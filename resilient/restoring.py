@@ -7,12 +7,26 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from actors.vault import fetch_slot
+from snapshot.files import open_files
+from snapshot.stored import Stored
 from snapshot.table import StateTable
 
 from .core.plan import Restore, Share
 
 READERS = 4
 """Shares that are read at the same time, from different keepers."""
+
+
+def fetch_stored(url: str, folder: str) -> StateTable:
+    """The state of this checkpoint. Raises StorageError, RottenCheckpoint or ManifestError."""
+    stored = Stored.open(open_files(url, allow_memory=True), folder)
+    table = StateTable.empty(stored.skeleton.to_bytes())
+    ranges, at = [], 0
+    for piece in table.pieces(0, table.nbytes):
+        ranges.append((at, piece.numpy().data))
+        at += piece.numel()
+    stored.fill(ranges)
+    return table
 
 
 def fetch(restore: Restore, secret: str) -> StateTable:

@@ -17,9 +17,13 @@ class Result:
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     """One per change of generation: kind, step, generation, ranks, reason, what was lost, and the seconds
     of each phase (detect_s, decide_s, form_s, redo_s, total_s). Where the state was restored from a snapshot:
-    source ("memory" or "parity"; otherwise "live ranks"), restored_step, and how many steps were replayed."""
+    source ("memory", "parity" or "storage"; otherwise "live ranks"), restored_step, and how many steps were
+    replayed."""
     snapshots: dict[str, float] = field(default_factory=dict)
     """What rank 0's snapshots did and cost: captured, skipped, torn, blocked_s, interval, protected (step)."""
+    checkpoints: dict[str, Any] = field(default_factory=dict)
+    """What came of checkpoints: durable (step of the newest one, -1 for none), committed, failures, last_failure,
+    stored_bytes (of the newest one)."""
     digest: str
     """xxh3-128 of the final state's bits: parameters, buffers, optimizer, scheduler, run.state."""
     value: Any = None

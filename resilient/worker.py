@@ -35,15 +35,20 @@ class RankBody:
             threads=settings.threads,
             device=device_for(settings.resources),
             snapshots=self._snapshots(),
+            storage=settings.checkpoint.url if settings.checkpoint else "",
         )
 
     def _snapshots(self) -> Any:
         from .core.cadence import Cadence
+        from .core.saves import Saves
         from .snapshots import Snapshots
 
-        wanted = self._job.settings.snapshot
+        wanted, checkpoint = self._job.settings.snapshot, self._job.settings.checkpoint
         if wanted is None:
             return None
+        saves = None
+        if checkpoint is not None:
+            saves = Saves(every_steps=checkpoint.every_steps, every_s=checkpoint.every_s)
         return Snapshots(
             run=self._job.settings.name,
             attempt=self._job.attempt,
@@ -51,6 +56,7 @@ class RankBody:
             member=self._host.member,
             device=device_for(self._job.settings.resources),
             cadence=Cadence(every=wanted.every, budget=wanted.budget),
+            saves=saves,
             say=lambda text: self._host.tell(Remark(text=f"member {self._host.member}: {text}")),
         )
 

@@ -15,6 +15,7 @@ from actors import launch
 from actors.keeper import KeeperSpec
 from actors.rank import RankSpec
 
+from .checkpoints import save_spec
 from .job import Job
 from .worker import RankBody
 
@@ -23,6 +24,8 @@ class Workers:
     def __init__(self, job: Job, controller: Any) -> None:
         self._job = job
         self._controller = controller
+        checkpoint = job.settings.checkpoint
+        self._save = save_spec(checkpoint, job.secret) if checkpoint is not None else None
         self.ranks: dict[int, Any] = {}
         self.keepers: dict[str, Any] = {}
         self._incarnations: dict[str, int] = {}
@@ -75,6 +78,9 @@ class Workers:
 
     # Keepers
 
+    def incarnation(self, node: str) -> int:
+        return self._incarnations[node]
+
     def is_present(self, node: str, incarnation: int) -> bool:
         return node in self.keepers and self._incarnations.get(node) == incarnation
 
@@ -91,6 +97,7 @@ class Workers:
             lease_s=settings.lease_s,
             snapshots=settings.snapshot is not None,
             linger_s=settings.snapshot.linger_s if settings.snapshot else 0.0,
+            save=self._save,
         )
         self._incarnations[node] = incarnation
         self.keepers[node] = launch.start_keeper(spec, controller=self._controller)

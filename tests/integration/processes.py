@@ -32,6 +32,7 @@ class Watched:
         self._hold = kwargs.get("hold", "")
         self.name = function.settings.name
         self.news: dict[str, Any] = {"step": 0, "generation": 0, "ranks": 0, "messages": [], "recoveries": []}
+        self.news["checkpoints"] = {}
         self._result: Any = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(function, kwargs), daemon=True)

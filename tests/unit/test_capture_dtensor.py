@@ -178,7 +178,7 @@ def test_ties_that_the_target_lacks_are_refused() -> None:
     with fake_rank(0, 2) as mesh:
         original, other = build(mesh, 1), build(mesh, 2)
         other["model"].tied = nn.Parameter(shared_out(torch.rand(5, 3), mesh, Shard(0)))
-        with pytest.raises(ValueError, match="model.tied: expected a tensor of its own, found it tied to model.first"):
+        with pytest.raises(ValueError, match=r"model.tied: expected a tensor of its own, found it tied to model.first"):
             load(other, capture(original))
 
 
