@@ -43,7 +43,7 @@ def place_of_any(tensor: Tensor) -> Place:
     """As `place_of`; two DTensors have the same place if they have the same shard and the same layout."""
     if not is_sharded(tensor):
         return place_of(tensor)
-    return (*place_of(local_of(tensor)), tensor.device_mesh, tensor.placements, tensor.shape)
+    return (*place_of(local_of(tensor)), tensor._spec)
 
 
 def shard_of(path: str, tensor: "DTensor") -> ShardSpec:
