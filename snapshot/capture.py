@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snapshot.sharded import is_sharded, local_of, place_of_any, shard_of
-from snapshot.skeleton import ShardSpec, Skeleton, TensorSpec
+from snapshot.skeleton import Skeleton, TensorSpec
 from snapshot.table import DTYPES, Place, StateTable, describe, memory_order, place_of
 from snapshot.tree import Json, encode
 
@@ -218,28 +218,29 @@ class Capturing:
             return self._shard(path, tensor)
         if not plain or tensor.is_meta or _dtype_name(tensor.dtype) not in DTYPES:
             raise _refusal(path, tensor)
-        return self._numbered(path, tensor, place_of(tensor), None)
+        return self._number(path, tensor, place_of(tensor))
 
     def _shard(self, path: str, tensor: "DTensor") -> int:
-        shard, local = shard_of(path, tensor), local_of(tensor)
+        local = local_of(tensor)
         plain = type(local) in (Tensor, nn.Parameter) and local.layout is torch.strided
         if not plain or local.is_meta or _dtype_name(local.dtype) not in DTYPES:
             raise _refusal(f"{path}: local tensor", local)
-        return self._numbered(path, tensor, place_of_any(tensor), shard)
+        return self._number(path, tensor, place_of_any(tensor))
 
-    def _numbered(self, path: str, tensor: Tensor, place: Place, shard: ShardSpec | None) -> int:
+    def _number(self, path: str, tensor: Tensor, place: Place) -> int:
         index = self.index.get(place)
         if index is None and self._base is not None:
             index = self._base.index.get(place)
         if index is None:
             index = self._first + len(self.tensors)
+            self._add(path, tensor)
             self.originals.append(tensor)
-            self._add(path, tensor if shard is None else local_of(tensor), shard)
         self.index[place] = index
         return index
 
-    def _add(self, path: str, tensor: Tensor, shard: ShardSpec | None) -> None:
-        dense, order = dense_of(tensor)
+    def _add(self, path: str, tensor: Tensor) -> None:
+        shard = shard_of(path, tensor) if is_sharded(tensor) else None
+        dense, order = dense_of(tensor if shard is None else local_of(tensor))
         self.tensors.append(dense)
         self.specs.append(
             TensorSpec(

@@ -43,7 +43,7 @@ def place_of_any(tensor: Tensor) -> Place:
     """As `place_of`; two DTensors have the same place if they have the same shard and the same layout."""
     if not is_sharded(tensor):
         return place_of(tensor)
-    return (*place_of(local_of(tensor)), tensor.device_mesh, tensor.placements, tensor.shape)
+    return (*place_of(local_of(tensor)), tensor._spec)
 
 
 def shard_of(path: str, tensor: "DTensor") -> ShardSpec:
@@ -57,22 +57,28 @@ def shard_of(path: str, tensor: "DTensor") -> ShardSpec:
     if None in placements or not _is_dealt_in_order(tensor):
         raise TypeError(
             f"{path}: a DTensor placed as {list(tensor.placements)} can't be captured; only Shard and Replicate can, "
-            "in the order of the mesh's axes. Give tensor.redistribute(placements=[Replicate(), ...] or [Shard(0), "
-            "...]) instead"
+            "in the order of the mesh's axes. Capture what tensor.redistribute(placements=[...]) makes of it, with "
+            "Replicate() or Shard(dim) for each axis"
         )
     mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
+    coordinate = tuple(mesh.get_coordinate() or ())
+    if not coordinate:
         raise TypeError(
             f"{path}: this rank is not in the mesh {mesh} of a DTensor, and has no part of it; keep it out of the "
             "state here"
+        )
+    if int(mesh.mesh[coordinate]) != mesh.get_rank():
+        # Operations take meshes from a cache, in which one equal but for the coordinate may have stayed.
+        raise TypeError(
+            f"{path}: the mesh {mesh} of a DTensor was made when this process was rank {int(mesh.mesh[coordinate])}, "
+            f"now it is {mesh.get_rank()}; give the meshes of each process group names of their own (mesh_dim_names)"
         )
     shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
     found = tuple(local_of(tensor).shape)
     if found != shape:
         raise TypeError(
             f"{path}: a DTensor of shape {tuple(tensor.shape)}, placed as {list(placements)}, has {shape} at "
-            f"{tuple(coordinate)} of mesh {tuple(mesh.shape)}, but its local tensor is {found}; make it with "
+            f"{coordinate} of mesh {tuple(mesh.shape)}, but its local tensor is {found}; make it with "
             "distribute_tensor, or give from_local the whole's true shape and stride"
         )
     return ShardSpec(
@@ -80,7 +86,7 @@ def shard_of(path: str, tensor: "DTensor") -> ShardSpec:
         offsets=tuple(offsets),
         placements=tuple(word for word in placements if word is not None),
         mesh_shape=tuple(mesh.shape),
-        coordinate=tuple(coordinate),
+        coordinate=coordinate,
     )
 
 
