@@ -20,7 +20,8 @@ from actors.standing import read_standing
 from benchmarks.gpt import Training
 from benchmarks.snapshot_keeper import ATTEMPT, GENERATION, RUN
 from resilient.core.cadence import Cadence
-from resilient.snapshots import Agreed, Seating, Snapshots
+from resilient.core.lane import Agreed
+from resilient.snapshots import Seating, Snapshots
 from snapshot.core.lifecycle import Ordinal
 from snapshot.room import reserve
 

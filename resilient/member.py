@@ -25,6 +25,7 @@ from snapshot.load import load
 from snapshot.table import StateTable
 
 from .core.events import RankFailed, RankReady, RankReported, RankReturned
+from .core.lane import Agreed, Wish
 from .core.plan import Address, Plan, Restore
 from .core.seat import (
     Applied,
@@ -53,7 +54,7 @@ from .payload import Payload
 from .probe import probe
 from .records import RecentLosses, StepValues
 from .restoring import fetch, fetch_stored
-from .snapshots import Agreed, Seating, Snapshots, Wish
+from .snapshots import Seating, Snapshots
 from .sums import StepSums
 from .team import Loop, mean
 

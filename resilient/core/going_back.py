@@ -75,7 +75,9 @@ class GoingBack:
             return
         ended = tuple(member.number for member in control.membership.members.values() if member.gone)
         control.instruct(self.restoring.ask(ended, control.now))
-        if self._memory_has_none(lost_for_s):
+        if (found := self._newer_on_storage()) is not None:
+            self._begin_from(found, self.restoring.line_to_go_on(found.key.step), reason, situation)
+        elif self._memory_has_none(lost_for_s):
             assert self.restoring.none is not None
             self._from_storage(f"{reason}, and {self.restoring.none.reason}", situation)
         else:
@@ -86,8 +88,24 @@ class GoingBack:
         none = None if self.restoring.waiting else self.restoring.none
         return none is not None and for_s >= self.control.limits.lost_limit_s(bool(self.restoring.absent))
 
+    def _newer_on_storage(self) -> CheckpointFound | None:
+        """Memory has a snapshot, but not the newest that it had: a checkpoint may be newer."""
+        elected = self.restoring.elected
+        if elected is None or not elected.passed_over or not self.control.limits.checkpoints:
+            return None
+        self.control.instruct(self.storage.look(self.control.now))
+        found = self.storage.newest(self.restoring.line_to_look_on())
+        memory = (elected.key.branch, elected.key.step)
+        return found if found is not None and (found.key.branch, found.key.step) > memory else None
+
+    def _storage_may_have_newer(self) -> bool:
+        """Whether it has not answered yet, and may still do so."""
+        elected = self.restoring.elected
+        passed_over = elected is not None and bool(elected.passed_over) and self.control.limits.checkpoints
+        return passed_over and self.storage.checkpoints is None and not self.storage.error
+
     def _from_memory(self, reason: str, situation: recovery.Situation) -> None:
-        if self.restoring.elected is not None:
+        if self.restoring.elected is not None and not self._storage_may_have_newer():
             why = f"{reason}; {self.restoring.elected.reason}"
             restore = self.restoring.restore()
             self._begin(restore, self.restoring.line_to_go_on(restore.key.step), why, situation)

@@ -35,7 +35,24 @@ class WayBack:
         if not self.group.member(number).parked:
             self._after(number, self._wait_until_parked)
             return
-        self._fetch(number, 0, set())
+        if self.restore.folder:
+            self._after(number, self._read_storage)
+        else:
+            self._fetch(number, 0, set())
+
+    def _read_storage(self, number: int) -> None:
+        broke = not self.world.healing and self.world.rng.random() < 0.1
+        state = None if broke else self.world.storage.read(self.restore.folder)
+        if state is None:
+            self._could_not(number, "a checkpoint could not be read")
+        else:
+            self.world.seen["a checkpoint was loaded"] += 1
+            self._load(number, state)
+
+    def _could_not(self, number: int, what: str) -> None:
+        self.world.seen[what] += 1
+        self.group.broken = True
+        self.group.member(number).form_failed(self.group.plan.generation)
 
     def _fetch(self, number: int, place: int, states: set[int]) -> None:
         """One share after the other, from the keeper that the plan names."""
@@ -47,9 +64,7 @@ class WayBack:
         reached = keeper is not None and keeper.incarnation == share.keeper.port
         state = keeper.memory.read_share(self.restore.key, share.node, share.rank) if keeper and reached else None
         if state is None:
-            self.world.seen["a share could not be loaded"] += 1
-            self.group.broken = True
-            self.group.member(number).form_failed(self.group.plan.generation)
+            self._could_not(number, "a share could not be loaded")
             return
         self.world.faults.point_at_node("loading", share.keeper.host)
         self._after(number, lambda number: self._fetch(number, place + 1, states | {state}))

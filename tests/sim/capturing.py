@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from resilient.core.lane import Agreed, Wish
 from resilient.core.plan import Plan
+from resilient.core.saves import Saves
 from snapshot.core.inventory import SnapshotKey
 from snapshot.core.lifecycle import Lifecycle, Ordinal
 
@@ -13,14 +14,6 @@ from .memory import SlotFile
 
 if TYPE_CHECKING:
     from .rank import Rank
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What a rank brings into the lane; the minimum over all ranks is agreed."""
-
-    ready: bool
-    protected: int
 
 
 class Submission(NamedTuple):
@@ -35,10 +28,12 @@ class Submission(NamedTuple):
 class Capturing:
     def __init__(self, rank: Rank) -> None:
         self.rank, self.world = rank, rank.world
-        self.lifecycle = Lifecycle()
+        saves_every = self.world.setting.saves_every
+        self.lifecycle = Lifecycle(durable=saves_every > 0)
+        self._saves = Saves(every_steps=saves_every, last_step=self.world.setting.steps) if saves_every else None
         self.everywhere: Ordinal | None = None
-        self._agreed: tuple[int, Plan] | None = None
-        """The step at whose start all capture the state, and the plan by which they share it."""
+        self._agreed: tuple[int, Plan, Agreed] | None = None
+        """The step at whose start all capture the state, the plan by which they share it, and what was agreed."""
 
     @property
     def copying(self) -> bool:
@@ -48,24 +43,39 @@ class Capturing:
     def wish(self, plan: Plan, step: int) -> Wish:
         """About the snapshot of the state after `step`."""
         if not self.world.setting.limits.snapshots:
-            return Wish(ready=False, protected=-1)
+            return Wish()
+        memory = self.world.nodes[self.rank.node].memory
+        if memory.settled is not None:
+            self.lifecycle.settled(memory.settled)
         due = (step + 1) % self.world.setting.every == 0
-        if due and not self.lifecycle.free:
+        if due and not self.lifecycle.free_for_any:
             self.world.seen["no slot was free"] += 1
-        generation, protected = self.world.nodes[self.rank.node].memory.protected
+        save_due = self._saves is not None and self._saves.is_due(step + 1, self.world.now)
+        save_room = self._saves is not None and self.lifecycle.kept is None and bool(self.lifecycle.free)
+        if save_due and not save_room:
+            self.world.seen["a checkpoint was postponed"] += 1
+        generation, protected = memory.protected
         if generation != plan.generation:  # what other members have protected says nothing about these
             protected = -1
-        return Wish(ready=due and bool(self.lifecycle.free), protected=protected)
+        return Wish(
+            due=due,
+            room=bool(self.lifecycle.free_for_any),
+            save_due=save_due,
+            save_room=save_room,
+            protected=protected,
+        )
 
-    def lane_done(self, protected: int) -> None:
-        """What all ranks hold protected at least."""
-        everywhere = Ordinal.unpacked(protected)
+    def lane_done(self, step: int, agreed: Agreed) -> None:
+        """About the snapshot of the state after `step`."""
+        if agreed.save and self._saves is not None:
+            self._saves.saved(step + 1, self.world.now)
+        everywhere = Ordinal.unpacked(agreed.protected)
         if everywhere is not None:
             self.everywhere = everywhere
             self.lifecycle.protected(everywhere)
 
-    def agree(self, plan: Plan, step: int) -> None:
-        self._agreed = step, plan
+    def agree(self, plan: Plan, step: int, agreed: Agreed) -> None:
+        self._agreed = step, plan, agreed
 
     def boundary(self) -> None:
         """The state at the start of the seat's step stands."""
@@ -79,11 +89,11 @@ class Capturing:
                 return
             plan = agreed[1]
             self.world.seen["capture across a planned change"] += 1
-        self._begin(plan, seat.step)
+        self._begin(plan, seat.step, durable=agreed[2].save)
 
-    def _begin(self, plan: Plan, step: int) -> None:
+    def _begin(self, plan: Plan, step: int, *, durable: bool) -> None:
         number, member = self.lifecycle.free[0], self.rank.member
-        self.lifecycle.begin(number, Ordinal(plan.branch, step))
+        self.lifecycle.begin(number, Ordinal(plan.branch, step), durable=durable)
         memory = self.world.nodes[self.rank.node].memory
         memory.slots[member, number] = slot = SlotFile(
             key=SnapshotKey(attempt=1, branch=plan.branch, step=step, generation=plan.generation),
@@ -91,6 +101,7 @@ class Capturing:
             rank=plan.rank_of(member),
             world=plan.size,
             state=self.rank.state,
+            durable=durable,
         )
 
         def commit() -> None:

@@ -91,6 +91,8 @@ class Faults:
         """Whether somebody who holds the state is left, or this seed is one of those that may lose it."""
         if self.world.setting.may_lose_state or not self.world.newest_formed:
             return True
+        if self.world.storage.committed_at:
+            return True
         if self.world.setting.limits.snapshots and self.world.protected.must_be_readable():
             return True
         return bool(set(self.world.keepers_of_state()) - set(victims))
@@ -160,7 +162,7 @@ class Faults:
     def _spares_snapshots(self, node: str) -> bool:
         """Whether what is protected can be read without this node, or this seed is one that may lose it."""
         protected = self.world.protected
-        if self.world.setting.may_lose_state or protected.newest is None:
+        if self.world.setting.may_lose_state or protected.newest is None or self.world.storage.committed_at:
             return True
         return protected.must_be_readable(also_gone=node)
 
@@ -169,11 +171,18 @@ class Faults:
         if self.may_act and self.rng.random() < 0.5:
             self.world.at(self.rng.uniform(0.0, 1.0), self._strike_at_snapshots)
 
+    def durable(self) -> None:
+        """A checkpoint was committed: there may be nothing else left."""
+        names = sorted(name for name, node in self.world.nodes.items() if node.alive)
+        if self.may_act and names and self.rng.random() < 0.4:
+            self.world.at(self.rng.uniform(0.0, 2.0), lambda: self._most_of_it(self.rng.choice(names)))
+
     def _strike_at_snapshots(self) -> None:
         if not self.may_act:
             return
         names = sorted(name for name, node in self.world.nodes.items() if node.alive)
-        (fault,) = self.rng.choices((self._all_ranks, self._keeper, self._rot, self._ranks_and_node), (4, 2, 2, 2))
+        faults = (self._all_ranks, self._keeper, self._rot, self._ranks_and_node, self._most_of_it)
+        (fault,) = self.rng.choices(faults, (4, 2, 2, 2, 4 if self.world.storage.committed_at else 0))
         fault(self.rng.choice(names)) if names else None
 
     def _all_ranks(self, node: str) -> bool:
@@ -192,6 +201,15 @@ class Faults:
         starting = [n for n, rank in self.world.ranks.items() if rank.node == node and rank.alive and not rank.ready]
         if not starting and self._spares_snapshots(node) and self._all_ranks(node):
             self.world.at(self.rng.choice([0.0, 0.3, 1.0]), lambda: self._node_by_name(node))
+
+    def _most_of_it(self, node: str) -> None:
+        """All ranks, and more nodes than parity makes up for: only storage is left."""
+        if not self.may_act or not self._all_ranks(node):
+            return
+        self.world.seen["most of the cluster died"] += 1
+        names = sorted(name for name, node in self.world.nodes.items() if node.alive)
+        for name in self.rng.sample(names, self.rng.randint(1, len(names))):
+            self._node_by_name(name)
 
     def _node_by_name(self, name: str) -> None:
         there = [n for n, rank in self.world.ranks.items() if rank.node == name and rank.alive]

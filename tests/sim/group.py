@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from resilient.core.lane import Agreed
 from resilient.core.plan import Plan
 
 from .back import WayBack
@@ -211,23 +212,22 @@ class Group:
         for number in self.plan.members:
             values.update(here[number].values)
         result, agreed = result_of(values), min(submission.newest_held for submission in here.values())
-        capture = all(submission.wish.ready for submission in here.values())
-        protected = min(submission.wish.protected for submission in here.values())
+        lane = Agreed.of([min(words) for words in zip(*(one.wish.lane() for one in here.values()), strict=True)])
         self.delivering[step] = set(self.plan.members)
         for number in self.plan.members:
             delay = self.world.rng.uniform(0.001, 0.12)
-            if protected >= 0:
-                self.world.at(delay / 2, lambda number=number: self._told_lane(number, protected))
-            self.world.at(delay, lambda number=number: self._told_done(number, step, agreed, result, capture))
+            if lane.protected >= 0 or lane.save:
+                self.world.at(delay / 2, lambda number=number: self._told_lane(number, step, lane))
+            self.world.at(delay, lambda number=number: self._told_done(number, step, agreed, result, lane))
         self.world.faults.point("exchanged", list(self.plan.members))
 
-    def _told_lane(self, number: int, protected: int) -> None:
+    def _told_lane(self, number: int, step: int, lane: Agreed) -> None:
         """The lane comes first: what it says counts even if the exchange then breaks."""
         if self.within(number):
             rank = self.member(number)
-            rank.run(lambda: rank.capturing.lane_done(protected))
+            rank.run(lambda: rank.capturing.lane_done(step, lane))
 
-    def _told_done(self, number: int, step: int, agreed: int, result: int, capture: bool) -> None:
+    def _told_done(self, number: int, step: int, agreed: int, result: int, lane: Agreed) -> None:
         if not self.within(number):
             return
         harmed = self.broken or any(not self.member_lives(other) for other in self.plan.members)
@@ -238,7 +238,7 @@ class Group:
             return
         self.delivering[step].discard(number)
         rank = self.member(number)
-        rank.run(lambda: rank.exchange_done(self.plan, step, agreed, result, capture))
+        rank.run(lambda: rank.exchange_done(self.plan, step, agreed, result, lane))
 
     def _break_exchange(self, number: int, step: int) -> None:
         if number not in self.told and (number in self.noticing or self.world.rng.random() < 0.6):

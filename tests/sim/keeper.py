@@ -33,6 +33,8 @@ class Keeper:
         self._done: set[SnapshotKey] = set()
         """Protected, given up or overtaken."""
         self._sending: SnapshotKey | None = None
+        self._saved: set[SnapshotKey] = set()
+        """Written to storage, or given up."""
         self.later(world.rng.uniform(0.0, LOOK_S), self._look)
 
     def later(self, delay: float, action: Callable[[], None]) -> None:
@@ -48,6 +50,7 @@ class Keeper:
 
     def _look(self) -> None:
         self._protect_next()
+        self._save_next()
         self.later(LOOK_S, self._look)
 
     # Protection
@@ -151,6 +154,38 @@ class Keeper:
         self.world.protected.settled(key, self.node)
         self.world.tell(f"{self.node} has protected {key}")
         self._protect_next()
+
+    # Storage
+
+    def _save_next(self) -> None:
+        durable = {slot.key for slot in self.memory.slots.values() if slot.durable}
+        waiting = [key for key in self.memory.complete_keys() if key in durable and key not in self._saved]
+        if waiting:
+            key = min(waiting, key=_order)
+            self._saved.add(key)
+            self.world.faults.point_at_node("saving", self.node)
+            self.later(self.world.rng.uniform(0.01, 0.4), lambda: self._save(key))
+
+    def _save(self, key: SnapshotKey) -> None:
+        shares = self.memory.shares(key)
+        breaks = not self.world.healing and self.world.rng.random() < 0.1
+        if breaks or any(not slot.good for slot in shares):
+            self.world.seen["a checkpoint could not be written"] += 1
+        else:
+            for slot in shares:
+                self.world.storage.write(key, slot.rank, slot.state)
+            if any(slot.rank == 0 for slot in shares):
+                self._commit(key, shares[0].world)
+        newest = ordinal(key)
+        self.memory.settled = newest if self.memory.settled is None else max(self.memory.settled, newest)
+
+    def _commit(self, key: SnapshotKey, world: int) -> None:
+        if self.world.storage.commit(key, world, self.world.now):
+            self.world.seen["checkpoint committed"] += 1
+            self.world.tell(f"{key} is durable")
+            self.world.faults.durable()
+        else:
+            self.later(0.3, lambda: self._commit(key, world))
 
     # Questions
 

@@ -57,6 +57,7 @@ class SlotFile:
     rank: int
     world: int
     state: int
+    durable: bool = False
     committed: bool = False
     damaged_page: int | None = None
     headless: bool = False
@@ -88,6 +89,8 @@ class Memory:
     rings: dict[int, Ring] = field(default_factory=dict)
     protected: tuple[int, int] = (0, -1)
     """The words that the ranks here read: the newest snapshot protected from here, as generation and packed ordinal."""
+    settled: Ordinal | None = None
+    """The newest snapshot that its keeper has written to storage, or given up."""
 
     # Images
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from resilient.core.detector import Vital
 from resilient.core.events import RankReady, RankReported, RankReturned
+from resilient.core.lane import Agreed
 from resilient.core.plan import Address, Plan, Restore
 from resilient.core.seat import (
     Applied,
@@ -182,7 +183,7 @@ class Rank:
     def form_failed(self, generation: int) -> None:
         self.tell_seat(FormFailed(generation=generation))
 
-    def exchange_done(self, plan: Plan, step: int, agreed: int, result: int, capture: bool) -> None:
+    def exchange_done(self, plan: Plan, step: int, agreed: int, result: int, lane: Agreed) -> None:
         generation = plan.generation
         if self.seat.plan is None or self.seat.plan.generation != generation:
             return
@@ -190,8 +191,8 @@ class Rank:
             return
         self.kept = (step, result)
         self.world.tell(f"rank {self.member} completes step {step} in generation {generation}, agreed {agreed}")
-        if capture:
-            self.capturing.agree(plan, step + 1)
+        if lane.capture:
+            self.capturing.agree(plan, step + 1, lane)
         self.tell_seat(ExchangeDone(generation=generation, step=step, agreed=agreed))
         self.world.faults.point("completed", [self.member])
 

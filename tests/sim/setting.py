@@ -27,6 +27,8 @@ class Setting:
     parity: int = 0
     every: int = 1
     """Steps from one snapshot to the next."""
+    saves_every: int = 0
+    """Steps from one checkpoint to the next; 0 for none."""
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Setting:
@@ -51,9 +53,11 @@ class Setting:
         """Half of the runs have some; the others are what they would be if there were none."""
         if rng.random() < 0.5:
             return self
+        saves_every = random.Random(rng.random()).choice([0, 0, 1, 2, 3, 5])
         return replace(
             self,
-            limits=replace(self.limits, snapshots=True),
+            limits=replace(self.limits, snapshots=True, checkpoints=saves_every > 0),
+            saves_every=saves_every,
             parity=rng.choice([0, 1, 1, 1, 2]),
             every=rng.choice([1, 1, 1, 2, 3]),
             steps=self.steps + rng.randint(2, 10),

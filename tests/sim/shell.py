@@ -18,6 +18,7 @@ from resilient.core.events import (
     NodeSeen,
     RankGone,
     Resumed,
+    StorageSeen,
     Tick,
 )
 from resilient.core.instructions import (
@@ -26,6 +27,7 @@ from resilient.core.instructions import (
     End,
     Instruction,
     Kill,
+    LookAtStorage,
     Say,
     SendPlan,
     Spawn,
@@ -167,6 +169,8 @@ class Shell:
                 self.questions.take_inventory(asked, ended)
             case DecodeImages(asked=asked, elected=elected):
                 self.questions.decode(asked, elected)
+            case LookAtStorage(asked=asked):
+                self._look_at_storage(asked)
             case Say(text=text):
                 world.tell(f"controller {self.number}: {text}")
             case End(outcome="superseded", reason=reason):
@@ -175,6 +179,15 @@ class Shell:
                 self.die()
             case End():
                 world.finish(instruction, self)
+
+    def _look_at_storage(self, asked: int) -> None:
+        world = self.world
+        if not world.healing and world.rng.random() < 0.2:
+            world.seen["storage could not be listed"] += 1
+            answer = StorageSeen(asked=asked, error="not now")
+        else:
+            answer = StorageSeen(asked=asked, checkpoints=world.storage.listed())
+        world.at(world.rng.uniform(0.01, 1.0), lambda: self.take(answer))
 
     def _spawn(self, member: int, node: str) -> None:
         world = self.world

@@ -9,10 +9,13 @@ from tests.sim.swarm import run_seed, swarm
 SEEDS = 300
 
 IMPORTANT = (
+    "a checkpoint could not be read",
+    "a checkpoint was loaded",
     "a keeper did not answer",
     "a share could not be loaded",
     "all members have loaded a snapshot",
     "all ranks died at once",
+    "checkpoint committed",
     "capture across a planned change",
     "caught up from a kept result",
     "controller killed on the way back to a snapshot",

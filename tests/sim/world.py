@@ -27,6 +27,7 @@ from .protected import Protected
 from .rank import Rank
 from .setting import Setting
 from .shell import Shell
+from .storage import Storage
 
 MOST_EVENTS = 200_000
 LIVENESS_S = 90.0
@@ -77,6 +78,7 @@ class World:
         self.rng = random.Random(self.seed)
         self.setting = Setting.drawn(self.rng).with_snapshots(random.Random(f"snapshots {self.seed}"))
         self.protected = Protected(self)
+        self.storage = Storage()
         self.fault_budget = self.setting.fault_budget
         self.story: deque[str] = deque(maxlen=400)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []

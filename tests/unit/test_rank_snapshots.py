@@ -17,7 +17,8 @@ from torch import nn
 from actors.ring import Ring
 from actors.vault import Vault
 from resilient.core.cadence import Cadence
-from resilient.snapshots import Agreed, Seating, Snapshots
+from resilient.core.lane import Agreed
+from resilient.snapshots import Seating, Snapshots
 from snapshot.arena import NoRoom, find_slots
 from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal

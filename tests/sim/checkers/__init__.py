@@ -34,6 +34,7 @@ def all_checkers(world: Any) -> list[Checker]:
     from .generations_unique import GenerationsUnique
     from .leaves_counted_once import LeavesCountedOnce
     from .liveness import Liveness
+    from .no_durable_loss import NoDurableLoss
     from .no_fresh_start import NoFreshStart
     from .no_protected_loss import NoProtectedLoss
     from .no_zombie_effect import NoZombieEffect
@@ -52,6 +53,7 @@ def all_checkers(world: Any) -> list[Checker]:
             GenerationsUnique,
             LeavesCountedOnce,
             Liveness,
+            NoDurableLoss,
             NoFreshStart,
             NoProtectedLoss,
             NoZombieEffect,

@@ -24,5 +24,7 @@ class Liveness(Checker):
     def nothing_readable(self, reason: str) -> None:
         said = "no snapshot in memory can be read" in reason or "no keeper holds a snapshot" in reason
         self.require(said, f"the run failed for another reason: {reason}")
+        if self.world.setting.limits.checkpoints:
+            self.require("there is no checkpoint of it on storage" in reason, f"storage was not looked at: {reason}")
         found = self.world.protected.readable(self.world.ended_by.keepers)
         self.require(found is None, f"the run failed, though there was {found and found.reason}: {reason}")

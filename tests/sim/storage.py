@@ -1,0 +1,41 @@
+"""Storage that outlives everything: shards that keepers have written, and which snapshots are whole there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from resilient.core.plan import first_branch
+from snapshot.core.inventory import CheckpointFound, SnapshotKey
+
+
+@dataclass(slots=True)
+class Storage:
+    shards: dict[SnapshotKey, dict[int, int]] = field(default_factory=dict)
+    """By snapshot and rank, the state that was captured."""
+    committed_at: dict[SnapshotKey, float] = field(default_factory=dict)
+
+    def write(self, key: SnapshotKey, rank: int, state: int) -> None:
+        self.shards.setdefault(key, {})[rank] = state
+
+    def commit(self, key: SnapshotKey, world: int, now: float) -> bool:
+        """False while shards are missing."""
+        whole = len(self.shards.get(key, {})) == world
+        if whole:
+            self.committed_at.setdefault(key, now)
+        return whole
+
+    def listed(self) -> tuple[CheckpointFound, ...]:
+        return tuple(CheckpointFound(key=key, lineage=first_branch(), folder=str(key)) for key in self.committed_at)
+
+    def newest(self, before: float) -> SnapshotKey | None:
+        """Of those that were whole by then."""
+        known = [key for key, at in self.committed_at.items() if at <= before]
+        return max(known, key=lambda key: key.newness, default=None)
+
+    def read(self, folder: str) -> int | None:
+        """The state in a checkpoint; None if there is none, or its shards are of different states."""
+        for key in self.committed_at:
+            if str(key) == folder:
+                states = set(self.shards[key].values())
+                return states.pop() if len(states) == 1 else None
+        return None
