@@ -195,8 +195,8 @@ class Saving:
             if self._closing.wait(PAUSE_S):
                 raise GivenUp from error
         if manifest is not None:
-            self._pending = None
             self._committed(pending, manifest)
+            self._pending = None
         elif time.monotonic() - pending.seen_at > COMMIT_LIMIT_S:
             self._pending = None
             self._count(f"{pending.key}: other nodes have not written their shards")

@@ -18,6 +18,7 @@ from actors.ring import Ring
 from actors.vault import Vault
 from resilient.core.cadence import Cadence
 from resilient.core.lane import Agreed
+from resilient.core.saves import Saves
 from resilient.snapshots import Seating, Snapshots
 from snapshot.arena import NoRoom, find_slots
 from snapshot.capture import capture
@@ -33,13 +34,14 @@ ALONE = Seating(generation=1, rank=0, world=1)
 class Training:
     """A model that trains by itself, and its snapshots."""
 
-    def __init__(self, folder: Path, width: int = 16) -> None:
+    def __init__(self, folder: Path, width: int = 16, saves: Saves | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.said: list[str] = []
         self.model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.values: dict[str, Any] = {"seen": 0, "history": torch.zeros(3)}
+        self.saves = saves
         self.snapshots = self.new(member=1)
         self.steps = 0
 
@@ -52,6 +54,7 @@ class Training:
             device=torch.device("cpu"),
             cadence=Cadence(every=1, budget=0.02),
             say=self.said.append,
+            saves=self.saves,
         )
 
     @property
