@@ -13,7 +13,7 @@ TEST_ENV := RAY_AUTH_MODE=disabled
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
-.PHONY: help demo test test-long test-gpu lint format sim bench-recovery bench-snapshot clean
+.PHONY: help demo test test-long test-gpu lint format sim bench-recovery bench-snapshot bench-durable clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -57,6 +57,9 @@ bench-recovery: $(VENV)/.test-stamp ## time recoveries, written to out/bench/rec
 
 bench-snapshot: $(VENV)/.test-stamp ## time snapshots beside others', written to out/bench/snapshot.json
 	$(BIN)/python -m benchmarks.snapshot
+
+bench-durable: $(VENV)/.test-stamp ## time checkpoints on disk beside others', written to out/bench/durable.json
+	$(BIN)/python -m benchmarks.durable
 
 clean: ## remove outputs and caches, keep .venv
 	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,9 @@
 """A keeper's vault in a process of its own, without Ray: it ends when its standard input does.
 
-    python -m benchmarks.snapshot_keeper FOLDER NODE SHARES
+    python -m benchmarks.snapshot_keeper FOLDER NODE SHARES [SAVE]
 
-FOLDER has one folder per node. SHARES is JSON, the ranks on each node. Prints its tally at the end.
+FOLDER has one folder per node. SHARES is JSON, the ranks on each node; SAVE too, a SaveSpec, if snapshots are to be
+made durable. Prints its tally at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from actors.priority import raise_priority
 from actors.ring import Ring
+from actors.saving import SaveSpec
 from actors.vault import Vault
 from snapshot.core.stripes import Group
 
@@ -27,7 +29,10 @@ def main() -> None:
     shares = {name: tuple(ranks) for name, ranks in json.loads(raw_shares).items()}
     nodes = tuple(sorted(shares))
     raise_priority()
-    vault = Vault(run=RUN, attempt=ATTEMPT, node=node, folder=base / node, secret="benchmark", ip="127.0.0.1")
+    save = SaveSpec(**json.loads(sys.argv[4])) if len(sys.argv) > 4 else None
+    vault = Vault(
+        run=RUN, attempt=ATTEMPT, node=node, folder=base / node, secret="benchmark", ip="127.0.0.1", save=save
+    )
     new = base / f"{node}.new"
     new.write_text(json.dumps(vault.address))
     new.rename(base / f"{node}.address")

@@ -83,32 +83,50 @@ class StoredShard:
                 raise RottenChunk(number, "its checksum differs")
 
     def read_coded(self, run: range) -> Iterator[tuple[int, memoryview | RottenChunk]]:
-        """Each chunk as it was captured, or what is wrong with it."""
+        """Each chunk as it was captured, valid until the next one, or what is wrong with it."""
+        room = memoryview(bytearray(max(end - begin for begin, end in map(self.span, run))))
+        for number, stored in self._stored(run):
+            begin, end = self.span(number)
+            try:
+                self._decode(number, stored, room[: end - begin])
+                yield number, room[: end - begin]
+            except RottenChunk as error:
+                yield number, error
+
+    def read_coded_into(self, run: range, start: int, into: memoryview) -> None:
+        """Fill `into`, from byte `start` of the share on, with what it has of these chunks. Raises RottenChunk."""
+        stop = start + len(into)
+        for number, stored in self._stored(run):
+            begin, end = self.span(number)
+            if start <= begin and end <= stop:
+                self._decode(number, stored, into[begin - start : end - start])
+                continue
+            raw = memoryview(bytearray(end - begin))
+            self._decode(number, stored, raw)
+            first, last = max(begin, start), min(end, stop)
+            into[first - start : last - start] = raw[first - begin : last - begin]
+
+    def _stored(self, run: range) -> Iterator[tuple[int, memoryview]]:
         begin = self.stored_span(run[0])[0]
         stored = memoryview(bytearray(self.stored_span(run[-1])[1] - begin))
         self._files.read_into(self.name, begin, stored)
         for number in run:
             start, stop = self.stored_span(number)
-            try:
-                yield number, self._decoded(number, stored[start - begin : stop - begin])
-            except RottenChunk as error:
-                yield number, error
+            yield number, stored[start - begin : stop - begin]
 
-    def _decoded(self, number: int, stored: memoryview) -> memoryview:
+    def _decode(self, number: int, stored: memoryview, into: memoryview) -> None:
         chunk = self.shard.chunks[number]
         if xxhash.xxh3_64_intdigest(stored) != chunk.stored_xxh3_64:
             raise RottenChunk(number, "its checksum differs")
         if chunk.coding == "raw":
-            return stored
-        begin, end = self.span(number)
-        raw = memoryview(bytearray(end - begin))
+            into[:] = stored
+            return
         try:
-            _decoder().decode(stored, chunk.shuffle, raw)
+            _decoder().decode(stored, chunk.shuffle, into)
         except CodingError as error:
             raise RottenChunk(number, str(error)) from error
-        if xxhash.xxh3_64_intdigest(raw) != chunk.xxh3_64:
+        if xxhash.xxh3_64_intdigest(into) != chunk.xxh3_64:
             raise RottenChunk(number, "it was decoded into other bytes than were captured")
-        return raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +147,7 @@ class Piece:
             begin, end = shard.span(self.run[0])[0], shard.span(self.run[-1])[1]
             shard.read_straight(self.run, self.into[begin - self.start : end - self.start])
             return
-        for number, raw in shard.read_coded(self.run):
-            if isinstance(raw, RottenChunk):
-                raise raw
-            begin, end = shard.span(number)
-            first, last = max(begin, self.start), min(end, self.stop)
-            self.into[first - self.start : last - self.start] = raw[first - begin : last - begin]
+        shard.read_coded_into(self.run, self.start, self.into)
 
 
 def pieces(shard: StoredShard, start: int, stop: int, into: memoryview) -> Iterator[Piece]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import xxhash
 
@@ -11,6 +13,8 @@ from snapshot.coding import Encoded, Encoder
 from snapshot.core.manifest import StoredChunk
 from snapshot.skeleton import Skeleton
 from snapshot.slot import RottenSlot, SlotHead
+
+Part = TypeVar("Part")
 
 PIECE_BYTES = 8 << 20
 """Long enough for the disk, short enough to give way to training in between."""
@@ -81,3 +85,13 @@ def check_chunk(head: SlotHead, number: int, data: memoryview, wanted: int) -> N
         raise RottenSlot(
             f"rank {head.rank}, step {head.step}: chunk {number} is not what was sealed: memory has changed it"
         )
+
+
+def ahead(parts: Iterable[Part]) -> Iterator[Part]:
+    """The same, each made by another thread while the one before is written."""
+    waiting = iter(parts)
+    with ThreadPoolExecutor(1, "preparing shards") as maker:
+        made = maker.submit(next, waiting, None)
+        while (part := made.result()) is not None:
+            made = maker.submit(next, waiting, None)
+            yield part

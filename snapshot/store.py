@@ -10,7 +10,7 @@ other. One that takes over from a dead one writes the same again, under the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -29,9 +29,9 @@ from snapshot.core.names import (
     world_of,
 )
 from snapshot.core.spelling import ManifestError
-from snapshot.files import Files, StorageError
+from snapshot.files import Files, Part, StorageError
 from snapshot.manifests import folder_of, read_manifest, read_shard, read_shards, read_skeleton
-from snapshot.share import ShareParts, check_chunk
+from snapshot.share import ShareParts, ahead, check_chunk
 from snapshot.slot import RottenSlot, SlotHead
 
 INCOMPLETE = "incomplete"
@@ -69,8 +69,8 @@ def write_shard(
         raise RottenSlot(f"rank {head.rank}, step {head.step}: the skeleton's digest is not {head.skeleton}")
     parts = ShareParts(head, payload, sums, pause)
     file = shard_file(head.rank, head.world)
-    source = parts.plain() if compression is None else parts.packed(Encoder(compression))
-    file_bytes = files.write(f"{folder}/{file}", source, at_most_bytes=head.stop - head.start)
+    source: Iterator[Part] = parts.plain() if compression is None else parts.packed(Encoder(compression))
+    file_bytes = files.write(f"{folder}/{file}", ahead(source), at_most_bytes=head.stop - head.start)
     if head.rank == 0:
         files.write(f"{folder}/{SKELETON}", [skeleton])
     same = {name: getattr(head, name) for name in _SAME}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from resilient.core.saves import Saves
 from resilient.restoring import fetch_stored
 from snapshot import store
 from snapshot.capture import capture
+from snapshot.core.lifecycle import Ordinal
 from snapshot.core.stripes import Group
 from snapshot.files import StorageError, open_files
 from snapshot.stored import Stored
@@ -76,6 +78,7 @@ def test_what_is_durable_is_the_state_of_its_step(saved: Callable[..., Parts], l
     assert Stored.open(files, newest).verify() == []
     table = fetch_stored(str(disk), newest.folder)
     assert same(table, states[newest.key.step])
+    training.step()
     assert not same(table, capture(training.objects))
 
 
@@ -112,6 +115,31 @@ def test_storage_that_fails_gives_the_slot_back_and_is_counted(
     monkeypatch.setattr(store, "write_shard", whole)
     train_until_durable(training, vault)
     assert vault.saving.news.committed > before.committed
+
+
+def test_storage_that_stalls_holds_up_nothing_but_the_next_checkpoint(
+    saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, vault, _ = saved()
+    train_until_durable(training, vault)
+    assert vault.saving is not None
+    vault.saving.wait_until_done()
+    goes_on, whole = threading.Event(), store.write_shard
+
+    def stalls(*args: Any, **kwargs: Any) -> None:
+        goes_on.wait(30.0)
+        whole(*args, **kwargs)
+
+    monkeypatch.setattr(store, "write_shard", stalls)
+    captured, committed = training.snapshots.tally.captured, vault.saving.news.committed
+    for _ in range(10):
+        training.step()
+        training.snapshots.gate()
+        wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), 1).room)
+    assert training.snapshots.tally.captured >= captured + 9
+    assert training.snapshots.tally.saves_postponed > 0 and vault.saving.news.committed == committed
+    goes_on.set()
+    wait_for(lambda: vault.saving is not None and vault.saving.news.committed > committed)
 
 
 def test_what_a_former_keeper_has_left_undone_is_done_by_the_next(saved: Callable[..., Parts]) -> None:
