@@ -77,18 +77,18 @@ def test_whatever_fails_a_whole_checkpoint_is_left(files: Files, proxy: Proxy, f
         nonlocal kept
         proxy.fail(point, fault, lasting=point % 3 == 0)
         try:
-            save(files, STEP + point)
+            save(files, STEP + point, world=1)
         except StorageError as error:
             assert f"{BUCKET}/gpt" in str(error) and error.__cause__ is not None
         over = proxy.requests < point
         proxy.rest()
         kept = check_newest(files, kept)
         if point % 4 == 1:
-            save(files, STEP + point)
+            save(files, STEP + point, world=1)
             kept = check_newest(files, STEP + point)
         return over
 
-    assert points(fail) > 20
+    assert points(fail) > 15
     save(files, STEP + 100)
     assert [(each.key.step, each.complete) for each in checkpoints(files)][-1] == (STEP + 100, True)
     assert len(checkpoints(files)) == 2
@@ -108,7 +108,7 @@ def test_a_slow_bucket_is_only_slow(files: Files, proxy: Proxy) -> None:
 
 
 BLOCK = 5 << 20
-DATA = random.Random(0).randbytes(2 * BLOCK + 1000)
+DATA = random.Random(0).randbytes(BLOCK + 1_500_000)
 PARTS = [DATA[at : at + 1_000_001] for at in range(0, len(DATA), 1_000_001)]
 
 
@@ -158,13 +158,15 @@ def test_whoever_gives_up_while_uploading_leaves_nothing(files: Files, proxy: Pr
         yield from PARTS[:-1]
         raise Enough
 
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{proxy.port}")
+    before = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
     files.write("step/large.bin", [b"former"])
     with pytest.raises(Enough):
         files.write("step/large.bin", parts())
     gc.collect()
     assert files.read("step/large.bin") == b"former"
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{proxy.port}")
-    assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET)
+    assert proxy.requests >= 6  # it had begun to upload
+    assert client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) == before
     client.close()
 
 
