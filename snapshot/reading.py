@@ -88,7 +88,12 @@ class StoredShard:
     def read_coded(self, run: range) -> Iterator[tuple[int, memoryview | RottenChunk]]:
         """Each chunk as it was captured, valid until the next one, or what is wrong with it."""
         room = memoryview(bytearray(max(end - begin for begin, end in map(self.span, run))))
-        for number, stored in self._stored(run):
+        try:
+            found = self._stored(run)
+        except RottenChunk as error:
+            yield from ((number, RottenChunk(number, error.why)) for number in run)
+            return
+        for number, stored in found:
             begin, end = self.span(number)
             try:
                 self._decode(number, stored, room[: end - begin])
@@ -109,17 +114,16 @@ class StoredShard:
             first, last = max(begin, start), min(end, stop)
             into[first - start : last - start] = raw[first - begin : last - begin]
 
-    def _stored(self, run: range) -> Iterator[tuple[int, memoryview]]:
+    def _stored(self, run: range) -> list[tuple[int, memoryview]]:
+        """Each chunk as it is stored. Raises RottenChunk if the file is missing."""
         begin = self.stored_span(run[0])[0]
         stored = memoryview(bytearray(self.stored_span(run[-1])[1] - begin))
         try:
             self._files.read_into(self.name, begin, stored)
-        except FileNotFoundError:
-            yield from ((number, RottenChunk(number, "the file is missing")) for number in run)
-            return
-        for number in run:
-            start, stop = self.stored_span(number)
-            yield number, stored[start - begin : stop - begin]
+        except FileNotFoundError as error:
+            raise RottenChunk(run[0], "the file is missing") from error
+        spans = ((number, *self.stored_span(number)) for number in run)
+        return [(number, stored[start - begin : stop - begin]) for number, start, stop in spans]
 
     def _decode(self, number: int, stored: memoryview, into: memoryview) -> None:
         chunk = self.shard.chunks[number]
