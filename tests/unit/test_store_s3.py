@@ -170,6 +170,13 @@ def test_whoever_gives_up_while_uploading_leaves_nothing(files: Files, proxy: Pr
     client.close()
 
 
+def test_an_object_may_be_empty(files: Files) -> None:
+    """As the file of a share without bytes is."""
+    assert files.write("step/empty.bin", []) == 0
+    assert files.size("step/empty.bin") == 0 and files.read("step/empty.bin") == b""
+    assert files.names("step") == ["empty.bin"] and files.names() == ["step"]
+
+
 def test_what_is_not_there_is_said(files: Files) -> None:
     assert files.names() == files.names("step") == []
     for ask in (files.size, files.read):
