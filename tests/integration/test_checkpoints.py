@@ -32,6 +32,7 @@ def complete(url: Path) -> list[int]:
     return [found.key.step for found in store.checkpoints(open_files(str(url))) if found.complete]
 
 
+@pytest.mark.long
 def test_a_run_leaves_its_final_state_and_the_last_few_before(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     url = tmp_path / "checkpoints"
     checkpoint = resilient.Checkpoint(str(url), every=40, keep=2)
@@ -89,6 +90,7 @@ def test_more_nodes_gone_than_parity_covers_and_the_run_goes_on_from_storage(
     assert (back["source"], back["kind"]) == ("storage", "node lost"), (back, run.news["messages"])
 
 
+@pytest.mark.long
 def test_training_goes_on_when_storage_fails_and_it_is_told(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     url = tmp_path / "checkpoints"
     saving = train("unsaved", workers=2, snapshot=EVERY_STEP, checkpoint=resilient.Checkpoint(str(url), every=20))

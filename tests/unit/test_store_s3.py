@@ -68,7 +68,9 @@ def test_what_was_saved_is_read(files: Files, compression: int | None) -> None:
     assert Stored.open(files, state.folder).mapped(0, 10) is None
 
 
-@pytest.mark.parametrize("fault", ["error", "cut request", "cut reply"])
+@pytest.mark.parametrize(
+    "fault", ["error", *(pytest.param(fault, marks=pytest.mark.long) for fault in ("cut request", "cut reply"))]
+)
 def test_whatever_fails_a_whole_checkpoint_is_left(files: Files, proxy: Proxy, fault: Fault) -> None:
     former(files)
     kept = FORMER[-1]
