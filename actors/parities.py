@@ -219,7 +219,8 @@ class Parities:
             payload = self._make_room(block, group.piece_bytes(image.image_bytes))
         if group.data == 1:  # The only data block, so parity is a copy of it: no need to add.
             payload[length:] = bytes(len(payload) - length)
-            stream.receive_into(payload[:length])
+            assert block.file is not None
+            stream.receive_into(payload[:length], block.file.note_sum)
         else:
             self._add(block, group.data_nodes(block.class_index).index(image.node), length, stream)
         with self._changed:

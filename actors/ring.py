@@ -57,7 +57,7 @@ class Ring:
             "generation": self.generation,
             "group": group_fields(self.group),
             "shares": shares,
-            "branches": [asdict(branch) for branch in self.branches],
+            "branches": [{**asdict(branch), "skipped": list(branch.skipped)} for branch in self.branches],
         }
 
     @classmethod

@@ -1,7 +1,7 @@
 """Frames of bytes over one TCP connection between two processes that share a secret.
 
     greeting    server: magic, nonce; client: nonce, proof; server: proof. Fixed sizes, one deadline for all.
-    frame       16 bytes: length u32, kind u32, xxh3_64 u64 of the bytes (seeded with length and kind); the bytes
+    frame       16 bytes: length u32, kind u32, xxh3_64 u64 of the bytes (seeded with kind); the bytes
     request     MESSAGE (a JSON object), DATA ..., END
     reply       DATA ..., MESSAGE: the outcome comes last, so that also a failure in the middle can be told
 
@@ -43,6 +43,8 @@ _NONCE_BYTES = _PROOF_BYTES = 32
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 Consumer: TypeAlias = "Callable[[memoryview], object]"
 """Is given each received frame, valid until it returns; the next is not read before."""
+
+Note: TypeAlias = "Callable[[int, int, int], object]"
 
 
 class TransferError(Exception):
@@ -89,7 +91,7 @@ class Wire:
         self._poll.register(connected, select.POLLIN)
 
     def send(self, kind: int, data: Buffer = b"") -> None:
-        checksum = xxhash.xxh3_64_intdigest(data, seed=_seed(kind, len(data)))
+        checksum = xxhash.xxh3_64_intdigest(data, seed=_seed(kind))
         header = _HEADER.pack(len(data), kind, checksum)
         try:
             sent = self._socket.sendmsg([header, data])
@@ -135,7 +137,7 @@ class Wire:
                 self._frame = memoryview(bytearray(FRAME_BYTES))
             target = self._frame[: header.length]
         self._fill(target)
-        if xxhash.xxh3_64_intdigest(target, seed=_seed(header.kind, header.length)) != header.checksum:
+        if xxhash.xxh3_64_intdigest(target, seed=_seed(header.kind)) != header.checksum:
             raise TransferCorrupt(f"a frame of {header.length} bytes from {self.peer} arrived damaged")
         return target
 
@@ -193,9 +195,10 @@ class Incoming:
         while (header := self._next()) is not None:
             yield self._wire.body(header)
 
-    def receive_into(self, target: Buffer) -> int:
+    def receive_into(self, target: Buffer, note: Note = lambda *_: None) -> int:
         """Fill a writable buffer with the payload, without a copy in between; its length in bytes.
 
+        note: is told of each frame where it begins, its length and the xxh3_64 of its bytes.
         Raises ValueError if the payload has not exactly this length.
         """
         view, received = memoryview(target).cast("B"), 0
@@ -204,6 +207,7 @@ class Incoming:
                 self._wire.body(header)
                 raise ValueError(f"the payload of {self._wire.peer} is longer than {len(view)} bytes")
             self._wire.body(header, view[received : received + header.length])
+            note(received, header.length, header.checksum)
             received += header.length
         if received < len(view):
             raise ValueError(f"the payload of {self._wire.peer} has {received} bytes, not {len(view)}")
@@ -301,5 +305,6 @@ def _proof(secret: str, role: bytes, server_nonce: bytes, client_nonce: bytes) -
     return hmac.digest(secret.encode(), _MAGIC + role + server_nonce + client_nonce, "sha256")
 
 
-def _seed(kind: int, length: int) -> int:
-    return length << 32 | kind
+def _seed(kind: int) -> int:
+    """None for DATA, so that its checksums can be kept with the bytes. A wrong length gives other bytes anyway."""
+    return 0 if kind == DATA else kind

@@ -22,6 +22,7 @@ from .stream import (
     Consumer,
     Incoming,
     NotAuthentic,
+    Note,
     PeerLost,
     TransferCancelled,
     TransferCorrupt,
@@ -69,9 +70,12 @@ class Stream:
         """What the peer sends, in bounded pieces, each valid until the next; a slow consumer slows the peer."""
         return self._incoming.frames()
 
-    def receive_into(self, target: Buffer) -> int:
-        """What the peer sends, straight into a writable buffer. ValueError if it has not exactly its length."""
-        return self._incoming.receive_into(target)
+    def receive_into(self, target: Buffer, note: Note = lambda *_: None) -> int:
+        """What the peer sends, straight into a writable buffer. ValueError if it has not exactly its length.
+
+        note: is told of each frame where it begins, its length and the xxh3_64 of its bytes.
+        """
+        return self._incoming.receive_into(target, note)
 
     def send(self, buffers: Iterable[Buffer]) -> None:
         """Payload of the reply, straight from contiguous buffers. What the peer still sends is dropped first."""

@@ -26,7 +26,7 @@ from snapshot.core.lifecycle import Ordinal
 from snapshot.room import reserve
 
 LIMIT_S = 60.0
-POLL_S = 0.0005
+POLL_S = 0.002
 
 
 class Contestant(Protocol):

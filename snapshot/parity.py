@@ -20,6 +20,7 @@ import contextlib
 import json
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ class ParityFile:
         self.block_bytes = 0
         self._buffer = memoryview(mapped)
         self._zero = zero
+        self._noted: dict[int, int] = {}
+        """Sums that are known already, by number of the MiB."""
 
     @classmethod
     def create(cls, path: Path, block_bytes: int) -> ParityFile:
@@ -139,7 +142,14 @@ class ParityFile:
                 part = self._buffer[start : start + SUMMED_BYTES]
                 part[:] = _ZEROS[: len(part)]
         self._zero = False
+        self._noted.clear()
         self.block_bytes = block_bytes
+
+    def note_sum(self, start: int, length: int, xxh3_64: int) -> None:
+        """The sum of these bytes of the payload, which do not change any more, so that `commit` need not read them."""
+        number, rest = divmod(start, SUMMED_BYTES)
+        if rest == 0 and length == SUMMED_BYTES:
+            self._noted[number] = xxh3_64
 
     def extend(self, block_bytes: int) -> None:
         """The block is longer than was known when it was begun with zeros. The caller owes that it fits."""
@@ -149,7 +159,7 @@ class ParityFile:
     def commit(self, run: str, found: ParityFound) -> None:
         """The payload is complete: from this moment on the block counts. Raises ValueError for too long a head."""
         head = ParityHead(run=run, found=found, block_bytes=self.block_bytes).to_bytes()
-        sums = pack_sums(self._payload_sums())
+        sums = pack_sums(self._payload_sums(self._noted))
         fields = _FIELDS.pack(_MAGIC, FORMAT, len(head), self.block_bytes)
         preamble = fields + _SUMS.pack(_sum(fields), _sum(head), _sum(sums))
         self._buffer[:PAGE_BYTES] = preamble.ljust(PAGE_BYTES, b"\0")
@@ -199,16 +209,22 @@ class ParityFile:
         if _sum(area) != sums_sum:
             raise RottenParity(f"{self.path}: the sums are damaged")
         sums = [value for (value,) in _WORD.iter_unpack(area)]
-        return tuple(number for number, found in enumerate(self._payload_sums()) if found != sums[number])
+        return tuple(number for number, found in enumerate(self._payload_sums({})) if found != sums[number])
 
     def unlink(self) -> None:
         """Remove the file; who has mapped it keeps it."""
         with contextlib.suppress(FileNotFoundError):  # somebody has removed the whole folder
             self.path.unlink()
 
-    def _payload_sums(self) -> list[int]:
+    def _payload_sums(self, noted: Mapping[int, int]) -> list[int]:
         payload = self.payload
-        return [_sum(payload[start : start + SUMMED_BYTES]) for start in range(0, len(payload), SUMMED_BYTES)]
+        count = -(-len(payload) // SUMMED_BYTES)
+        return [
+            noted[number]
+            if number in noted
+            else _sum(payload[number * SUMMED_BYTES : number * SUMMED_BYTES + SUMMED_BYTES])
+            for number in range(count)
+        ]
 
 
 def _sum(data: bytes | memoryview) -> int:
