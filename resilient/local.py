@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .job import Settings
+from .local_saving import LocalSaving
 from .result import Result
 from .team import Alone
 from .worker import call, device_for
@@ -20,6 +21,7 @@ def run_locally(settings: Settings, function: bytes) -> Result:
     team = Alone(
         on_step=lambda step, values: rows.append({"step": float(step), **values}),
         workers=settings.workers,
+        saving=LocalSaving(settings.checkpoint, settings.name) if settings.checkpoint is not None else None,
     )
     with _as_in_a_rank(settings.threads), contextlib.closing(team):
         value, digest = call(function, team, settings, device_for(settings.resources))

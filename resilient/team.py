@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .core.plan import Address, Place, Plan
 from .core.planner import dealt_anew
@@ -24,8 +24,11 @@ from .core.seat import (
 )
 from .errors import LoopError
 from .exchange import exchange_alone
-from .records import mean_values
+from .records import RecentLosses, mean_values
 from .sums import StepSums
+
+if TYPE_CHECKING:
+    from .local_saving import LocalSaving
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,7 @@ class Alone:
     """One process does all micro-batches: the reference for every 'identical'."""
 
     on_step: Callable[[int, dict[str, float]], None]
+    saving: LocalSaving | None = None
     rank: int = 0
     size: int = 1
     generation: int = 1
@@ -96,6 +100,7 @@ class Alone:
     _seat: Seat = field(default_factory=lambda: Seat(member=1))
     _loop: Loop | None = None
     _losses: list[float] = field(default_factory=list)
+    _recent: RecentLosses = field(default_factory=RecentLosses)
 
     @property
     def step(self) -> int:
@@ -103,8 +108,19 @@ class Alone:
 
     def enter(self, loop: Loop) -> None:
         self._loop = loop
+        step = 0
+        if self.saving is not None:
+            step, self.skipped = self.saving.resume(self._objects())
+        self._sit_down(step)
+
+    def _objects(self) -> Mapping[str, object]:
+        assert self._loop is not None
+        return {**self._loop.objects(), "run.losses": self._recent}
+
+    def _sit_down(self, step: int) -> None:
+        self._seat = Seat(member=1, step=step, complete=step - 1)
         self._seat.handle(PlanArrived(plan=self._plan()))
-        self._seat.handle(Formed(generation=1, complete=-1))
+        self._seat.handle(Formed(generation=1, complete=step - 1))
 
     def _plan(self) -> Plan:
         assert self._loop is not None
@@ -138,10 +154,9 @@ class Alone:
         if rollback.skip_from is None:
             raise LoopError(f"{rollback.why}, but a run in one process keeps no snapshots to go back to")
         self.skipped = tuple(sorted({*self.skipped, *range(rollback.skip_from, rollback.skip_to + 1)}))
-        step = self._seat.step
-        self._seat = Seat(member=1, step=step, complete=step - 1)
-        self._seat.handle(PlanArrived(plan=self._plan()))
-        self._seat.handle(Formed(generation=1, complete=step - 1))
+        if self.saving is not None:
+            self.saving.left_out(self._seat.step, self.skipped)
+        self._sit_down(self._seat.step)
 
     def park(self) -> None:
         raise AssertionError("a run in one process never parks")
@@ -152,7 +167,10 @@ class Alone:
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         step = self._seat.step
         self._seat.handle(Applied(step=step))
+        self._recent.add(step, mean(self._losses))
         self.on_step(step, {"loss": mean(self._losses), **mean_values(values)})
+        if self.saving is not None and self._loop is not None:
+            self.saving.boundary(step + 1, self._loop.steps, self._objects())
 
     def finished(self) -> bool:
         self._seat.handle(Finished(step=self._seat.step))

@@ -1,0 +1,98 @@
+"""Checkpoints of a run in one process: written at once, between two steps, in the same format and by the same rules."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+
+import xxhash
+
+from snapshot import store
+from snapshot.capture import capture
+from snapshot.core.branches import Branch, Lineage
+from snapshot.core.chunks import ends_within
+from snapshot.files import open_files
+from snapshot.load import load
+from snapshot.manifests import folder_of
+from snapshot.slot import SlotHead, chunk_sums
+
+from .core.plan import first_branch
+from .core.saves import Saves
+from .errors import RunLost
+from .job import Checkpoint
+from .restoring import fetch_stored
+
+
+class LocalSaving:
+    """Raises ValueError for a URL that can't be used, and StorageError when storage fails: nobody else could go on."""
+
+    def __init__(self, checkpoint: Checkpoint, run: str) -> None:
+        self._checkpoint, self._run = checkpoint, run
+        self._files = open_files(checkpoint.url, allow_memory=True)
+        self._attempt = store.newest_attempt(self._files) + 1
+        self._token = secrets.token_hex(4)
+        self._saves = Saves(every_steps=checkpoint.every_steps, every_s=checkpoint.every_s)
+        self._lineage = first_branch()
+
+    def resume(self, objects: Mapping[str, object]) -> tuple[int, tuple[int, ...]]:
+        """Give the objects the state to go on from. The step it is of, and what to leave out of the data; 0 and
+        nothing if there is none. Raises RunLost if the step that was asked for is not there."""
+        wanted = self._checkpoint.resume
+        if wanted == "never":
+            return 0, ()
+        step = wanted if isinstance(wanted, int) else None
+        found = store.newest(self._files, step=step)
+        if found is None or found.manifest is None:
+            if step is None:
+                return 0, ()
+            raise RunLost(f"resume={step}: there is no complete checkpoint of step {step} in {self._checkpoint.url}")
+        load(objects, fetch_stored(self._checkpoint.url, found.folder))
+        self._lineage = found.manifest.lineage
+        return found.key.step, self._lineage.skipped
+
+    def boundary(self, step: int, last_step: int | None, objects: Mapping[str, object]) -> None:
+        """The state at the start of `step` stands."""
+        self._saves.last_step = last_step
+        if self._saves.is_due(step, time.monotonic()):
+            self._saves.saved(step, time.monotonic())
+            self._save(step, objects)
+
+    def left_out(self, step: int, skipped: tuple[int, ...]) -> None:
+        """From this step on a new branch goes on, without these positions in the data, all that are skipped by now."""
+        parent = self._lineage.newest.number
+        more = tuple(position for position in skipped if position not in self._lineage.skipped)
+        branch = Branch(number=parent + 1, parent=parent, at_step=step, skipped=more)
+        self._lineage = Lineage(branches=(*self._lineage.branches, branch))
+
+    def _save(self, step: int, objects: Mapping[str, object]) -> None:
+        table = capture(objects)
+        payload = bytearray(table.skeleton)
+        for piece in table.pieces(0, table.nbytes):
+            payload += piece.cpu().numpy().data
+        ends = ends_within(table.chunk_ends(), 0, table.nbytes)
+        head = SlotHead(
+            run=self._run,
+            attempt=self._attempt,
+            branch=self._lineage.newest.number,
+            generation=1,
+            step=step,
+            member=1,
+            rank=0,
+            world=1,
+            start=0,
+            stop=table.nbytes,
+            state_bytes=table.nbytes,
+            skeleton=xxhash.xxh3_128_hexdigest(table.skeleton),
+            skeleton_bytes=len(table.skeleton),
+            chunks=tuple(len(table.skeleton) + end for end in (0, *ends)),
+            durable=True,
+        )
+        view, token = memoryview(payload).toreadonly(), self._token
+        sums, level = chunk_sums(view, head), self._checkpoint.level
+        store.write_shard(self._files, token=token, head=head, payload=view, sums=sums, compression=level)
+        folder = folder_of(head.attempt, head.branch, step, head.generation, token)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        store.commit(self._files, folder, lineage=self._lineage, saved_at=now)
+        store.prune(self._files, self._checkpoint.keep, attempt=self._attempt, token=token)

@@ -1,0 +1,71 @@
+"""Checkpoints of a run in one process: what it leaves is gone on from, to the same bits, and by others too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import resilient
+from snapshot import store
+from snapshot.files import open_files
+from tests.integration.loops import train
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Any:
+    return train("alone").local(steps=STEPS)
+
+
+def losses(result: Any) -> list[float]:
+    return [row["loss"] for row in result.metrics]
+
+
+def test_a_run_that_stopped_goes_on_from_its_last_checkpoint(undisturbed: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "checkpoint": resilient.Checkpoint(str(tmp_path), every=5, keep=2),
+        "on_nonfinite": "stop",
+    }
+    with pytest.raises(resilient.ResilientError, match="not finite"):
+        train("again", **settings).local(steps=STEPS, poisoned=13)
+    result = train("again", **settings).local(steps=STEPS)
+    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed)[10:]
+    complete = [found.key for found in store.checkpoints(open_files(str(tmp_path))) if found.complete]
+    assert [(key.attempt, key.step) for key in complete] == [(2, 20), (2, STEPS)]
+    again = train("again", **settings).local(steps=STEPS)
+    assert again.digest == undisturbed.digest and again.metrics == []
+
+
+def test_a_step_or_the_beginning_can_be_asked_for(undisturbed: Any, tmp_path: Path) -> None:
+    def run(resume: Any) -> Any:
+        checkpoint = resilient.Checkpoint(str(tmp_path), every=8, keep=9, resume=resume)
+        return train("asked", checkpoint=checkpoint).local(steps=STEPS)
+
+    assert len(losses(run("never"))) == STEPS
+    result = run(16)
+    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed)[16:]
+    assert len(losses(run("never"))) == STEPS
+    with pytest.raises(resilient.RunLost, match=r"resume=17: there is no complete checkpoint of step 17"):
+        run(17)
+
+
+def test_data_that_was_left_out_stays_out(tmp_path: Path) -> None:
+    bad: dict[str, Any] = {"steps": STEPS, "poisoned": 4}
+    whole = train("whole", on_nonfinite="skip").local(**bad)
+    checkpoint = resilient.Checkpoint(str(tmp_path), every=10)
+    saving = train("whole", on_nonfinite="skip", checkpoint=checkpoint)
+    assert saving.local(**bad).digest == whole.digest
+    from_10 = train("whole", on_nonfinite="skip", checkpoint=resilient.Checkpoint(str(tmp_path), every=10, resume=10))
+    assert from_10.local(**bad).digest == whole.digest
+
+
+def test_memory_is_for_this_process_only(undisturbed: Any) -> None:
+    checkpoint = resilient.Checkpoint("memory://local-saving", every=10)
+    result = train("here", checkpoint=checkpoint).local(steps=STEPS)
+    assert result.digest == undisturbed.digest
+    assert store.newest(open_files("memory://local-saving", allow_memory=True)) is not None
+    with pytest.raises(ValueError, match="memory://"):
+        open_files("memory://local-saving")
