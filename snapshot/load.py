@@ -63,9 +63,9 @@ def _plan_module(loading: "_Loading", name: str, module: nn.Module, structure: A
 
     buffers = {path: (part, key, buffer) for path, part, key, buffer in buffer_places(module)}
     stored = structure["buffers"]
-    _require_same(f"{name}: buffers", list(buffers), [path for path, _ in stored])
+    _require_same(f"{name}: buffers", list(buffers), [path for path, _, _ in stored])
     home = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
-    for path, index in stored:
+    for path, index, _ in stored:
         part, key, buffer = buffers[path]
         _plan_buffer(loading, f"{name}.{path}", index, (part, key, buffer), home)
 
