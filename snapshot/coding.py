@@ -40,14 +40,24 @@ class Encoder:
         if type(level) is not int or not 1 <= level <= zstandard.MAX_COMPRESSION_LEVEL:
             raise ValueError(f"compression: got {level!r}, must be 1..{zstandard.MAX_COMPRESSION_LEVEL}, or None")
         self._compressor = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
+        self._room = bytearray()
 
     def encode(self, raw: memoryview, item_bytes: int) -> Encoded:
         """item_bytes: of one element of the tensor that this is a piece of."""
-        shuffle = item_bytes if len(raw) % item_bytes == 0 else 1
-        packed = self._compressor.compress(shuffled(raw, shuffle) if shuffle > 1 else raw)
+        item_bytes = item_bytes if len(raw) % item_bytes == 0 else 1
+        packed = self._compressor.compress(self._regrouped(raw, item_bytes))
         if len(packed) > WORTH * len(raw):
             return Encoded(coding="raw", shuffle=1, data=raw)
-        return Encoded(coding="zstd", shuffle=shuffle, data=packed)
+        return Encoded(coding="zstd", shuffle=item_bytes, data=packed)
+
+    def _regrouped(self, raw: memoryview, item_bytes: int) -> memoryview:
+        if item_bytes == 1:
+            return raw
+        if len(self._room) < len(raw):  # kept: touching new pages takes as long as the shuffle
+            self._room = bytearray(len(raw))
+        room = memoryview(self._room)[: len(raw)]
+        shuffle(raw, item_bytes, room)
+        return room
 
 
 class Decoder:
@@ -56,8 +66,8 @@ class Decoder:
     def __init__(self) -> None:
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
 
-    def decode(self, data: bytes | memoryview, shuffle: int, into: memoryview) -> None:
-        """Fill `into` from one frame of zstd. Allocates no more than twice its length.
+    def decode(self, data: bytes | memoryview, item_bytes: int, into: memoryview) -> None:
+        """Fill `into` from one frame of zstd, shuffled by items of so many bytes. Allocates no more than its length.
 
         Raises CodingError unless the frame says that it holds so many bytes, and does.
         """
@@ -71,23 +81,22 @@ class Decoder:
             raise CodingError(f"no frame of zstd: {error}") from error
         if len(raw) != len(into):
             raise CodingError(f"a frame of {len(raw)} bytes, {len(into)} were expected")
-        if shuffle > 1:
-            unshuffle(raw, shuffle, into)
+        if item_bytes > 1:
+            unshuffle(raw, item_bytes, into)
         else:
             into[:] = raw
 
 
-def shuffled(raw: memoryview, item_bytes: int) -> memoryview:
-    """The first byte of each item, then the second of each, and so on."""
+def shuffle(raw: memoryview, item_bytes: int, into: memoryview) -> None:
+    """The first byte of each item, then the second of each, and so on, into as many bytes."""
     items = np.frombuffer(raw, np.uint8).reshape(-1, item_bytes)
-    columns = np.empty((item_bytes, len(items)), np.uint8)
+    columns = np.frombuffer(into, np.uint8).reshape(item_bytes, -1)
     for place in range(item_bytes):  # twice as fast as copying the transposed array
         columns[place] = items[:, place]
-    return columns.data.cast("B")
 
 
 def unshuffle(data: bytes | memoryview, item_bytes: int, into: memoryview) -> None:
-    """The inverse of `shuffled`, into as many bytes."""
+    """The inverse of `shuffle`, into as many bytes."""
     columns = np.frombuffer(data, np.uint8).reshape(item_bytes, -1)
     items = np.frombuffer(into, np.uint8).reshape(-1, item_bytes)
     for place in range(item_bytes):

@@ -198,12 +198,17 @@ def prune(files: Files, keep: int, *, attempt: int, token: str, verified: str | 
     lower attempts, and of this submission if it has completed a newer one. What cannot be read stays, as do those of
     higher attempts and of another submission with the same attempt, and the newest complete one.
     verified: a folder that stays as well.
+    Raises StorageError.
     """
     if keep < 1:
         raise ValueError(f"keep: got {keep}, must be at least 1")
-    found = checkpoints(files)
+    looks = [_look(files, key) for key in _keys(files)]
+    found = [each for each, _ in looks]
     complete = [each for each in found if each.complete]
     if not complete:
+        for _, failure in looks:
+            if failure is not None:
+                raise failure
         return []
     # It may be visible before it is durable, if its writer has just died.
     files.settle(f"{complete[-1].folder}/{MANIFEST}")
