@@ -32,21 +32,25 @@ SMALLEST_MAP_BYTES = 4096
 """A page; what is less lies more densely in memory of its own."""
 
 
-def read_state(stored: Stored, tree: Tree, *, mapped: bool = False, progress: Progress | None = None) -> Tree:
+def read_state(
+    stored: Stored, tree: Tree, *, mapped: bool = False, portable: bool = False, progress: Progress | None = None
+) -> Tree:
     """The tree with tensors instead of their numbers: those of one number are one tensor.
 
     mapped: those that lie uncompressed, aligned and in one shard of a local file are maps of it, copied on write. They
         are compared with their checksums first; the files must not be truncated while the tensors are in use.
+    portable: arrays come as tensors, and numpy's scalars as Python's.
     Raises RottenCheckpoint, StorageError, and ValueError for what this torch can't express, and for shards.
     """
     numbers = sorted({place.tensor for place in places(tree) if place.tensor is not None})
     tensors = _read(stored, numbers, mapped, progress or (lambda done, total: None))
     decode = leaf_decoder(lambda number, _: tensors[number])
-    return dict(filled(tree, lambda leaf: _value(decode, leaf)))
 
+    def value(leaf: Leaf) -> Any:
+        found: Any = decode("tensor" if portable and leaf.tag == "array" else leaf.tag, leaf.payload, None)
+        return found.item() if portable and leaf.tag == "scalar" else found
 
-def _value(decode: Callable[[str, Any, object], object], leaf: Leaf) -> object:
-    return decode(leaf.tag, leaf.payload, None)
+    return dict(filled(tree, value))
 
 
 def _read(stored: Stored, numbers: Sequence[int], mapped: bool, progress: Progress) -> dict[int, Tensor]:

@@ -18,6 +18,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
+
 from snapshot.tree import Json, decode, encode, to_bytes
 
 Path = tuple[object, ...]
@@ -26,7 +28,7 @@ Tree = dict[str, Any]
 _DICTS = (dict, OrderedDict, Counter)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Leaf:
     """What takes torch or numpy to make a value of it; see `snapshot.capture`.
 
@@ -39,6 +41,12 @@ class Leaf:
     @property
     def tensor(self) -> int | None:
         return int(self.payload) if self.tag in ("tensor", "array") else None
+
+    def __repr__(self) -> str:
+        if self.tag == "scalar":
+            dtype, data = self.payload
+            return f"{np.frombuffer(bytes.fromhex(data), dtype)[0]!s}"
+        return f"{self.tag} {self.payload}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,18 +199,18 @@ def _leaf(_: str, value: object) -> tuple[str, Json] | None:
     return (value.tag, value.payload) if isinstance(value, Leaf) else None
 
 
-def as_json(value: Any) -> Any:
+def json_of(value: Any) -> Any:
     """A plain value for readers of JSON: as it is where JSON can say it exactly, else {kind: ...} as in a skeleton."""
     if value is None or type(value) in (bool, str, int):
         return value
     if type(value) is float and abs(value) < float("inf"):
         return value
     if type(value) is list:
-        return list(map(as_json, value))
+        return list(map(json_of, value))
     if type(value) is tuple:
-        return {"tuple": list(map(as_json, value))}
+        return {"tuple": list(map(json_of, value))}
     if type(value) is dict and all(type(key) is str for key in value):
-        return {key: as_json(item) for key, item in value.items()}
+        return {key: json_of(item) for key, item in value.items()}
     if isinstance(value, Leaf):
         return {value.tag: value.payload}
     return encode(value, path="", leaf=_leaf)
