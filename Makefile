@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 
 SEEDS ?= 10000
+FUZZ_S ?= 60
 FIRST ?=
 SEED ?=
 
@@ -13,7 +14,7 @@ TEST_ENV := RAY_AUTH_MODE=disabled
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
-.PHONY: help demo test test-long test-gpu lint format sim bench-recovery bench-snapshot clean
+.PHONY: help demo test test-long test-gpu lint format sim fuzz bench-recovery bench-snapshot clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -51,6 +52,11 @@ format: $(VENV)/.lint-stamp ## fix what ruff can fix
 
 sim: $(VENV)/.test-stamp ## simulate a cluster and its faults: SEEDS=n FIRST=n, or one SEED=n
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) $(if $(FIRST),--first $(FIRST)) $(if $(SEED),--seed $(SEED))
+
+fuzz: $(VENV)/.test-stamp ## feed damaged manifests to their readers: FUZZ_S=seconds
+	$(PIP) -e ".[test,fuzz]" -c constraints.txt
+	mkdir -p out/fuzz
+	$(BIN)/python -m tests.fuzz.manifests -max_total_time=$(FUZZ_S) out/fuzz
 
 bench-recovery: $(VENV)/.test-stamp ## time recoveries, written to out/bench/recovery.json
 	$(BIN)/python -m benchmarks.recovery

@@ -164,7 +164,7 @@ class LocalFiles:
                     self._disk.unlink(path / name)
             with contextlib.suppress(FileNotFoundError):
                 self._disk.remove_folder(path)
-            self._disk.sync_folder(self._root)
+                self._disk.sync_folder(self._root)
 
     def path(self, name: str) -> Path:
         return self._root / name

@@ -74,7 +74,7 @@ class ObjectFiles:
             front_bytes += len(part)
             if front_bytes >= block_bytes and not self._whole_only:
                 return self._write_blocks(name, front, source, block_bytes)
-        with _failures(f"{self.url}/{name} can't be written"):
+        with _failures(f"{self.url}/{name} can't be written", missing=True):
             self._system.pipe_file(self._place(name), b"".join(front))
         return front_bytes
 
@@ -84,18 +84,18 @@ class ObjectFiles:
         return bool(self._system.protocol == "memory")
 
     def _write_blocks(self, name: str, front: list[bytes], rest: Iterator[Part], block_bytes: int) -> int:
-        with _failures(f"{self.url}/{name} can't be written"):
+        with _failures(f"{self.url}/{name} can't be written", missing=True):
             # Not as a context: when an exception leaves it, fsspec completes the upload with what is there.
             file = self._system.open(self._place(name), "wb", block_size=block_bytes, autocommit=False)
         assert isinstance(file, AbstractBufferedFile)
         try:
-            with _failures(f"{self.url}/{name} can't be written"):
+            with _failures(f"{self.url}/{name} can't be written", missing=True):
                 while front:
                     file.write(front.pop(0))
             for part in rest:
-                with _failures(f"{self.url}/{name} can't be written"):
+                with _failures(f"{self.url}/{name} can't be written", missing=True):
                     file.write(part)
-            with _failures(f"{self.url}/{name} can't be written"):
+            with _failures(f"{self.url}/{name} can't be written", missing=True):
                 file.close()
                 file.commit()
         except BaseException:  # Whatever it was, half an object must not be completed.
@@ -153,11 +153,16 @@ def _give_up(file: AbstractBufferedFile) -> None:
 
 
 @contextlib.contextmanager
-def _failures(what: str) -> Iterator[None]:
-    """Whatever the backend raises is a StorageError; that an object is missing remains FileNotFoundError."""
+def _failures(what: str, *, missing: bool = False) -> Iterator[None]:
+    """Whatever the backend raises is a StorageError.
+
+    missing: also that there is no such object, or bucket; else this remains a FileNotFoundError.
+    """
     try:
         yield
-    except (FileNotFoundError, StorageError):
+    except StorageError:
         raise
     except Exception as error:  # each backend of fsspec has its own, of no common class
+        if isinstance(error, FileNotFoundError) and not missing:
+            raise
         raise StorageError(f"{what}: {error!r:.500}") from error

@@ -76,7 +76,10 @@ class StoredShard:
     def read_straight(self, run: range, into: memoryview) -> None:
         """Raw chunks one after the other. Raises RottenChunk."""
         begin = self.span(run[0])[0]
-        self._files.read_into(self.name, self.stored_span(run[0])[0], into)
+        try:
+            self._files.read_into(self.name, self.stored_span(run[0])[0], into)
+        except FileNotFoundError as error:
+            raise RottenChunk(run[0], "the file is missing") from error
         for number in run:
             start, stop = self.span(number)
             if xxhash.xxh3_64_intdigest(into[start - begin : stop - begin]) != self.shard.chunks[number].xxh3_64:
@@ -86,7 +89,11 @@ class StoredShard:
         """Each chunk as it was captured, or what is wrong with it."""
         begin = self.stored_span(run[0])[0]
         stored = memoryview(bytearray(self.stored_span(run[-1])[1] - begin))
-        self._files.read_into(self.name, begin, stored)
+        try:
+            self._files.read_into(self.name, begin, stored)
+        except FileNotFoundError:
+            yield from ((number, RottenChunk(number, "the file is missing")) for number in run)
+            return
         for number in run:
             start, stop = self.stored_span(number)
             try:

@@ -15,7 +15,7 @@ from snapshot.core.names import MANIFEST, SKELETON, is_temporary, shard_file, sh
 from snapshot.core.spelling import ManifestError
 from snapshot.files import Files, StorageError
 from snapshot.manifests import read_manifest, read_shards, read_skeleton
-from snapshot.reading import Piece, RottenChunk, StoredShard, in_threads, pieces
+from snapshot.reading import PIECE_BYTES, Piece, RottenChunk, StoredShard, in_threads, pieces
 from snapshot.skeleton import Skeleton
 from snapshot.store import Found
 
@@ -99,7 +99,7 @@ class Stored:
             if not 0 <= start <= start + len(into) <= self.state_bytes:
                 raise ValueError(f"bytes {start}..{start + len(into)} are not within 0..{self.state_bytes}")
         wanted = (piece for start, into in ranges for piece in self._pieces(start, into))
-        in_threads(self._read, wanted, threads or self._threads)
+        in_threads(self._read, wanted, threads or self._threads(sum(len(into) for _, into in ranges)))
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[BadChunk]:
         """Read everything again, manifests too. What is bad, and what is missing or has no business here.
@@ -128,7 +128,7 @@ class Stored:
         jobs = (
             (shard, run) for shard in self._shards for run, _ in shard.runs(range(len(shard.ends)), 0, shard.shard.stop)
         )
-        in_threads(check, jobs, self._threads)
+        in_threads(check, jobs, self._threads(total))
         return sorted(bad, key=lambda each: (each.file, each.chunk or 0))
 
     def check(self, start: int, stop: int) -> None:
@@ -161,9 +161,10 @@ class Stored:
         specs = self.skeleton.tensors[first:last]
         return tuple(spec.name for spec in specs if spec.nbytes)
 
-    @property
-    def _threads(self) -> int:
-        return self._files.lanes if self._files.lanes > 1 else min(4, os.cpu_count() or 1)
+    def _threads(self, size: int) -> int:
+        """For reading so many bytes."""
+        most = self._files.lanes if self._files.lanes > 1 else min(4, os.cpu_count() or 1)
+        return min(most, 1 + size // PIECE_BYTES)
 
     def _pieces(self, start: int, into: memoryview) -> Iterator[Piece]:
         filled = 0
@@ -186,8 +187,6 @@ class Stored:
             piece.read()
         except RottenChunk as error:
             raise RottenCheckpoint(str(self._bad(piece.shard, error))) from error
-        except FileNotFoundError as error:
-            raise RottenCheckpoint(f"{piece.shard.name}: the file is missing") from error
 
     def _bad(self, shard: StoredShard, rotten: RottenChunk) -> BadChunk:
         begin, end = shard.span(rotten.number)

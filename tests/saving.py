@@ -19,9 +19,11 @@ def former(files: Files) -> None:
         state_of(step).save(files)
 
 
-def save(files: Files, step: int = STEP, compression: int | None = None, token: str = TOKEN, attempt: int = 1) -> None:
-    """Two shards, the manifest, and the oldest one goes."""
-    state_of(step, token=token, attempt=attempt).save(files, compression)
+def save(
+    files: Files, step: int = STEP, compression: int | None = None, token: str = TOKEN, attempt: int = 1, world: int = 2
+) -> None:
+    """All shards, the manifest, and the oldest one goes."""
+    state_of(step, token=token, attempt=attempt, world=world).save(files, compression)
     prune(files, keep=2, attempt=attempt, token=token)
 
 

@@ -240,7 +240,9 @@ class Manifest:
         """Raises ManifestError, naming the file, for anything that `to_bytes` can't have written."""
         try:
             node = unspelled(FORMAT, data)
-            branches = (Branch(**{**each, "skipped": tuple(each["skipped"])}) for each in node["lineage"])
+            branches = [Branch(**{**each, "skipped": tuple(each["skipped"])}) for each in node["lineage"]]
+            for branch in branches:
+                _check_branch(branch)
             shards = tuple(ShardEntry(**each) for each in node["shards"])
             manifest = cls(**{**node, "lineage": Lineage(branches=tuple(branches)), "shards": shards})
             _check_spelling(manifest.to_bytes(), data)
@@ -317,6 +319,12 @@ def _sum(node: Mapping[str, Any], name: str) -> int:
     if not _SUM.fullmatch(node[name]):
         raise ManifestError(f"{name}: {node[name]!r:.80}, must be 16 hexadecimal digits")
     return int(node[name], 16)
+
+
+def _check_branch(branch: Branch) -> None:
+    _counts(branch, "number", "at_step", *(["parent"] if branch.parent is not None else []))
+    if any(type(position) is not int for position in branch.skipped):
+        raise ManifestError(f"lineage: branch {branch.number}: skipped: not all are integers")
 
 
 def _branch_node(branch: Branch) -> dict[str, object]:

@@ -86,7 +86,9 @@ def test_relative_imports_are_resolved() -> None:
 
 
 # Every module that must start in a second: torch alone takes four more.
-@pytest.mark.parametrize("module", ["resilient.controller", "actors.keeper", "actors.keeping"])
+@pytest.mark.parametrize(
+    "module", ["resilient.controller", "actors.keeper", "actors.keeping", "snapshot.stored", "snapshot.objects"]
+)
 def test_control_processes_start_without_torch(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
     done = subprocess.run(
