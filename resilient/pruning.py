@@ -42,10 +42,11 @@ def _fate(each: Found, removed: set[str], keep: int, found: list[Found]) -> Fate
 
 def _why(each: Found, gone: bool, keep: int, found: list[Found]) -> str:
     complete = [other.key for other in found if other.complete]
+    those = "the newest" if keep == 1 else f"the newest {keep}"
     if gone:
-        return f"older than the newest {keep}" if each.complete else "never completed, and nobody completes it any more"
+        return f"older than {those}" if each.complete else "never completed, and nobody completes it any more"
     if each.complete and each.key in complete[-keep:]:
-        return f"one of the newest {keep}"
+        return those if keep == 1 else f"one of {those}"
     if each.complete:
         return "of another submission of the same attempt"
     if each.why != INCOMPLETE:

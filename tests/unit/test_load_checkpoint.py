@@ -16,12 +16,13 @@ import resilient
 from resilient.loading import opened, selected, whole_tree
 from snapshot.core.manifest import Manifest
 from snapshot.core.spelling import ManifestError, spelled
-from snapshot.files import LocalFiles
+from snapshot.files import LocalFiles, open_files
+from snapshot.skeleton import ShardSpec, Skeleton, TensorSpec
 from snapshot.state_dict import read_state
 from snapshot.state_tree import places
 from snapshot.stored import RottenCheckpoint
 from tests.checkpoints import Parts, build, leaves, save, state_dicts, train
-from tests.shards import flip
+from tests.shards import State, flip
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,6 +167,27 @@ class Large(nn.Module):
         self.second = nn.Parameter(torch.rand(1 << 22))
 
 
+def test_many_tensors_take_few_maps_and_open_files(tmp_path: Path) -> None:
+    state = {f"x{number}": torch.full((1024,), float(number)) for number in range(1500)}
+    save(LocalFiles(tmp_path), {"run.state": state}, 1, 3)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    found = resilient.load(str(tmp_path), mapped=True)["run.state"]
+    assert 0 < len(list(Path("/proc/self/fd").iterdir())) - before < 40
+    assert list(leaves(found)) == list(leaves(state))
+
+
+def test_one_ranks_shard_is_no_whole_tensor(tmp_path: Path) -> None:
+    shard = ShardSpec(global_shape=(4, 2), offsets=(2, 0), placements=("Shard(0)",), mesh_shape=(2,), coordinate=(1,))
+    spec = TensorSpec(
+        name="run.state['x']", dtype="float32", itemsize=4, shape=(2, 2), order=(0, 1), device="cpu", shard=shard
+    )
+    skeleton = Skeleton(tensors=(spec,), objects={"run.state": {"values": {"dict": [["x", {"tensor": 0}], ["y", 1]]}}})
+    State(skeleton=skeleton, data=bytes(16)).save(LocalFiles(tmp_path))
+    assert resilient.load(str(tmp_path), names=["run.state.y"]) == {"run.state": {"y": 1}}
+    with pytest.raises(ValueError, match=r"run.state\['x'\]: is stored as one rank's shard of a DTensor"):
+        resilient.load(str(tmp_path))
+
+
 @pytest.mark.parametrize("compression", [None, 1])
 def test_memory_is_that_of_the_result_and_a_map_takes_none(tmp_path: Path, compression: int | None) -> None:
     save(LocalFiles(tmp_path), {"model": Large()}, 1, 1, compression)
@@ -188,6 +210,14 @@ def test_a_map_is_a_copy_on_write(tmp_path: Path) -> None:
     expected = first.clone()
     first.zero_()
     assert torch.equal(resilient.load(str(tmp_path), mapped=True)["model"]["first"], expected)
+
+
+def test_what_lies_in_an_object_store_is_read_not_mapped(parts: Parts) -> None:
+    files = open_files("memory://runs/tiny", allow_memory=True)
+    save(files, parts, 3, 3)
+    stored = opened("", files=files)
+    found = read_state(stored, whole_tree(stored), mapped=True)
+    assert list(leaves(found)) == list(leaves(state_dicts(parts)))
 
 
 def test_progress_is_told(tmp_path: Path, parts: Parts) -> None:
