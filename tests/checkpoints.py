@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from snapshot.capture import capture
-from snapshot.files import Files
+from snapshot.disk import Disk
+from snapshot.files import Files, LocalFiles
 from tests.shards import State
 
 Parts = dict[str, Any]
@@ -93,6 +95,20 @@ def snapshot_of(parts: Parts, step: int, world: int = 1, **fields: Any) -> State
     table = capture({name if name == "run.state" else f"user:{name}": thing for name, thing in parts.items()})
     data = b"".join(piece.numpy().tobytes() for piece in table.pieces(0, table.nbytes))
     return State(skeleton=table.layout, data=data, step=step, world=world, **fields)
+
+
+class Hasty(Disk):
+    """What it writes need not outlive the machine."""
+
+    def sync(self, file: int) -> None:
+        pass
+
+    def sync_folder(self, path: Path) -> None:
+        pass
+
+
+def files_in(path: Path) -> LocalFiles:
+    return LocalFiles(path, Hasty())
 
 
 def save(files: Files, parts: Parts, step: int, world: int = 1, compression: int | None = None) -> str:

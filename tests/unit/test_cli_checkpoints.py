@@ -17,9 +17,8 @@ from click.testing import CliRunner, Result
 from resilient.cli import main
 from resilient.cli_checkpoints import split
 from snapshot.compare import STEP_ELEMENTS, differences
-from snapshot.files import LocalFiles
 from snapshot.table import DTYPES
-from tests.checkpoints import Parts, build, save, snapshot_of, train
+from tests.checkpoints import Parts, build, files_in, save, snapshot_of, train
 from tests.shards import flip
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +40,7 @@ def answer(*arguments: object, status: int = 0) -> Any:
 @pytest.fixture
 def url(tmp_path: Path) -> Path:
     """Steps 3 (compressed) and 5, of three ranks each."""
-    parts, files = build(), LocalFiles(tmp_path)
+    parts, files = build(), files_in(tmp_path)
     train(parts)
     save(files, parts, 3, 3, 1)
     train(parts, 2)
@@ -52,7 +51,7 @@ def url(tmp_path: Path) -> Path:
 def begin(url: Path, step: int, **fields: Any) -> str:
     """One that is never completed."""
     state = snapshot_of({"run.state": {"x": 1}}, step, 2, **fields)
-    state.write(LocalFiles(url), 0)
+    state.write(files_in(url), 0)
     return state.folder
 
 
@@ -178,8 +177,8 @@ def test_diff(url: Path) -> None:
 
 
 def changed(url: Path, before: Parts, after: Parts) -> Any:
-    save(LocalFiles(url), {"run.state": before}, 1)
-    save(LocalFiles(url), {"run.state": after}, 2, compression=1)
+    save(files_in(url), {"run.state": before}, 1)
+    save(files_in(url), {"run.state": after}, 2, compression=1)
     return answer("diff", f"{url}@1", f"{url}@2", status=1), ran("diff", f"{url}@1", f"{url}@2").stdout
 
 
@@ -269,7 +268,7 @@ def test_prune(url: Path) -> None:
 
 def test_another_submissions_checkpoints_stay(url: Path) -> None:
     state = snapshot_of({"run.state": {"x": 1}}, 1, token="00000000")
-    state.save(LocalFiles(url))
+    state.save(files_in(url))
     fates = {each["folder"]: each["why"] for each in answer("prune", url, "--keep", 1)["checkpoints"]}
     assert fates[state.folder] == "of another submission of the same attempt"
     assert (url / state.folder).exists()

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from resilient.loading import opened, selected
 from snapshot.export import SAFETENSORS_DTYPES, export
-from snapshot.files import LocalFiles, StorageError
+from snapshot.files import StorageError
 from snapshot.stored import RottenCheckpoint, Stored
 from snapshot.table import DTYPES
-from tests.checkpoints import Parts, bits, build, leaves, save, state_dicts, train
+from tests.checkpoints import Parts, bits, build, files_in, leaves, save, state_dicts, train
 from tests.shards import flip
 
 
@@ -35,7 +35,7 @@ def parts() -> Parts:
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, parts: Parts) -> Stored:
     world, compression = request.param
     url = tmp_path_factory.mktemp("checkpoints")
-    save(LocalFiles(url), parts, 3, world, compression)
+    save(files_in(url), parts, 3, world, compression)
     return opened(str(url))
 
 
@@ -123,7 +123,7 @@ def test_subsets(tmp_path: Path, stored: Stored) -> None:
 
 
 def saved(path: Path, state: dict[str, Any]) -> Stored:
-    save(LocalFiles(path), {"run.state": state}, 1)
+    save(files_in(path), {"run.state": state}, 1)
     return opened(str(path))
 
 
@@ -185,7 +185,7 @@ def test_nothing_is_replaced_without_being_told_to(tmp_path: Path, stored: Store
 def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, parts: Parts) -> None:
     url, out = tmp_path / "url", tmp_path / "out"
     out.mkdir()
-    save(LocalFiles(url), parts, 3)
+    save(files_in(url), parts, 3)
     flip(next(url.glob("*/*.bin")), 0, 0)
     for form in ("safetensors", "torch", "dcp"):
         with pytest.raises(RottenCheckpoint):

@@ -21,7 +21,7 @@ from snapshot.skeleton import ShardSpec, Skeleton, TensorSpec
 from snapshot.state_dict import read_state
 from snapshot.state_tree import places
 from snapshot.stored import RottenCheckpoint
-from tests.checkpoints import Parts, build, leaves, save, state_dicts, train
+from tests.checkpoints import Parts, build, files_in, leaves, save, state_dicts, train
 from tests.shards import State, flip
 
 ROOT = Path(__file__).parents[2]
@@ -52,14 +52,14 @@ class Counting(LocalFiles):
 def test_load_gives_what_state_dict_gave(
     tmp_path: Path, parts: Parts, world: int, compression: int | None, mapped: bool
 ) -> None:
-    save(LocalFiles(tmp_path), parts, 3, world, compression)
+    save(files_in(tmp_path), parts, 3, world, compression)
     found = resilient.load(str(tmp_path), mapped=mapped)
     assert list(leaves(found)) == list(leaves(state_dicts(parts)))
     assert type(found["run.state"]["history"]) is type(parts["run.state"]["history"])
 
 
 def test_load_state_dict_takes_it_and_training_goes_on_alike(tmp_path: Path, parts: Parts) -> None:
-    save(LocalFiles(tmp_path), parts, 3, 3, 1)
+    save(files_in(tmp_path), parts, 3, 3, 1)
     found, other = resilient.load(str(tmp_path), mapped=True), build(1)
     for name in ("model", "optimizer", "scheduler"):
         other[name].load_state_dict(found[name])
@@ -69,7 +69,7 @@ def test_load_state_dict_takes_it_and_training_goes_on_alike(tmp_path: Path, par
 
 
 def test_tied_tensors_are_one_and_others_share_nothing(tmp_path: Path, parts: Parts) -> None:
-    save(LocalFiles(tmp_path), parts, 3)
+    save(files_in(tmp_path), parts, 3)
     for mapped in (False, True):
         model = resilient.load(str(tmp_path), mapped=mapped)["model"]
         assert model["embed.weight"] is model["head.weight"]
@@ -82,7 +82,7 @@ def test_tied_tensors_are_one_and_others_share_nothing(tmp_path: Path, parts: Pa
 
 
 def test_the_step_asked_for_or_the_newest(tmp_path: Path, parts: Parts) -> None:
-    files = LocalFiles(tmp_path)
+    files = files_in(tmp_path)
     for step in (3, 11, 7):
         save(files, {**parts, "run.state": {"step": step}}, step)
     assert resilient.load(str(tmp_path))["run.state"] == {"step": 11}
@@ -91,7 +91,7 @@ def test_the_step_asked_for_or_the_newest(tmp_path: Path, parts: Parts) -> None:
 
 
 def test_relative_paths(tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(LocalFiles(tmp_path / "runs"), parts, 3)
+    save(files_in(tmp_path / "runs"), parts, 3)
     monkeypatch.chdir(tmp_path)
     assert resilient.load("runs", names=["run.state.seen"]) == {"run.state": {"seen": 24}}
 
@@ -107,7 +107,7 @@ NAMES: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize(("names", "within"), NAMES.values(), ids=NAMES)
 def test_subsets_have_what_was_asked_for(tmp_path: Path, parts: Parts, names: list[str], within: list[str]) -> None:
-    save(LocalFiles(tmp_path), parts, 3)
+    save(files_in(tmp_path), parts, 3)
     stored = opened(str(tmp_path))
     wanted = [place.name for place in places(whole_tree(stored)) if place.name.startswith(tuple(within))]
     assert [place.name for place in places(selected(stored, names))] == wanted
@@ -117,7 +117,7 @@ def test_subsets_have_what_was_asked_for(tmp_path: Path, parts: Parts, names: li
 
 
 def test_a_subset_of_a_list_is_a_dict_by_position(tmp_path: Path, parts: Parts) -> None:
-    save(LocalFiles(tmp_path), parts, 3)
+    save(files_in(tmp_path), parts, 3)
     assert resilient.load(str(tmp_path), names=["optimizer.param_groups.1.betas"]) == {
         "optimizer": {"param_groups": {1: {"betas": (0.9, 0.999)}}}
     }
@@ -126,7 +126,7 @@ def test_a_subset_of_a_list_is_a_dict_by_position(tmp_path: Path, parts: Parts) 
 
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path, parts: Parts) -> None:
-    save(LocalFiles(tmp_path), parts, 3, 3)
+    save(files_in(tmp_path), parts, 3, 3)
     files = Counting(tmp_path)
     stored = opened("", files=files)
     read_state(stored, selected(stored, ["scheduler", "run.state.seen"]))
@@ -144,7 +144,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, parts: Parts) -> None:
 
 
 def test_names_that_can_be_confused_are_told_apart(tmp_path: Path) -> None:
-    save(LocalFiles(tmp_path), {"run.state": {"a": {"b": 1}, "a.b": 2, 0: 3, "0": 4, "empty": {}, "c": []}}, 1)
+    save(files_in(tmp_path), {"run.state": {"a": {"b": 1}, "a.b": 2, 0: 3, "0": 4, "empty": {}, "c": []}}, 1)
     names = [place.name for place in places(whole_tree(opened(str(tmp_path))))]
     assert names == [
         "run.state['a']['b']",
@@ -169,7 +169,7 @@ class Large(nn.Module):
 
 def test_many_tensors_take_few_maps_and_open_files(tmp_path: Path) -> None:
     state = {f"x{number}": torch.full((1024,), float(number)) for number in range(1500)}
-    save(LocalFiles(tmp_path), {"run.state": state}, 1, 3)
+    save(files_in(tmp_path), {"run.state": state}, 1, 3)
     before = len(list(Path("/proc/self/fd").iterdir()))
     found = resilient.load(str(tmp_path), mapped=True)["run.state"]
     assert 0 < len(list(Path("/proc/self/fd").iterdir())) - before < 40
@@ -182,7 +182,7 @@ def test_one_ranks_shard_is_no_whole_tensor(tmp_path: Path) -> None:
         name="run.state['x']", dtype="float32", itemsize=4, shape=(2, 2), order=(0, 1), device="cpu", shard=shard
     )
     skeleton = Skeleton(tensors=(spec,), objects={"run.state": {"values": {"dict": [["x", {"tensor": 0}], ["y", 1]]}}})
-    State(skeleton=skeleton, data=bytes(16)).save(LocalFiles(tmp_path))
+    State(skeleton=skeleton, data=bytes(16)).save(files_in(tmp_path))
     assert resilient.load(str(tmp_path), names=["run.state.y"]) == {"run.state": {"y": 1}}
     with pytest.raises(ValueError, match=r"run.state\['x'\]: is stored as one rank's shard of a DTensor"):
         resilient.load(str(tmp_path))
@@ -190,7 +190,7 @@ def test_one_ranks_shard_is_no_whole_tensor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", [None, 1])
 def test_memory_is_that_of_the_result_and_a_map_takes_none(tmp_path: Path, compression: int | None) -> None:
-    save(LocalFiles(tmp_path), {"model": Large()}, 1, 1, compression)
+    save(files_in(tmp_path), {"model": Large()}, 1, 1, compression)
     resilient.load(str(tmp_path))
     for mapped in (False, True):
         tracemalloc.start()  # sees what Python and numpy allocate; torch's own memory is the result's
@@ -205,7 +205,7 @@ def test_memory_is_that_of_the_result_and_a_map_takes_none(tmp_path: Path, compr
 
 
 def test_a_map_is_a_copy_on_write(tmp_path: Path) -> None:
-    save(LocalFiles(tmp_path), {"model": Large()}, 1)
+    save(files_in(tmp_path), {"model": Large()}, 1)
     first = resilient.load(str(tmp_path), mapped=True)["model"]["first"]
     expected = first.clone()
     first.zero_()
@@ -221,7 +221,7 @@ def test_what_lies_in_an_object_store_is_read_not_mapped(parts: Parts) -> None:
 
 
 def test_progress_is_told(tmp_path: Path, parts: Parts) -> None:
-    save(LocalFiles(tmp_path), parts, 3)
+    save(files_in(tmp_path), parts, 3)
     stored, seen = opened(str(tmp_path)), list[tuple[int, int]]()
     read_state(stored, whole_tree(stored, everything=True), progress=lambda *words: seen.append(words))
     assert seen == [(stored.state_bytes, stored.state_bytes)]
@@ -269,7 +269,7 @@ def test_refusals(
     tmp_path: Path, parts: Parts, act: Callable[[Path], object], error: type[Exception], message: str
 ) -> None:
     for step in (3, 5) if act is not newer_format else (3,):
-        save(LocalFiles(tmp_path), parts, step)
+        save(files_in(tmp_path), parts, step)
     if act is missing_shard:
         for shard in sorted(tmp_path.glob("*/*.bin"))[:1]:
             shard.unlink()
@@ -278,11 +278,11 @@ def test_refusals(
 
 
 def test_what_was_never_completed_is_said(tmp_path: Path, parts: Parts) -> None:
-    folder = save(LocalFiles(tmp_path), parts, 3)
+    folder = save(files_in(tmp_path), parts, 3)
     (tmp_path / folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="was begun, but never completed"):
         resilient.load(str(tmp_path))
-    save(LocalFiles(tmp_path), parts, 5)
+    save(files_in(tmp_path), parts, 5)
     with pytest.raises(ValueError, match=r"no checkpoint of step 3 that is complete at .*; there are: 5"):
         resilient.load(str(tmp_path), step=3)
 
