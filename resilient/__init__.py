@@ -16,6 +16,7 @@ from .job import Checkpoint, Snapshot
 from .result import Result
 
 if TYPE_CHECKING:
+    from .loading import load
     from .run import Run
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "StateDiverged",
     "TrainFunction",
     "TrainingFailed",
+    "load",
     "train",
 ]
 
@@ -39,4 +41,8 @@ def __getattr__(name: str) -> Any:
         from .run import Run
 
         return Run
+    if name == "load":
+        from .loading import load
+
+        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

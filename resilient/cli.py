@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from .cli_checkpoints import checkpoints_group
+
 
 @click.group()
 @click.version_option(package_name="resilient-runtime")
@@ -47,6 +49,9 @@ def demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps(outcome.to_json()))
     sys.exit(0 if outcome.passed else 1)
+
+
+main.add_command(checkpoints_group)
 
 
 def _interrupted(*_: Any) -> None:

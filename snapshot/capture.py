@@ -104,8 +104,8 @@ def _capture_module(capturing: "Capturing", name: str, module: nn.Module) -> Jso
             for path, parameter in module.named_parameters(remove_duplicate=False)
         ],
         "buffers": [
-            [path, None if buffer is None else capturing.tensor(f"{name}.{path}", buffer)]
-            for path, _, _, buffer in buffer_places(module)
+            [path, None if buffer is None else capturing.tensor(f"{name}.{path}", buffer), is_persistent(part, key)]
+            for path, part, key, buffer in buffer_places(module)
         ],
         "extra": [
             [path, capturing.tree(f"{name}.{path} extra state", part.get_extra_state())]
@@ -119,6 +119,11 @@ def buffer_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tens
     for prefix, part in module.named_modules(remove_duplicate=False):
         for key, buffer in part._buffers.items():
             yield (f"{prefix}.{key}" if prefix else key), part, key, buffer
+
+
+def is_persistent(part: nn.Module, key: str) -> bool:
+    """Whether the module's state_dict has this buffer of the part. Nothing else depends on it."""
+    return key not in part._non_persistent_buffers_set
 
 
 def parts_with_extra_state(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

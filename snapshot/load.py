@@ -63,9 +63,9 @@ def _plan_module(loading: "_Loading", name: str, module: nn.Module, structure: A
 
     buffers = {path: (part, key, buffer) for path, part, key, buffer in buffer_places(module)}
     stored = structure["buffers"]
-    _require_same(f"{name}: buffers", list(buffers), [path for path, _ in stored])
+    _require_same(f"{name}: buffers", list(buffers), [path for path, _, _ in stored])
     home = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
-    for path, index in stored:
+    for path, index, _ in stored:
         part, key, buffer = buffers[path]
         _plan_buffer(loading, f"{name}.{path}", index, (part, key, buffer), home)
 
@@ -243,7 +243,7 @@ class _Loading:
         def place(index: int, here: object) -> Tensor:
             return self.tensor(index, here, device_for(self._table.layout.tensors[index], here), beside)
 
-        return decode(node, leaf=_leaf_decoder(place), current=current)
+        return decode(node, leaf=leaf_decoder(place), current=current)
 
     def fresh_tree(self, node: Json, current: Callable[[], object]) -> Any:
         """Values whose tensors are all new, for code that may keep them.
@@ -260,7 +260,7 @@ class _Loading:
                 made[index] = self._new(index, _default_device(spec, None), here)
             return made[index]
 
-        return decode(node, leaf=_leaf_decoder(place), current=current() if self._any_shards else None)
+        return decode(node, leaf=leaf_decoder(place), current=current() if self._any_shards else None)
 
     def replace(self, target: dict[Any, Any], values: Mapping[Any, Any]) -> None:
         """Later: the dict, itself kept, has these values in this order."""
@@ -283,7 +283,7 @@ class _Loading:
             write()
 
 
-def _leaf_decoder(place: Callable[[int, object], Tensor]) -> DecodeLeaf:
+def leaf_decoder(place: Callable[[int, object], Tensor]) -> DecodeLeaf:
     def leaf(tag: str, payload: Any, current: object) -> object:
         match tag:
             case "tensor":

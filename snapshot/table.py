@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from snapshot.front import Front, FrontShare, bytes_of, chunk_ends_of
-from snapshot.skeleton import Skeleton
+from snapshot.skeleton import Skeleton, TensorSpec
 
 # Not the quantized and sub-byte ones, whose bytes torch does not copy.
 DTYPES: dict[str, torch.dtype] = {
@@ -136,13 +136,20 @@ class StateTable:
         layout = Skeleton.from_bytes(skeleton)
         tensors = []
         for spec in layout.tensors:
-            dtype = DTYPES.get(spec.dtype)
-            if dtype is None or dtype.itemsize != spec.itemsize:
-                raise ValueError(f"skeleton: {spec.name}: dtype {spec.dtype} of {spec.itemsize} bytes")
-            flat = torch.empty(spec.nbytes, dtype=torch.uint8).view(dtype)
-            in_memory = flat.view([spec.shape[axis] for axis in spec.order])
-            tensors.append(in_memory.permute([spec.order.index(axis) for axis in range(len(spec.order))]))
+            tensors.append(shaped(spec, torch.empty(spec.nbytes, dtype=torch.uint8)))
         return cls(layout=layout, tensors=tuple(tensors))
+
+
+def shaped(spec: TensorSpec, data: Tensor) -> Tensor:
+    """The tensor of these bytes, which it shares.
+
+    Raises ValueError if this torch doesn't have its dtype.
+    """
+    dtype = DTYPES.get(spec.dtype)
+    if dtype is None or dtype.itemsize != spec.itemsize:
+        raise ValueError(f"skeleton: {spec.name}: dtype {spec.dtype} of {spec.itemsize} bytes")
+    in_memory = data.view(dtype).view([spec.shape[axis] for axis in spec.order])
+    return in_memory.permute([spec.order.index(axis) for axis in range(len(spec.order))])
 
 
 Place: TypeAlias = "tuple[object, ...]"

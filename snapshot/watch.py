@@ -27,6 +27,7 @@ from snapshot.tree import Json, to_bytes
 
 _CHILDREN: Callable[[nn.Module], Iterable[Any]] = attrgetter("_parameters", "_modules")
 _BUFFERS: Callable[[nn.Module], Any] = attrgetter("_buffers")
+_LEFT_OUT: Callable[[nn.Module], Any] = attrgetter("_non_persistent_buffers_set")
 _VALUES: Callable[[Any], Iterable[Any]] = methodcaller("values")
 _DTYPE: Callable[[Tensor], torch.dtype] = attrgetter("dtype")
 _FIXED = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
@@ -129,6 +130,7 @@ class WatchedModule:
         self._types = list(map(type, self._parts))
         self._children = Contents(list(chain.from_iterable(map(_CHILDREN, self._parts))))
         self._buffers = Contents(list(map(_BUFFERS, self._parts)))
+        self._left_out = list(map(set, map(_LEFT_OUT, self._parts)))
         self._extra = list(parts_with_extra_state(module))
         self._structure = node["module"]
         self._front = b'{"module":{"buffers":%b,"extra":' % to_bytes(self._structure["buffers"])
@@ -142,6 +144,8 @@ class WatchedModule:
         if not _same(map(type, self._parts), self._types):
             raise Changed
         self._children.check(list(chain.from_iterable(map(_CHILDREN, self._parts))))
+        if list(map(_LEFT_OUT, self._parts)) != self._left_out:
+            raise Changed
         for _, former, buffer in self._buffers.changes(list(map(_BUFFERS, self._parts))):
             if not isinstance(former, Tensor) or not isinstance(buffer, Tensor):
                 raise Changed

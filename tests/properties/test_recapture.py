@@ -141,6 +141,8 @@ CHANGES: dict[str, Callable[[Parts], object]] = {
     "buffer turned": put("model", "mask", lambda _: torch.rand(4, 4).t()),
     "buffer of another type": put("model", "mask", lambda _: torch.rand(4, 4).double()),
     "buffer in place": lambda parts: parts["model"].mask.mul_(2),
+    "buffer left out": lambda parts: parts["model"].register_buffer("mask", parts["model"].mask, persistent=False),
+    "buffer let in": lambda parts: parts["model"].register_buffer("mask", parts["model"].mask),
     "buffer from state": put("model", "mask", lambda parts: parts["state"].get("alias", torch.ones(4, 4))),
     "buffer that is a parameter": put("model", "mask", lambda parts: parts["model"].second.weight.detach()),
     "alias": put("state", "alias", lambda parts: parts["model"].mask),

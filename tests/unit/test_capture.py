@@ -224,6 +224,26 @@ def test_tied_weights_are_stored_once() -> None:
     assert "model.out.weight" in names and "model.tied.weight" not in names
 
 
+def test_it_is_known_which_buffers_state_dict_has_and_loading_minds_only_the_others_bits() -> None:
+    original, other = build(1), build(2)
+    original["model"].register_buffer("kept", torch.rand(2))
+    other["model"].register_buffer("kept", torch.rand(2), persistent=False)
+    table = capture(original)
+    module: Any = table.layout.objects["model"]
+    known = {path: persistent for path, _, persistent in module["module"]["buffers"]}
+    assert known == {
+        "kept": True,
+        "later": True,
+        "norm.num_batches_tracked": True,
+        "norm.running_mean": True,
+        "norm.running_var": True,
+        "scale": False,
+    }
+    load(other, received(table))
+    assert torch.equal(other["model"].kept, original["model"].kept)
+    assert "kept" not in other["model"].state_dict()
+
+
 def test_a_buffer_that_was_none_or_grew_is_replaced() -> None:
     original, other = Network(), Network()
     original.later = torch.arange(4)

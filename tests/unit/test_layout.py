@@ -22,7 +22,10 @@ FORBIDDEN_IN_CORE = {
 }  # fmt: skip
 # What reads and writes live objects; keepers use the rest and start without torch.
 MAY_IMPORT_TORCH_IN_SNAPSHOT = {
-    f"snapshot/{name}.py" for name in ("capture", "front", "load", "recapture", "sharded", "table", "watch")
+    f"snapshot/{name}.py"
+    for name in (
+        *("capture", "compare", "export", "front", "load", "recapture", "sharded", "state_dict", "table", "watch"),
+    )
 }
 
 

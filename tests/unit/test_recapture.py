@@ -48,6 +48,15 @@ def test_buffers_that_are_replaced_at_each_step_need_no_full_capture() -> None:
     assert recapture.full == 1
 
 
+def test_a_buffer_that_state_dict_leaves_out_from_now_on_is_noticed() -> None:
+    parts, recapture = build(), Recapture()
+    norm = parts["model"][1]
+    for persistent in (True, False, True):
+        norm.register_buffer("running_mean", norm.running_mean, persistent=persistent)
+        assert recapture.capture(parts).skeleton == capture(parts).skeleton
+        assert recapture.capture(parts).skeleton == capture(parts).skeleton
+
+
 def test_plain_values_that_change_in_each_parameters_state_need_no_full_capture() -> None:
     parts, recapture = build(), Recapture()
     step(parts)

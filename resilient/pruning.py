@@ -1,0 +1,73 @@
+"""Pruning by hand: what goes, what stays, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snapshot.files import Files
+from snapshot.store import INCOMPLETE, Found, checkpoints, prune
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fate:
+    """Of a checkpoint's folder."""
+
+    folder: str
+    complete: bool
+    removed: bool
+    why: str
+
+
+def pruned_at(files: Files, keep: int, *, dry_run: bool) -> list[Fate]:
+    """Oldest first. Nothing goes if no checkpoint is complete.
+
+    In the name of the run that has completed the newest one, as its keepers prune: what a later attempt, or another
+    submission of the same attempt, may still be writing stays.
+    Raises ValueError, StorageError.
+    """
+    found = checkpoints(files)
+    complete = [each for each in found if each.complete]
+    if not complete:
+        return [_fate(each, set(), keep, found) for each in found]
+    newest = complete[-1].key
+    target: Files = _Untouched(files) if dry_run else files
+    removed = prune(target, keep, attempt=newest.attempt, token=newest.token)
+    return [_fate(each, set(removed), keep, found) for each in found]
+
+
+def _fate(each: Found, removed: set[str], keep: int, found: list[Found]) -> Fate:
+    gone = each.folder in removed
+    return Fate(folder=each.folder, complete=each.complete, removed=gone, why=_why(each, gone, keep, found))
+
+
+def _why(each: Found, gone: bool, keep: int, found: list[Found]) -> str:
+    complete = [other.key for other in found if other.complete]
+    those = "the newest" if keep == 1 else f"the newest {keep}"
+    if gone:
+        return f"older than {those}" if each.complete else "never completed, and nobody completes it any more"
+    if each.complete and each.key in complete[-keep:]:
+        return those if keep == 1 else f"one of {those}"
+    if each.complete:
+        return "of another submission of the same attempt"
+    if each.why != INCOMPLETE:
+        return f"can't be read: {each.why}"
+    return "may still be being written"
+
+
+class _Untouched:
+    """Reads only: what removes does nothing."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self.url, self.lanes = files.url, files.lanes
+        self.names, self.size, self.read, self.read_into = files.names, files.size, files.read, files.read_into
+        self.write, self.path = files.write, files.path
+
+    def settle(self, name: str) -> None:
+        pass
+
+    def remove(self, name: str) -> None:
+        pass
+
+    def remove_folder(self, folder: str) -> None:
+        pass
