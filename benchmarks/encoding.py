@@ -1,4 +1,8 @@
-"""`Codec` against ISA-L's own `ec_encode_data`, called with tables and pointers made beforehand, turn by turn."""
+"""`Codec` against ISA-L's own functions, called with tables and pointers made beforehand, turn by turn.
+
+`encode`, which has all blocks at once, beside `ec_encode_data`. `update`, which adds one block to one parity block, as
+a keeper does, beside `ec_encode_data_update` for one parity block.
+"""
 
 from __future__ import annotations
 
@@ -72,14 +76,15 @@ def _raw(codec: Codec, kernel: IsalKernel, data: Bytes, parity: Bytes) -> Callab
 
 
 def _raw_update(codec: Codec, kernel: IsalKernel, data: Bytes, parity: Bytes) -> Callable[[], None]:
-    """As raw, but the data comes block by block: all parity blocks are read and written for each of them."""
-    tables = kernel._make_tables((codec.m, codec.k), codec.coefficients.tobytes())
-    written = _pointers(parity)
+    """As raw, but the data comes block by block, for one parity block: it is read and written for each of them."""
+    tables = [kernel._make_tables((1, codec.k), row.tobytes()) for row in codec.coefficients]
+    written = [_pointers(parity[row : row + 1]) for row in range(codec.m)]
     addresses = [[int(block[number].ctypes.data) for block in data] for number in range(RANGES)]
 
     def run() -> None:
-        for targets, of_blocks in zip(written, addresses, strict=True):
+        for number, of_blocks in enumerate(addresses):
             for column, address in enumerate(of_blocks):
-                kernel._multiply_add(RANGE_BYTES, codec.k, codec.m, column, tables, address, targets)
+                for row in range(codec.m):
+                    kernel._multiply_add(RANGE_BYTES, codec.k, 1, column, tables[row], address, written[row][number])
 
     return run
