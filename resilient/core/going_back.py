@@ -99,10 +99,11 @@ class GoingBack:
         return found if found is not None and (found.key.branch, found.key.step) > memory else None
 
     def _storage_may_have_newer(self) -> bool:
-        """Whether it has not answered yet, and may still do so."""
-        elected = self.restoring.elected
-        passed_over = elected is not None and bool(elected.passed_over) and self.control.limits.checkpoints
-        return passed_over and self.storage.checkpoints is None and not self.storage.error
+        """Whether it has not answered yet, and may still do so soon: memory can be gone on from now."""
+        elected, control = self.restoring.elected, self.control
+        passed_over = elected is not None and bool(elected.passed_over) and control.limits.checkpoints
+        soon = not self.storage.error and self.storage.silent_for_s(control.now) < control.limits.detection_s
+        return passed_over and self.storage.checkpoints is None and soon
 
     def _from_memory(self, reason: str, situation: recovery.Situation) -> None:
         if self.restoring.elected is not None and not self._storage_may_have_newer():

@@ -53,17 +53,27 @@ class Storage:
         wait_s = ANSWER_LIMIT_S if self._waiting else ASK_AGAIN_S
         if self._asked_at is not None and now - self._asked_at < wait_s:
             return ()
+        if self._waiting:
+            self._failed(f"it has not answered within {ANSWER_LIMIT_S:.0f} s", now)
         self._asked, self._asked_at, self._waiting = self._asked + 1, now, True
         return (LookAtStorage(asked=self._asked),)
 
     def seen(self, event: StorageSeen, now: float) -> None:
         if event.asked != self._asked:
             return
-        self._waiting, self._asked_at, self.error = False, now, event.error
+        self._waiting, self._asked_at = False, now
         if event.error:
-            self.failing_since = now if self.failing_since is None else self.failing_since
+            self._failed(event.error, now)
         else:
-            self.failing_since, self.checkpoints = None, event.checkpoints
+            self.error, self.failing_since, self.checkpoints = "", None, event.checkpoints
+
+    def _failed(self, error: str, now: float) -> None:
+        self.error = error
+        self.failing_since = now if self.failing_since is None else self.failing_since
+
+    def silent_for_s(self, now: float) -> float:
+        """How long its answer has been waited for."""
+        return now - self._asked_at if self._waiting and self._asked_at is not None else 0.0
 
     def failing_for_s(self, now: float) -> float:
         return 0.0 if self.failing_since is None else now - self.failing_since

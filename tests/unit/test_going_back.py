@@ -115,6 +115,21 @@ def test_memory_is_gone_on_from_when_storage_does_not_answer() -> None:
     assert plan.restore is not None and plan.restore.key.step == 4
 
 
+def test_memory_is_gone_on_from_when_storage_says_nothing() -> None:
+    run = step_6_in_part(all_lost())
+    assert "CreateGeneration" not in kinds(run.take(Tick(), after_s=1.0))
+    plan = plan_of(run.take(Tick(), after_s=1.5))
+    assert plan.restore is not None and plan.restore.key.step == 4
+
+
+def test_a_beginning_that_storage_says_nothing_about_ends_with_an_error() -> None:
+    run = Stage(limits=STORED).resume("auto")
+    run.nodes()
+    run.ready(1, 2)
+    assert "End" not in kinds(run.take(Tick(), after_s=61.0))
+    assert "it has not answered within 60 s" in end_of(run.take(Tick(), after_s=61.0))
+
+
 def test_a_checkpoint_that_can_not_be_read_gives_way_to_an_older_one() -> None:
     run = nothing_in_memory(all_lost())
     tried = [stored(3), stored(3), stored(2)]
