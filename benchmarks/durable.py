@@ -45,6 +45,8 @@ DEFAULT_INTERVAL_S = 600.0
 STEP_S = 0.4
 PLAIN_STEPS, SAVES = 8, 4
 SAVE_LIMIT_S = 120.0
+SETTLE_S = 0.3
+"""For the disk to be done with what was deleted."""
 
 
 def main() -> None:
@@ -78,11 +80,13 @@ def one_size(size_mib: int, folder: Path) -> dict[str, Any]:
 
 
 def save_and_load(field: dict[str, Contestant]) -> dict[str, dict[str, list[float]]]:
-    """Turn by turn; the first round is not counted. Loads are from the page cache, and from disk ("cold")."""
+    """Turn by turn, each round beginning with another; the first round is not counted. Loads are from the page cache,
+    and from disk ("cold")."""
     seconds: dict[str, dict[str, list[float]]] = {name: {"save": [], "load": [], "load cold": []} for name in field}
     for number in range(ROUNDS + 1):
-        for name, contestant in field.items():
+        for name, contestant in rotated(list(field.items()), number):
             os.sync()  # nobody pays for what others have left to be written
+            time.sleep(SETTLE_S)
             times = {"save": timed(contestant.save)}
             if contestant.load is not None:
                 times["load"] = timed(contestant.load)
@@ -96,6 +100,11 @@ def save_and_load(field: dict[str, Contestant]) -> dict[str, dict[str, list[floa
     for contestant in field.values():
         contestant.close()
     return seconds
+
+
+def rotated(items: list[Any], by: int) -> list[Any]:
+    by %= len(items)
+    return items[by:] + items[:by]
 
 
 def timed(work: Callable[[], object]) -> float:
