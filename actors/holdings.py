@@ -37,10 +37,15 @@ class Folder:
         """node: whose slots these are, unless it is written down. Raises ValueError for a damaged ring."""
         written = [found for found in read_rings(path) if found.run == run]
         self.path = path
+        self._run = run
         self.node = written[0].node if written else node
         self.attempt = max((found.attempt for found in written), default=-1)
         self.rings = {found.ring.generation: found.ring for found in written}
         self.slots = SlotFolder(path, run)
+
+    def learn_rings(self) -> None:
+        """What has been written down since, by the keeper whose folder it is."""
+        self.rings |= {found.ring.generation: found.ring for found in read_rings(self.path) if found.run == self._run}
 
     def complete(self) -> dict[SnapshotKey, tuple[Ring, dict[int, SlotView]]]:
         """Snapshots of which all ranks on the node have committed their slots, and whose ring is known."""

@@ -22,7 +22,8 @@ _IOPRIO_WHO_PROCESS, _IOPRIO_IDLE = 1, 3 << 13
 
 
 def lowest_priority() -> None:
-    """The calling thread runs, and uses disks, only when nobody else wants to."""
+    """The calling thread, and those that it starts, run and use disks only when nobody else wants to. Not for a
+    thread beside others that are waited for: it may hold Python's lock while it waits for a core."""
     thread = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, thread, LOWEST)
     number = _IOPRIO_SET.get(os.uname().machine)

@@ -3,8 +3,8 @@
     protected --> written: each keeper its ranks' shards --> committed, by the keeper of rank 0 --> old ones pruned
              \\--> given up after some tries; counted and told, and training has its slot back
 
-What other keepers have written is seen on storage alone. It all happens in one thread at the lowest priority, beside
-training, never in front of it.
+What other keepers have written is seen on storage alone, and what this node's has done in its folder. It all happens
+in a process of its own, see `actors.saver`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 from actors.agenda import in_time, ordinal
-from actors.holdings import Holdings
-from actors.priority import lowest_priority
+from actors.holdings import Folder
 from actors.ring import Ring
+from actors.standing import read_standing, show_settled
 from snapshot import store
 from snapshot.arena import SlotError, SlotView
 from snapshot.core.branches import Lineage
 from snapshot.core.inventory import SnapshotKey
-from snapshot.core.lifecycle import Ordinal
 from snapshot.core.manifest import Manifest
 from snapshot.files import Files, StorageError, open_files
 from snapshot.manifests import folder_of
 
-LOOK_S = 0.2
 LATE_S = 10.0
 """So long a snapshot may take to be protected before it is written all the same."""
 TRIES = 3
@@ -39,8 +38,11 @@ COMMIT_LIMIT_S = 1800.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveSpec:
-    """url: where to. keep: how many checkpoints. level: of zstd, None for none. token: this attempt's own."""
+    """run, node: whose snapshots. url: where to. keep: how many checkpoints. level: of zstd, None for none. token: this
+    attempt's own."""
 
+    run: str
+    node: str
     url: str
     keep: int
     level: int | None
@@ -72,77 +74,51 @@ class _Pending:
 
 
 class GivenUp(Exception):
-    """The keeper is closing."""
+    """The process is ending."""
 
 
 class Saving:
+    """One node's. Its methods are called by one thread."""
+
     def __init__(
         self,
         spec: SaveSpec,
+        folder: Path,
         *,
-        holdings: Holdings,
-        protected: Callable[[], SnapshotKey | None],
-        settled: Callable[[Ordinal], None],
+        closing: threading.Event,
         open_files: Callable[[str], Files] = open_files,
     ) -> None:
-        """protected: the newest snapshot that is. settled: the slots of this one, and all before, are not needed
-        any more."""
+        """folder: where the ranks' slots are, and what their keeper writes down. closing: set when all is to end."""
         self.news = SaveNews()
         self._spec = spec
-        self._holdings = holdings
-        self._protected = protected
-        self._settled = settled
+        self._path = folder
+        self._folder = Folder(folder, spec.run, spec.node)
+        self._closing = closing
         self._open_files = open_files
         self._files: Files | None = None
         self._first_seen: dict[SnapshotKey, float] = {}
         self._tries: dict[SnapshotKey, int] = {}
         self._newest_done: SnapshotKey | None = None
         self._pending: _Pending | None = None
-        self._wake = threading.Event()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="saving", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def wake(self) -> None:
-        self._wake.set()
-
-    def close(self, limit_s: float) -> None:
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(limit_s)
-
-    def wait_until_done(self) -> None:
-        """Until all that is here to be made durable is, or has been given up."""
-        while not self._closing.is_set() and (self._to_write() or self._pending is not None):
-            time.sleep(LOOK_S)
-
-    # The thread
-
-    def _run(self) -> None:
-        lowest_priority()
-        while not self._closing.is_set():
-            self._wake.wait(LOOK_S)
-            self._wake.clear()
-            try:
-                self._turn(time.monotonic())
-            except GivenUp:
-                return
-
-    def _turn(self, now: float) -> None:
-        found = self._to_write()
+    def turn(self) -> bool:
+        """Do what there is to do now. Whether nothing is left to be made durable. Raises GivenUp."""
+        now, found = time.monotonic(), self._to_write()
         for key in sorted(found, key=in_time):
             seen_at = self._first_seen.setdefault(key, now)
-            protected = self._protected()
-            if (protected is not None and in_time(protected) >= in_time(key)) or now - seen_at > LATE_S:
+            if self._is_protected(key) or now - seen_at > LATE_S:
                 self._write(key, *found[key])
         if self._pending is not None:
             self._commit(self._pending)
+        return self._pending is None and not self._to_write()
+
+    def _is_protected(self, key: SnapshotKey) -> bool:
+        return read_standing(self._path, key.generation).protected >= key.step
 
     def _to_write(self) -> dict[SnapshotKey, tuple[Ring, Mapping[int, SlotView]]]:
-        complete = self._holdings.own.complete()
-        wanted = self._holdings.own.slots.durable()
+        self._folder.learn_rings()
+        complete = self._folder.complete()
+        wanted = self._folder.slots.durable()
         done = self._newest_done
         return {
             key: found
@@ -184,7 +160,7 @@ class Saving:
         self._newest_done = key
         self._tries.clear()
         self._first_seen.clear()
-        self._settled(ordinal(key))
+        show_settled(self._path, ordinal(key))
 
     def _commit(self, pending: _Pending) -> None:
         try:

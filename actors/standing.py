@@ -6,6 +6,7 @@ a step of it; a word of another generation says nothing to the members of this o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
@@ -51,9 +52,6 @@ class StandingFile:
         for place in ("protected", "taken_up", "given_up"):
             self._write(place, NONE)
 
-    def show_settled(self, ordinal: Ordinal) -> None:
-        self._write("settled", ordinal.packed())
-
     def show(self, place: Literal["protected", "taken_up", "given_up"], key: SnapshotKey) -> None:
         self._write(place, key.generation << _STEP_BITS | key.step)
 
@@ -67,6 +65,16 @@ class StandingFile:
             if self._open:
                 os.close(self._descriptor)
             self._open = False
+
+
+def show_settled(folder: Path, ordinal: Ordinal) -> None:
+    """By whoever makes snapshots durable, in another process than the keeper's. Nothing if the folder has gone."""
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.pwrite(descriptor, struct.pack("<q", ordinal.packed()), 8 * _PLACES.index("settled"))
+        finally:
+            os.close(descriptor)
 
 
 def read_standing(folder: Path, generation: int) -> Standing:

@@ -38,7 +38,8 @@ from snapshot.core.inventory import Inventory, SnapshotKey
 from snapshot.core.lifecycle import Ordinal
 
 if TYPE_CHECKING:
-    from actors.saving import SaveSpec, Saving
+    from actors.saver import Saver
+    from actors.saving import SaveSpec
 
 __all__ = ["NotAsElected", "Ring", "Tally", "Vault", "fetch_slot", "wake_vault"]
 
@@ -119,24 +120,17 @@ class Vault:
             taken_up=lambda key: self._standing.show("taken_up", key),
             given_up=lambda key: self._standing.show("given_up", key),
         )
-        self.saving = self._new_saving(save) if save is not None else None
+        self.saving = self._new_saver(save) if save is not None else None
         self._server = Server(ip, secret, self._serve)
         self.address: Address = self._server.address
         self._listener = threading.Thread(target=self._listen, name="vault bell", daemon=True)
         self._listener.start()
         self._protecting.start()
-        if self.saving is not None:
-            self.saving.start()
 
-    def _new_saving(self, spec: SaveSpec) -> Saving:
-        from actors.saving import Saving  # file systems take a while to import
+    def _new_saver(self, spec: SaveSpec) -> Saver:
+        from actors.saver import Saver  # file systems take a while to import
 
-        return Saving(
-            spec,
-            holdings=self._holdings,
-            protected=lambda: self._protecting.agenda.protected,
-            settled=self._standing.show_settled,
-        )
+        return Saver(spec, self._folder)
 
     def ring(self, ring: Ring) -> None:
         """Snapshots of this generation are protected so. ValueError if this node is not in the group."""
@@ -167,8 +161,6 @@ class Vault:
                 self._holdings.protected(newest)
                 self._rebuilding.forget()
         self._protecting.wake()
-        if self.saving is not None:
-            self.saving.wake()
 
     def inventory(self) -> Inventory:
         """All that is here and good, verified now: takes as long as reading it all once."""

@@ -26,10 +26,10 @@ def first_attempt(checkpoint: Checkpoint) -> int:
     return store.newest_attempt(open_files(checkpoint.url)) + 1
 
 
-def save_spec(checkpoint: Checkpoint, secret: str) -> SaveSpec:
+def save_spec(checkpoint: Checkpoint, run: str, node: str, secret: str) -> SaveSpec:
     """token: different for each submission, also of different clusters, and the same for all of its keepers."""
     token = hashlib.sha256(f"checkpoints of {secret}".encode()).hexdigest()[:8]
-    return SaveSpec(url=checkpoint.url, keep=checkpoint.keep, level=checkpoint.level, token=token)
+    return SaveSpec(run=run, node=node, url=checkpoint.url, keep=checkpoint.keep, level=checkpoint.level, token=token)
 
 
 def look(checkpoint: Checkpoint, asked: int, answer: Callable[[StorageSeen], object]) -> None:

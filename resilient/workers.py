@@ -24,8 +24,6 @@ class Workers:
     def __init__(self, job: Job, controller: Any) -> None:
         self._job = job
         self._controller = controller
-        checkpoint = job.settings.checkpoint
-        self._save = save_spec(checkpoint, job.secret) if checkpoint is not None else None
         self.ranks: dict[int, Any] = {}
         self.keepers: dict[str, Any] = {}
         self._incarnations: dict[str, int] = {}
@@ -86,6 +84,7 @@ class Workers:
 
     def start_keeper(self, node: str) -> None:
         settings, key = self._job.settings, self._job.key
+        checkpoint = settings.checkpoint
         incarnation = max(time.time_ns() // 1_000_000, self._incarnations.get(node, 0) + 1)
         spec = KeeperSpec(
             key=key,
@@ -97,7 +96,7 @@ class Workers:
             lease_s=settings.lease_s,
             snapshots=settings.snapshot is not None,
             linger_s=settings.snapshot.linger_s if settings.snapshot else 0.0,
-            save=self._save,
+            save=save_spec(checkpoint, settings.name, node, self._job.secret) if checkpoint is not None else None,
         )
         self._incarnations[node] = incarnation
         self.keepers[node] = launch.start_keeper(spec, controller=self._controller)

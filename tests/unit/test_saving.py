@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from actors import saving
 from actors.ring import Ring
-from actors.saving import SaveSpec
+from actors.saving import GivenUp, SaveNews, SaveSpec, Saving
 from actors.vault import Vault
 from resilient.core.saves import Saves
 from resilient.restoring import fetch_stored
@@ -25,43 +29,77 @@ from snapshot.stored import Stored
 from snapshot.table import StateTable
 from tests.unit.test_rank_snapshots import Training, wait_for
 
-Parts = tuple[Training, Vault, Path]
+
+class InThread:
+    """A keeper's vault, and the saving of its snapshots in a thread, where its storage can be made to fail."""
+
+    def __init__(self, training: Training, spec: SaveSpec) -> None:
+        self.vault = Vault(run="r", attempt=1, node="a", folder=training.folder, secret="s", ip="127.0.0.1")
+        self.vault.ring(Ring(generation=1, group=Group(nodes=("a",), parity=0), shares={"a": (0,)}))
+        self._closing = threading.Event()
+        self.saving = Saving(spec, training.folder, closing=self._closing)
+        self._idle = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    @property
+    def news(self) -> SaveNews:
+        return self.saving.news
+
+    def wait_until_done(self) -> None:
+        for _ in range(2):  # the turn that is under way may have begun too early
+            self._idle.clear()
+            wait_for(self._idle.is_set)
+
+    def _run(self) -> None:
+        while not self._closing.wait(0.01):
+            with contextlib.suppress(GivenUp):
+                if self.saving.turn():
+                    self._idle.set()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self.vault.close()
+
+
+Parts = tuple[Training, InThread, Path]
+
+
+def spec_of(disk: Path, level: int | None = None, keep: int = 2) -> SaveSpec:
+    return SaveSpec(run="r", node="a", url=str(disk), keep=keep, level=level, token="0123abcd")
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Any:
-    """A training whose every second state is made durable by its node's keeper."""
+    """A training whose every second state is made durable."""
     torch.manual_seed(0)
-    vaults: list[Vault] = []
+    keepers: list[InThread] = []
 
     def make(level: int | None = None, keep: int = 2) -> Parts:
         training = Training(tmp_path / "memory", saves=Saves(every_steps=2))
-        spec = SaveSpec(url=str(tmp_path / "disk"), keep=keep, level=level, token="0123abcd")
-        vault = Vault(run="r", attempt=1, node="a", folder=training.folder, secret="s", ip="127.0.0.1", save=spec)
-        vaults.append(vault)
-        vault.ring(Ring(generation=1, group=Group(nodes=("a",), parity=0), shares={"a": (0,)}))
+        keepers.append(InThread(training, spec_of(tmp_path / "disk", level, keep)))
         training.ready()
-        return training, vault, tmp_path / "disk"
+        return training, keepers[-1], tmp_path / "disk"
 
     yield make
-    for vault in vaults:
-        vault.close()
+    for keeper in keepers:
+        keeper.close()
 
 
-def train_until_durable(training: Training, vault: Vault) -> dict[int, StateTable]:
+def train_until_durable(training: Training, keeper: InThread) -> dict[int, StateTable]:
     """Steps until a checkpoint more is there; the states of those that were to be durable."""
-    assert vault.saving is not None
-    before, states = vault.saving.news.committed, {}
+    before, states = keeper.news.committed, {}
     for _ in range(40):
         kept = training.snapshots._lifecycle.kept
         state = training.step()
         if state is not None and training.snapshots._lifecycle.kept != kept:
             states[training.steps] = state
         training.snapshots.gate()
-        wait_for(lambda: vault.saving is not None and not vault.saving._to_write())
-        if vault.saving.news.committed > before:
+        keeper.wait_until_done()
+        if keeper.news.committed > before:
             return states
-    raise AssertionError(f"no checkpoint in 40 steps: {vault.saving.news}")
+    raise AssertionError(f"no checkpoint in 40 steps: {keeper.news}")
 
 
 def same(one: StateTable, other: StateTable) -> bool:
@@ -70,8 +108,8 @@ def same(one: StateTable, other: StateTable) -> bool:
 
 @pytest.mark.parametrize("level", [None, 1])
 def test_what_is_durable_is_the_state_of_its_step(saved: Callable[..., Parts], level: int | None) -> None:
-    training, vault, disk = saved(level)
-    states = train_until_durable(training, vault)
+    training, keeper, disk = saved(level)
+    states = train_until_durable(training, keeper)
     files = open_files(str(disk))
     newest = store.newest(files)
     assert newest is not None and newest.key.step in states
@@ -83,11 +121,10 @@ def test_what_is_durable_is_the_state_of_its_step(saved: Callable[..., Parts], l
 
 
 def test_only_so_many_are_kept(saved: Callable[..., Parts]) -> None:
-    training, vault, disk = saved(keep=2)
+    training, keeper, disk = saved(keep=2)
     for _ in range(4):
-        train_until_durable(training, vault)
-    assert vault.saving is not None
-    vault.saving.wait_until_done()
+        train_until_durable(training, keeper)
+    keeper.wait_until_done()
     assert len(store.checkpoints(open_files(str(disk)))) == 2
 
 
@@ -95,11 +132,10 @@ def test_storage_that_fails_gives_the_slot_back_and_is_counted(
     saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "PAUSE_S", 0.01)
-    training, vault, _ = saved()
-    train_until_durable(training, vault)
-    assert vault.saving is not None
-    vault.saving.wait_until_done()
-    before = vault.saving.news
+    training, keeper, _ = saved()
+    train_until_durable(training, keeper)
+    keeper.wait_until_done()
+    before = keeper.news
     whole = store.write_shard
 
     def fails(*args: Any, **kwargs: Any) -> None:
@@ -109,21 +145,20 @@ def test_storage_that_fails_gives_the_slot_back_and_is_counted(
     for _ in range(6):
         training.step()
         training.snapshots.gate()
-        wait_for(lambda: vault.saving is not None and not vault.saving._to_write())
-    assert vault.saving.news.failures >= before.failures + saving.TRIES and "full" in vault.saving.news.last_failure
-    assert vault.saving.news.durable == before.durable
+        keeper.wait_until_done()
+    assert keeper.news.failures >= before.failures + saving.TRIES and "full" in keeper.news.last_failure
+    assert keeper.news.durable == before.durable
     monkeypatch.setattr(store, "write_shard", whole)
-    train_until_durable(training, vault)
-    assert vault.saving.news.committed > before.committed
+    train_until_durable(training, keeper)
+    assert keeper.news.committed > before.committed
 
 
 def test_storage_that_stalls_holds_up_nothing_but_the_next_checkpoint(
     saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training, vault, _ = saved()
-    train_until_durable(training, vault)
-    assert vault.saving is not None
-    vault.saving.wait_until_done()
+    training, keeper, _ = saved()
+    train_until_durable(training, keeper)
+    keeper.wait_until_done()
     goes_on, whole = threading.Event(), store.write_shard
 
     def stalls(*args: Any, **kwargs: Any) -> None:
@@ -131,28 +166,36 @@ def test_storage_that_stalls_holds_up_nothing_but_the_next_checkpoint(
         whole(*args, **kwargs)
 
     monkeypatch.setattr(store, "write_shard", stalls)
-    captured, committed = training.snapshots.tally.captured, vault.saving.news.committed
+    captured, committed = training.snapshots.tally.captured, keeper.news.committed
     for _ in range(10):
         training.step()
         training.snapshots.gate()
         wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), 1).room)
     assert training.snapshots.tally.captured >= captured + 9
-    assert training.snapshots.tally.saves_postponed > 0 and vault.saving.news.committed == committed
+    assert training.snapshots.tally.saves_postponed > 0 and keeper.news.committed == committed
     goes_on.set()
-    wait_for(lambda: vault.saving is not None and vault.saving.news.committed > committed)
+    wait_for(lambda: keeper.news.committed > committed)
 
 
-def test_what_a_former_keeper_has_left_undone_is_done_by_the_next(saved: Callable[..., Parts]) -> None:
-    training, vault, disk = saved()
-    vault.close()
-    while training.snapshots._lifecycle.kept is None:
-        training.step()
-        training.snapshots.gate()
+def test_a_process_of_its_own_does_it_for_a_keeper_and_ends_with_it(tmp_path: Path) -> None:
+    """What one that was killed has left undone is done by the next."""
+    training = Training(tmp_path / "memory", saves=Saves(every_steps=2))
+    spec = spec_of(tmp_path / "disk")
+    vault = Vault(run="r", attempt=1, node="a", folder=training.folder, secret="s", ip="127.0.0.1", save=spec)
     assert vault.saving is not None
-    spec = vault.saving._spec
-    after = Vault(run="r", attempt=1, node="a", folder=training.folder, secret="s", ip="127.0.0.1", save=spec)
+    first = vault.saving.pid
     try:
-        wait_for(lambda: after.saving is not None and after.saving.news.durable is not None)
+        os.kill(first, signal.SIGKILL)
+        vault.ring(Ring(generation=1, group=Group(nodes=("a",), parity=0), shares={"a": (0,)}))
+        training.ready()
+        while training.snapshots._lifecycle.kept is None:
+            training.step()
+            training.snapshots.gate()
+        vault.saving.wait_until_done()
+        assert vault.saving.news.durable is not None and vault.saving.pid != first
+        assert vault.saving.news.failures == 1 and "another is started" in vault.saving.news.last_failure
+        second = vault.saving.pid
     finally:
-        after.close()
-    assert store.newest(open_files(str(disk))) is not None
+        vault.close()
+    assert not psutil.pid_exists(second)
+    assert store.newest(open_files(str(tmp_path / "disk"))) is not None
