@@ -4,18 +4,26 @@ import gc
 import logging
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
 import s3fs
 
 import snapshot.objects
+from actors.ring import Ring
+from actors.saving import SaveSpec
+from actors.vault import Vault
+from resilient.core.saves import Saves
+from resilient.restoring import fetch_stored
+from snapshot.core.stripes import Group
 from snapshot.files import Files, StorageError, open_files
 from snapshot.store import checkpoints, newest
 from snapshot.stored import Stored
 from tests.buckets import Fault, Proxy, s3
 from tests.saving import FORMER, STEP, check, check_one, former, points, save
 from tests.shards import LARGE, state_of
+from tests.unit.test_rank_snapshots import Training
 
 BUCKET = "checkpoints"
 
@@ -191,3 +199,26 @@ def test_what_is_not_there_is_said(files: Files) -> None:
 def test_a_bucket_that_is_not_there_is_an_error(proxy: Proxy) -> None:
     with pytest.raises(StorageError, match="s3://nowhere/gpt"):
         save(open_files("s3://nowhere/gpt"))
+
+
+def test_a_keepers_saver_writes_into_a_bucket(proxy: Proxy, files: Files, tmp_path: Path) -> None:
+    """The whole way: a rank's slots, the keeper's process for it, the bucket, and a state that is read back."""
+    training = Training(tmp_path / "memory", saves=Saves(every_steps=2))
+    spec = SaveSpec(run="r", node="a", url=f"s3://{BUCKET}/gpt", keep=2, level=1, token="0123abcd")
+    vault = Vault(run="r", attempt=1, node="a", folder=training.folder, secret="s", ip="127.0.0.1", save=spec)
+    states = {}
+    try:
+        vault.ring(Ring(generation=1, group=Group(nodes=("a",), parity=0), shares={"a": (0,)}))
+        training.ready()
+        while training.snapshots._lifecycle.kept is None:
+            state = training.step()
+            if state is not None:
+                states[training.steps] = state.digest()
+            training.snapshots.gate()
+        assert vault.saving is not None
+        vault.saving.wait_until_done()
+        assert vault.saving.news.failures == 0, vault.saving.news
+    finally:
+        vault.close()
+    found = newest(files)
+    assert found is not None and fetch_stored(spec.url, found.folder).digest() == states[found.key.step]
