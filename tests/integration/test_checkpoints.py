@@ -69,6 +69,7 @@ def test_a_run_that_failed_goes_on_from_storage_when_it_is_submitted_again(
         train("again", **settings, checkpoint=resilient.Checkpoint(str(tmp_path), resume=7))(steps=STEPS)
 
 
+@pytest.mark.long
 def test_more_nodes_gone_than_parity_covers_and_the_run_goes_on_from_storage(
     cluster: Any, undisturbed: Any, tmp_path: Path
 ) -> None:
