@@ -89,11 +89,14 @@ class Plan:
     members: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """By rank."""
     ranks: dict[int, int] = field(init=False, repr=False, compare=False)
-    """By member; asked for at every report, of every rank."""
+    """By member."""
+    longest: int = field(init=False, repr=False, compare=False)
+    """The most micro-batches that a rank owns."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", tuple(place.member for place in self.places))
         object.__setattr__(self, "ranks", {member: rank for rank, member in enumerate(self.members)})
+        object.__setattr__(self, "longest", max(map(len, self.leaves), default=0))
         owned = sorted(chain.from_iterable(self.leaves))
         assert owned == list(range(self.micro_batches)), f"leaves not dealt exactly once: {self}"
         assert len(self.leaves) == len(self.places) and all(self.leaves), self
@@ -122,6 +125,9 @@ class Plan:
 
     def rank_of(self, member: int) -> int:
         return self.ranks[member]
+
+    def rank_in_words(self, member: int) -> str:
+        return str(self.ranks[member]) if member in self.ranks else f"(member {member}, not yet seated)"
 
     def leaves_of(self, member: int) -> tuple[int, ...]:
         return self.leaves[self.rank_of(member)]

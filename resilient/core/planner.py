@@ -101,5 +101,4 @@ def dealt_anew(
 
 def unbalanced(plan: Plan) -> bool:
     """Whether dealing anew would shorten the longest rank's step."""
-    longest = max(len(leaves) for leaves in plan.leaves)
-    return longest > -(-plan.micro_batches // plan.size)
+    return plan.longest > -(-plan.micro_batches // plan.size)
