@@ -125,6 +125,7 @@ class Controller:
         self._answer_limit_s = ANSWER_LIMIT_DETECTIONS * settings.detection_s
         self._lifelines = Lifelines(ray.util.get_node_ip_address(), job.secret, self._lifeline_lost)
         self._renewed_at = 0.0
+        self._looked_at = 0.0
         self._nodes_alive: set[str] = set()
         """As the cluster lists them, which may be late."""
         self._resume()
@@ -222,7 +223,7 @@ class Controller:
             try:
                 fact = self._events.get(timeout=TICK_S)
             except queue.Empty:
-                fact = Tick()
+                fact = None
             try:
                 with self._lock:
                     self._take_in(fact)
@@ -233,6 +234,8 @@ class Controller:
     def _take_in(self, fact: Any) -> None:
         now = time.monotonic()
         match fact:
+            case None:
+                pass
             case StepValues():
                 self._records.add(fact)
                 self._snapshots.update(fact.snapshots)
@@ -254,7 +257,11 @@ class Controller:
                 self._nodes(capacities, gone)
             case _:
                 self._handle(fact)
-        self._look_around(now)
+        if (outcome := self._protection.settle(self._workers.keepers, now, self._answer_limit_s)) is not None:
+            self._handle(outcome)
+        if now - self._looked_at >= TICK_S:
+            self._looked_at = now
+            self._look_around(now)
 
     def _answered(self, answer: KeeperAnswer) -> None:
         if answer.phase == "saved":
@@ -265,9 +272,8 @@ class Controller:
         self._protection.answered(answer)
 
     def _look_around(self, now: float) -> None:
-        """What follows from time alone."""
-        if (outcome := self._protection.settle(self._workers.keepers, now, self._answer_limit_s)) is not None:
-            self._handle(outcome)
+        """What follows from time alone; never asked after every fact, of which there are thousands a second."""
+        self._handle(Tick())
         for node in self._workers.lonely(now):
             self._replace_keeper(node, now)
         for verdict in self._detector.verdicts(now):
@@ -448,7 +454,8 @@ class Controller:
                 continue
             if node not in self._workers.keepers:
                 self._workers.start_keeper(node)
-            if node in self._detector.nodes:
+            news = self._control.membership.nodes.get(node) != capacity
+            if news and node in self._detector.nodes:
                 self._handle(NodeSeen(node=node, capacity=capacity))
 
     def _renew(self) -> None:
