@@ -226,7 +226,9 @@ class Controller:
                 fact = None
             try:
                 with self._lock:
-                    self._take_in(fact)
+                    if fact is not None:
+                        self._take_in(fact)
+                    self._look_around(time.monotonic())
             except Exception as error:  # the process's edge: the controller must say why it can't go on
                 log.exception("the controller failed")
                 self._carry_out(End(outcome="failed", reason=f"the controller failed: {error!r} on {fact!r}"))
@@ -234,8 +236,6 @@ class Controller:
     def _take_in(self, fact: Any) -> None:
         now = time.monotonic()
         match fact:
-            case None:
-                pass
             case StepValues():
                 self._records.add(fact)
                 self._snapshots.update(fact.snapshots)
@@ -257,11 +257,6 @@ class Controller:
                 self._nodes(capacities, gone)
             case _:
                 self._handle(fact)
-        if (outcome := self._protection.settle(self._workers.keepers, now, self._answer_limit_s)) is not None:
-            self._handle(outcome)
-        if now - self._looked_at >= TICK_S:
-            self._looked_at = now
-            self._look_around(now)
 
     def _answered(self, answer: KeeperAnswer) -> None:
         if answer.phase == "saved":
@@ -272,7 +267,12 @@ class Controller:
         self._protection.answered(answer)
 
     def _look_around(self, now: float) -> None:
-        """What follows from time alone; never asked after every fact, of which there are thousands a second."""
+        """What follows from time alone: a few times a second, however many facts arrive."""
+        if (outcome := self._protection.settle(self._workers.keepers, now, self._answer_limit_s)) is not None:
+            self._handle(outcome)
+        if now - self._looked_at < TICK_S:
+            return
+        self._looked_at = now
         self._handle(Tick())
         for node in self._workers.lonely(now):
             self._replace_keeper(node, now)

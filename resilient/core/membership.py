@@ -89,7 +89,20 @@ class Membership:
 
     def keep(self, *plans: Plan | None) -> None:
         """The plans whose tallies are to be kept from now on, and no others."""
-        self._tallies = {plan.generation: (plan, self.tally(plan)) for plan in plans if plan is not None}
+        self._tallies = {plan.generation: (plan, self._followed(plan)) for plan in plans if plan is not None}
+
+    def _followed(self, plan: Plan) -> Tally:
+        kept = self._tallies.get(plan.generation)
+        if kept is not None and kept[0] is plan:
+            return kept[1]
+        # A death or a joiner leaves almost all where they were.
+        former, counted = self._tallies[max(self._tallies)] if self._tallies else (None, Tally())
+        before, tally = set(former.ranks) if former is not None else set[int](), counted.copy()
+        for number in before - plan.ranks.keys():
+            tally.remove(number, self._standing[number])
+        for number in plan.ranks.keys() - before:
+            tally.add(number, self._standing[number])
+        return tally
 
     # Questions
 

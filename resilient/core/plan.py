@@ -132,6 +132,14 @@ class Plan:
     def leaves_of(self, member: int) -> tuple[int, ...]:
         return self.leaves[self.rank_of(member)]
 
+    def owners(self) -> list[int]:
+        """The rank that owns each micro-batch."""
+        found = [0] * self.micro_batches
+        for rank, leaves in enumerate(self.leaves):
+            for leaf in leaves:
+                found[leaf] = rank
+        return found
+
     def to_json(self) -> str:
         return json.dumps(_given(self), sort_keys=True, default=_given)
 

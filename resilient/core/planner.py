@@ -36,7 +36,7 @@ def deal_lost(plan: Plan, survivors: Sequence[int]) -> tuple[tuple[int, ...], ..
     Each lost leaf goes to whoever has least so far; among equals to the owner of the nearest leaf,
     because neighbours complete subtrees and so exchange less; then to the lower rank.
     """
-    owned = {member: plan.leaves_of(member) for member in survivors}
+    owned = {member: plan.leaves[plan.ranks[member]] for member in survivors}
     owners = {leaf: member for member, leaves in owned.items() for leaf in leaves}
     nearby: list[int] = []  # ascending: the leaves of those who have least
     for index in sorted(set(range(plan.micro_batches)) - owners.keys()):
@@ -52,7 +52,7 @@ def deal_lost(plan: Plan, survivors: Sequence[int]) -> tuple[tuple[int, ...], ..
             nearby.pop(bisect(nearby, leaf) - 1)
         owned[taker] = tuple(sorted((*owned[taker], index)))
         owners[index] = taker
-    return tuple(owned[member] for member in survivors)
+    return tuple(owned.values())
 
 
 def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str) -> Plan:
@@ -63,7 +63,7 @@ def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str
         generation=generation,
         base=plan.generation,
         kind="unplanned",
-        places=tuple(plan.places[plan.rank_of(member)] for member in kept),
+        places=tuple(plan.places[plan.ranks[member]] for member in kept),
         leaves=deal_lost(plan, kept),
         micro_batches=plan.micro_batches,
         joiners=(),

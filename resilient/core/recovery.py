@@ -191,13 +191,14 @@ def _too_few(now: Situation, ready: int) -> NeedNodes | Stay | None:
 
 def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
     seated = now.membership.tally(formed)
-    left = formed.size - seated.count("gone")
+    gone = seated.numbers("gone")
+    left = formed.size - len(gone)
     if not left:
         return Lost(reason=_nobody_left(reason, formed))
     left += now.membership.count_ready_outside(formed)
     if left < now.limits.min_workers and not finished(seated):
         return NeedNodes(reason=f"{reason}; {left} of at least {now.limits.min_workers} workers are left")
-    survivors = [member for member in formed.members if now.membership.is_alive(member)]
+    survivors = [member for member in formed.members if member not in gone]
     return Make(plan=planner.unplanned(formed, now.newest + 1, survivors, reason))
 
 

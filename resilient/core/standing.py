@@ -87,6 +87,10 @@ class Tally:
             if not numbers:
                 del self._numbers[what][value]
 
+    def copy(self) -> Tally:
+        kept = {what: {value: set(found) for value, found in by.items()} for what, by in self._numbers.items()}
+        return Tally(kept)
+
     def values(self, what: What) -> Collection[Any]:
         """All that some member stands at; empty if nobody stands so."""
         return self._numbers.get(what, {}).keys()
