@@ -139,7 +139,7 @@ def test_ranks_that_become_ready_go_through_nobody() -> None:
     run = Run()
     for spawn in run.spawned[:2]:  # whom the others are compared with is looked for once
         run.take(run.ready(spawn))
-    for spawn in run.spawned[2:-1]:
+    for spawn in run.spawned[2 : RANKS - 1]:
         run.without_a_walk(run.ready(spawn))
 
 
