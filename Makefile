@@ -14,7 +14,7 @@ TEST_ENV := RAY_AUTH_MODE=disabled
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
-.PHONY: help demo test test-long test-gpu lint format sim fuzz bench-recovery bench-snapshot bench-durable clean
+.PHONY: help demo test test-long test-gpu lint format sim fuzz bench-recovery bench-snapshot bench-durable bench-scale clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -66,6 +66,9 @@ bench-snapshot: $(VENV)/.test-stamp ## time snapshots beside others', written to
 
 bench-durable: $(VENV)/.test-stamp ## time checkpoints on disk beside others', written to out/bench/durable.json
 	$(BIN)/python -m benchmarks.durable
+
+bench-scale: $(VENV)/.test-stamp ## time the controller's core at up to 10,000 nodes, written to out/bench/scale.json
+	$(BIN)/python -m benchmarks.scale
 
 clean: ## remove outputs and caches, keep .venv
 	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -125,6 +125,7 @@ class Controller:
         self._answer_limit_s = ANSWER_LIMIT_DETECTIONS * settings.detection_s
         self._lifelines = Lifelines(ray.util.get_node_ip_address(), job.secret, self._lifeline_lost)
         self._renewed_at = 0.0
+        self._looked_at = 0.0
         self._nodes_alive: set[str] = set()
         """As the cluster lists them, which may be late."""
         self._resume()
@@ -222,10 +223,12 @@ class Controller:
             try:
                 fact = self._events.get(timeout=TICK_S)
             except queue.Empty:
-                fact = Tick()
+                fact = None
             try:
                 with self._lock:
-                    self._take_in(fact)
+                    if fact is not None:
+                        self._take_in(fact)
+                    self._look_around(time.monotonic())
             except Exception as error:  # the process's edge: the controller must say why it can't go on
                 log.exception("the controller failed")
                 self._carry_out(End(outcome="failed", reason=f"the controller failed: {error!r} on {fact!r}"))
@@ -254,7 +257,6 @@ class Controller:
                 self._nodes(capacities, gone)
             case _:
                 self._handle(fact)
-        self._look_around(now)
 
     def _answered(self, answer: KeeperAnswer) -> None:
         if answer.phase == "saved":
@@ -265,9 +267,13 @@ class Controller:
         self._protection.answered(answer)
 
     def _look_around(self, now: float) -> None:
-        """What follows from time alone."""
+        """What follows from time alone: a few times a second, however many facts arrive."""
         if (outcome := self._protection.settle(self._workers.keepers, now, self._answer_limit_s)) is not None:
             self._handle(outcome)
+        if now - self._looked_at < TICK_S:
+            return
+        self._looked_at = now
+        self._handle(Tick())
         for node in self._workers.lonely(now):
             self._replace_keeper(node, now)
         for verdict in self._detector.verdicts(now):
@@ -448,7 +454,8 @@ class Controller:
                 continue
             if node not in self._workers.keepers:
                 self._workers.start_keeper(node)
-            if node in self._detector.nodes:
+            news = self._control.membership.nodes.get(node) != capacity
+            if news and node in self._detector.nodes:
                 self._handle(NodeSeen(node=node, capacity=capacity))
 
     def _renew(self) -> None:

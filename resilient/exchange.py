@@ -22,7 +22,7 @@ from torch import Tensor
 from actors.group import Group, Move
 
 from .core.plan import Plan
-from .core.tree import Fold, Node, fold_order, roots
+from .core.tree import Fold, Node, owned
 from .payload import ALIGN_BYTES, Layout, Payload, fold_range, merged_counts, release_pages
 from .sums import StepSums
 
@@ -34,11 +34,34 @@ GATHER_TAG = 1 << 20
 _given_up: list[Tensor] = []
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Of all ranks' roots: whose they are, by which tag they go, and in which order they are folded."""
+
+    plan: Plan
+    owners: dict[Node, int]
+    """From left to right."""
+    tags: dict[Node, int]
+    order: tuple[Fold, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Route:
+        owners, order = owned(plan.owners())
+        return cls(plan=plan, owners=owners, tags={root: tag for tag, root in enumerate(owners)}, order=order)
+
+
 @dataclass(slots=True)
 class Scratch:
-    """Receiving buffers of one group, kept between steps; dropped with the group when it is abandoned."""
+    """Of one group, kept between steps: receiving buffers and route. Dropped with the group when it is abandoned."""
 
     flat: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    _route: Route | None = None
+
+    def route(self, plan: Plan) -> Route:
+        """Made once per plan: at thousands of ranks it takes longer than many a step."""
+        if self._route is None or self._route.plan is not plan:
+            self._route = Route.of(plan)
+        return self._route
 
     def give_up(self) -> None:
         """An abandoned exchange may still write here: keep the addresses, give the pages back."""
@@ -75,45 +98,43 @@ def exchange(
     sums: this rank's roots. counts: presence per root of every rank, or None where all hold the same
     tensors. Raises LinkBroken; then result and scratch must be given up.
     """
-    owners = {root: rank for rank, leaves in enumerate(plan.leaves) for root in roots(plan.micro_batches, leaves)}
+    route = scratch.route(plan)
+    owners, order = route.owners, route.order
     assert set(sums) == {root for root, rank in owners.items() if rank == group.rank}, (sums.keys(), owners)
-    order = fold_order(plan.micro_batches, owners)
     _set_counts(result, plan, sums, order, counts)
     if group.size == 1:
         _fold(result.layout, sums, {}, order, result.flat, 0, result.layout.nbytes, counts)
         return
     parts = slices(result.layout.nbytes, group.size)
     start, stop = parts[group.rank]
-    foreign = [root for root in sorted(owners) if owners[root] != group.rank]
+    foreign = [root for root in owners if owners[root] != group.rank]
     rows = dict(zip(foreign, scratch.rows(len(foreign), stop - start, result.flat.device), strict=True))
-    _run(group, parts, owners, sums, rows, order, result, counts)
+    _run(group, parts, route, sums, rows, result, counts)
 
 
 def _run(
     group: Group,
     parts: Sequence[tuple[int, int]],
-    owners: Mapping[Node, int],
+    route: Route,
     sums: Mapping[Node, Payload],
     rows: Mapping[Node, Tensor],
-    order: Sequence[Fold],
     result: Payload,
     counts: Mapping[Node, Sequence[int]] | None,
 ) -> None:
     start, _ = parts[group.rank]
-    number = {root: tag for tag, root in enumerate(sorted(owners))}
     mine = chunks(*parts[group.rank])
     rounds = max(len(chunks(*part)) for part in parts)
     peers = [(group.rank + hop) % group.size for hop in range(1, group.size)]
 
     def there(turn: int) -> tuple[list[Move], list[Move]]:
         sends = [
-            Move(data=sums[root].flat[slice(*piece)], peer=peer, tag=number[root])
+            Move(data=sums[root].flat[slice(*piece)], peer=peer, tag=route.tags[root])
             for peer in peers
             for piece in chunks(*parts[peer])[turn : turn + 1]
             for root in sorted(sums)
         ]
         receives = [
-            Move(data=row[low - start : high - start], peer=owners[root], tag=number[root])
+            Move(data=row[low - start : high - start], peer=route.owners[root], tag=route.tags[root])
             for low, high in mine[turn : turn + 1]
             for root, row in rows.items()
         ]
@@ -139,7 +160,7 @@ def _run(
         for low, high in mine[turn : turn + 1]:
             target = result.flat[low:high]
             received = {root: row[low - start : high - start] for root, row in rows.items()}
-            _fold(result.layout, sums, received, order, target, low, high, counts)
+            _fold(result.layout, sums, received, route.order, target, low, high, counts)
         returning.append(group.post(*back(turn)))
     for pending in returning:
         pending.wait()

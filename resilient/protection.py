@@ -106,7 +106,7 @@ class Protection:
     def settle(self, keepers: Mapping[str, Any], now: float, limit_s: float) -> Event | None:
         """What has come of the question, once all have answered or the time is up."""
         question = self._question
-        if question is None or (question.expected - set(question.answers) and now < question.deadline):
+        if question is None or (not question.expected <= question.answers.keys() and now < question.deadline):
             return None
         self._question = None
         if question.phase == "inventory":

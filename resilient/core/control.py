@@ -24,7 +24,7 @@ from typing import Any
 
 from snapshot.core.branches import Lineage
 
-from . import recovery
+from . import ending, recovery
 from .chronicle import Chronicle
 from .events import (
     Event,
@@ -46,10 +46,11 @@ from .events import (
 )
 from .going_back import GoingBack, Resume
 from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
-from .membership import Member, Membership, Starts
+from .membership import Membership, Starts
 from .plan import Plan
 from .restoring import Restoring
 from .seat import Rollback
+from .standing import Member
 from .storage import Storage
 
 STARTS_THAT_MAY_FAIL = 3
@@ -110,10 +111,10 @@ class Control:
     def _node_seen(self, event: NodeSeen) -> None:
         if event.node not in self.membership.nodes:
             self.going_back.changed()
-        self.membership.nodes[event.node] = event.capacity
+        self.membership.node_seen(event.node, event.capacity)
 
     def _node_gone(self, event: NodeGone) -> None:
-        self.membership.nodes.pop(event.node, None)
+        self.membership.node_gone(event.node)
         self.going_back.changed()
         for member in self.membership.on_node(event.node):
             self._declare_gone(member, f"node {event.node[:8]}: {event.why}", event.silent_s, node_lost=True)
@@ -124,8 +125,9 @@ class Control:
         if member.gone:
             return
         self._starts.reached_loop()
-        first = next((other.ready for other in self.membership.alive() if other.ready), event)
+        first = self.membership.first_ready() or event
         member.ready = event
+        self.membership.changed(member)
         if (event.micro_batches, event.steps) != (first.micro_batches, first.steps):
             self._end(
                 "failed",
@@ -157,8 +159,9 @@ class Control:
         if member.report is not None and report.serial < member.report.serial:
             return
         member.report = report
+        self.membership.changed(member)
         if report.formed and report.formed in self.plans and self._counts_as_formed(report.member, report.formed):
-            self.formed = self.plans[report.formed]
+            self._rule(formed=self.plans[report.formed], current=self.current)
             self.going_back.formed()
             self._forget_older_plans()
             self.chronicle.formed(report.formed, report.complete, self.now)
@@ -169,9 +172,9 @@ class Control:
         """A report of a superseded generation counts only from those who matter now."""
         if self.formed is not None and generation <= self.formed.generation:
             return False
-        if self.current is None or generation == self.current.generation or number in self.current.members:
+        if self.current is None or generation == self.current.generation or number in self.current.ranks:
             return True
-        return self.formed is not None and not any(map(self.membership.is_alive, self.formed.members))
+        return self.formed is not None and self.membership.tally(self.formed).count("gone") == self.formed.size
 
     def _rank_gone(self, event: RankGone) -> None:
         member = self.membership.members.get(event.member)
@@ -180,10 +183,11 @@ class Control:
 
     def _declare_gone(self, member: Member, why: str, silent_s: float, *, node_lost: bool) -> None:
         member.gone = True
+        self.membership.changed(member)
         self._unheard.discard(member.number)
         self._starts.died(member)
         self._out.append(Kill(member=member.number, node=member.node, reason=why))
-        if self.current is not None and member.number in self.current.members:
+        if self.current is not None and member.number in self.current.ranks:
             rank = self.current.rank_of(member.number)
             self.chronicle.lost(rank, member.node, why, silent_s, self.now, node_lost=node_lost)
 
@@ -191,9 +195,11 @@ class Control:
         member = self.membership.members.get(event.member)
         if member is None or member.gone:
             return
+        rank = f"(member {event.member}, not yet seated)"
+        rank = self.current.rank_in_words(event.member) if self.current is not None else rank
         self._end(
             "failed",
-            f"the training function raised on rank {self._rank(event.member)} (node {member.node[:8]}) "
+            f"the training function raised on rank {rank} (node {member.node[:8]}) "
             f"in step {event.step}:\n{event.traceback}",
         )
 
@@ -201,16 +207,18 @@ class Control:
         member = self.membership.members.get(event.member)
         if member is not None and not member.gone:
             member.digest = event.digest
+            self.membership.changed(member)
 
     def _generation_created(self, event: GenerationCreated) -> None:
         if self.creating is None or event.generation != self.creating.generation:
             return
-        self.current, self.creating = self.creating, None
-        self.plans[event.generation] = self.current
-        self.restoring.lineage = Lineage(branches=self.current.branches)
+        created, self.creating = self.creating, None
+        self.plans[event.generation] = created
+        self._rule(formed=self.formed, current=created)
+        self.restoring.lineage = Lineage(branches=created.branches)
         self._since.pop("broken", None)
-        self.chronicle.created(self.current, self.now)
-        for number in self.current.members:
+        self.chronicle.created(created, self.now)
+        for number in created.members:
             self._send(self.membership.members[number])
 
     def _generation_taken(self, event: GenerationTaken) -> None:
@@ -220,18 +228,21 @@ class Control:
     def _resumed(self, event: Resumed) -> None:
         assert self.newest == 0 and not self.membership.members, "resumed twice"
         for number, node in event.spawned:
-            self.membership.members[number] = Member(number=number, node=node)
-            self.next_member = max(self.next_member, number + 1)
+            self._member(number, node)
         self.plans = {plan.generation: plan for plan in event.plans}
         for place in (place for plan in event.plans for place in plan.places):
             self._member(place.member, place.node)
         if event.plans:
-            self.current = event.plans[-1]
-            self.newest = self._inherited = self.current.generation
-            self.restoring.lineage = Lineage(branches=self.current.branches)
+            current = event.plans[-1]
+            self.newest = self._inherited = current.generation
+            self.restoring.lineage = Lineage(branches=current.branches)
             self.going_back.resumed(event.plans)
-            self.formed = self.plans.get(self.current.base)  # plans come only from what has formed
+            self._rule(formed=self.plans.get(current.base), current=current)  # plans come only from what has formed
         self._unheard = set(self.membership.members)
+
+    def _rule(self, *, formed: Plan | None, current: Plan | None) -> None:
+        self.formed, self.current = formed, current
+        self.membership.keep(formed, current)
 
     def _stop_asked(self, event: StopAsked) -> None:
         self._end("stopped", event.why)
@@ -278,8 +289,11 @@ class Control:
         """What seated ranks ask for. They all do, but one is enough."""
         if self.current is None or self.formed is not self.current:
             return None
-        reports = [member.report for member in self._seated() if not member.gone]
-        return next((report.rollback for report in reports if report is not None and report.rollback is not None), None)
+        seated = self.membership.tally(self.current)
+        if len(seated.values("rollback")) <= 1:
+            return next(iter(seated.values("rollback")), None)
+        first = self.membership.members[min(seated.numbers("rollback"), key=self.current.rank_of)]
+        return None if first.report is None else first.report.rollback
 
     def _inventory_taken(self, event: InventoryTaken) -> None:
         self._out += self.restoring.answered(event, self.now)
@@ -291,8 +305,8 @@ class Control:
         self.restoring.decoded(event)
 
     def _situation(self) -> recovery.Situation:
-        broken = self.current is not None and bool(recovery.broken(self.membership, self.current))
-        enough = len(self.membership.ready_unseated(())) >= self.limits.min_workers
+        broken = self.current is not None and recovery.broken(self.membership, self.current)
+        enough = self.membership.everybody.count("ready") >= self.limits.min_workers
         return recovery.Situation(
             limits=self.limits,
             membership=self.membership,
@@ -308,19 +322,18 @@ class Control:
         """Ranks that hold state of a generation that the others went on without."""
         if self.formed is None or self.current is None or self.formed.generation != self.current.generation:
             return
-        for member in self.membership.alive():
-            stray = member.report is not None and member.report.formed > 0
-            if stray and member.number not in self.current.members:
-                member.gone = True
-                reason = f"left out of generation {self.current.generation}"
-                self._out.append(Kill(member=member.number, node=member.node, reason=reason))
+        for member in self.membership.strays(self.current):
+            member.gone = True
+            self.membership.changed(member)
+            reason = f"left out of generation {self.current.generation}"
+            self._out.append(Kill(member=member.number, node=member.node, reason=reason))
 
     def _spawn_missing(self) -> None:
-        if any(recovery.finished(member) and not member.gone for member in self._seated()):
+        if self.current is not None and recovery.finished(self.membership.tally(self.current)):
             return
         if self._starts_fail():
             return
-        while len(self.membership.alive()) < self.limits.max_workers + self.limits.spares:
+        while self.membership.count_alive() < self.limits.max_workers + self.limits.spares:
             node = self.membership.roomiest()
             if node is None:
                 return
@@ -343,32 +356,10 @@ class Control:
 
     def _check_end(self) -> bool:
         plan = self.formed or self.current  # of a planned generation that comes too late, joiners never finish
-        seated = [self.membership.members[number] for number in plan.members] if plan else []
-        seated = [member for member in seated if not member.gone]
-        if not seated:
-            return False
-        left = [member for member in seated if member.report is not None and member.report.finished]
-        for early in left:
-            for other in seated:
-                if _goes_on_without(early, other):
-                    self._end("failed", self._left_alone(early, other))
-                    return True
-        if any(member.digest is None for member in seated):
-            return False
-        digests = sorted({member.digest for member in seated if member.digest is not None})
-        if len(digests) > 1:
-            self._end("failed", f"ranks ended with different states: {', '.join(digests)}")
-        else:
-            self._end("finished", "every rank has returned", digest=digests[0])
-        return True
-
-    def _left_alone(self, early: Member, other: Member) -> str:
-        assert early.report is not None and other.report is not None
-        return (
-            f"rank {self._rank(early.number)} left the training loop at step {early.report.step}, rank "
-            f"{self._rank(other.number)} went on to step {other.report.step}: leave it only on what is equal on all "
-            'ranks, such as run.step or run.reduced("loss")'
-        )
+        end = None if plan is None else ending.end_of(self.membership, plan, self.current or plan)
+        if end is not None:
+            self._end(end.outcome, end.reason, digest=end.digest)
+        return end is not None
 
     def wait_for_nodes(self, reason: str) -> None:
         waited_s = self.for_s("waiting", True)
@@ -383,16 +374,12 @@ class Control:
 
     # Small things
 
-    def _seated(self) -> list[Member]:
-        return [self.membership.members[number] for number in self.current.members] if self.current else []
-
     def _member(self, number: int, node: str) -> Member:
         self.next_member = max(self.next_member, number + 1)
-        return self.membership.members.setdefault(number, Member(number=number, node=node))
-
-    def _rank(self, number: int) -> str:
-        in_plan = self.current is not None and number in self.current.members
-        return str(self.current.rank_of(number)) if in_plan and self.current else f"(member {number}, not yet seated)"
+        if number not in self.membership.members:
+            self.membership.members[number] = Member(number=number, node=node)
+            self.membership.changed(self.membership.members[number])
+        return self.membership.members[number]
 
     def _send(self, member: Member) -> None:
         assert self.current is not None
@@ -401,7 +388,7 @@ class Control:
             self._out.append(SendPlan(member=member.number, plan=self.current))
 
     def _send_again(self, member: Member) -> None:
-        if self.current is None or member.report is None or member.number not in self.current.members:
+        if self.current is None or member.report is None or member.number not in self.current.ranks:
             return
         behind = member.report.generation < self.current.generation
         if behind and self.now - member.plan_sent_at >= self.limits.resend_s:
@@ -433,14 +420,6 @@ class Control:
     def _end(self, outcome: Any, reason: str, digest: str = "") -> None:
         self.ended = True
         self._out.append(End(outcome=outcome, reason=reason, digest=digest))
-
-
-def _goes_on_without(early: Member, other: Member) -> bool:
-    assert early.report is not None
-    theirs = other.report
-    if theirs is None or theirs.finished:
-        return theirs is not None and theirs.step != early.report.step
-    return theirs.waiting and theirs.step >= early.report.step
 
 
 _TABLE: dict[type, Callable[[Control, Any], None]] = {

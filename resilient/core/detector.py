@@ -8,12 +8,17 @@ connection that the kernel closed. Silence takes longer:
       Only computing ranks can be hung: when one hangs, all others wait. The first iteration and
       declared pauses are exempt.
 Time in which the controller itself did not run counts against nobody.
+
+Nobody can be dead before a certain time that the last sign of life tells: only then one is looked at. So a heartbeat
+costs what its node's ranks cost, and a look what there is to see.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from .reminders import Reminders
 
 HUNG_AT_LEAST_S = 60.0
 HUNG_TIMES_LONGEST = 10.0
@@ -65,19 +70,28 @@ class Detector:
     ranks: dict[int, _Rank] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
     """Processes whose end has been told."""
+    _members: dict[str, set[int]] = field(default_factory=dict)
+    """By node, those in `ranks`."""
+    _look_at_nodes: Reminders[str] = field(default_factory=Reminders)
+    _look_at_ranks: Reminders[int] = field(default_factory=Reminders)
     _looked_at: float | None = None
 
     def expect(self, node: str, now: float) -> None:
         """A node that ought to be heard from now on: after a restart, those where ranks are on record."""
-        self.nodes.setdefault(node, now)
+        if node not in self.nodes:
+            self._heard(node, now)
+
+    def _heard(self, node: str, at: float) -> None:
+        self.nodes[node] = at
+        self._look_at_nodes.by(at + self.detection_s, node)
 
     def excuse(self, node: str, until: float) -> None:
         """This node's keeper is being replaced: its silence counts only from then on."""
-        self.nodes[node] = max(until, self.nodes.get(node, until))
+        self._heard(node, max(until, self.nodes.get(node, until)))
 
     def beat(self, node: str, vitals: tuple[Vital, ...], now: float) -> tuple[Verdict, ...]:
         """A keeper's heartbeat. Processes that have ended are verdicts at once."""
-        self.nodes[node] = now
+        self._heard(node, now)
         dead = []
         for vital in vitals:
             if not vital.alive:
@@ -90,6 +104,7 @@ class Detector:
             known = self.ranks.get(vital.member)
             if known is None:
                 known = self.ranks[vital.member] = _Rank(node, vital, now)
+                self._members.setdefault(node, set()).add(vital.member)
             if (vital.work, vital.activity) != (known.vital.work, known.vital.activity):
                 known.moved_at = now
             if not vital.stopped:
@@ -97,7 +112,14 @@ class Detector:
             elif known.stopped_at is None:
                 known.stopped_at = now
             known.vital = vital
+            self._remind_of(vital.member, known)
         return tuple(dead)
+
+    def _remind_of(self, member: int, rank: _Rank) -> None:
+        if rank.stopped_at is not None:
+            self._look_at_ranks.by(rank.stopped_at + self.detection_s, member)
+        if _can_hang(rank.vital):
+            self._look_at_ranks.by(rank.moved_at + self._hung_limit_s(rank.vital), member)
 
     def node_ended(self, node: str, now: float) -> Verdict:
         """All connections to a node's processes were closed by its kernel."""
@@ -107,7 +129,8 @@ class Detector:
 
     def forget_node(self, node: str) -> None:
         self.nodes.pop(node, None)
-        self.ranks = {member: rank for member, rank in self.ranks.items() if rank.node != node}
+        for member in self._members.pop(node, ()):
+            self.forget_rank(member)
 
     def forget_rank(self, member: int) -> None:
         self.ranks.pop(member, None)
@@ -115,21 +138,30 @@ class Detector:
     def verdicts(self, now: float) -> tuple[Verdict, ...]:
         """To be asked often; a gap between two calls is taken off everybody's silence."""
         self._excuse(now)
-        found = [
-            Verdict(what="node", node=node, why="its keeper has fallen silent", silent_s=now - heard)
-            for node, heard in sorted(self.nodes.items())
-            if now - heard > self._silence_limit_s(now)
-        ]
-        silent_nodes = {verdict.node for verdict in found}
-        for member, rank in sorted(self.ranks.items()):
-            if rank.node not in silent_nodes and (verdict := self._verdict(member, rank, now)) is not None:
-                found.append(verdict)
+        found = self._silent_nodes(now)
         for verdict in found:
-            if verdict.what == "node":
-                self.forget_node(verdict.node)
+            self.forget_node(verdict.node)
+        for member in self._look_at_ranks.due(now):
+            rank = self.ranks.get(member)
+            if rank is None:
+                continue
+            if (verdict_on_rank := self._verdict(member, rank, now)) is None:
+                self._remind_of(member, rank)
             else:
-                self.forget_rank(verdict.member)
+                found.append(verdict_on_rank)
+                self.forget_rank(member)
         return tuple(found)
+
+    def _silent_nodes(self, now: float) -> list[Verdict]:
+        why, found = "its keeper has fallen silent", []
+        due = [node for node in self._look_at_nodes.due(now) if node in self.nodes]
+        limit_s = self._silence_limit_s(now) if due else self.detection_s
+        for node in due:
+            if now - self.nodes[node] > limit_s:
+                found.append(Verdict(what="node", node=node, why=why, silent_s=now - self.nodes[node]))
+            else:  # it may be heard, and fall silent, at any time from now on, even if it is excused for longer
+                self._look_at_nodes.by(min(self.nodes[node], now) + self.detection_s, node)
+        return found
 
     def _silence_limit_s(self, now: float) -> float:
         """When all nodes are silent at once, it is more likely the controller that does not hear."""
@@ -140,14 +172,17 @@ class Detector:
         if rank.stopped_at is not None and now - rank.stopped_at > self.detection_s:
             why, silent_s = "the process is stopped", now - rank.stopped_at
         else:
-            limit_s = max(self.hung_at_least_s, HUNG_TIMES_LONGEST * rank.vital.longest_s)
-            if rank.vital.activity != "computing" or rank.vital.work <= 1 or now - rank.moved_at <= limit_s:
+            limit_s = self._hung_limit_s(rank.vital)
+            if not _can_hang(rank.vital) or now - rank.moved_at <= limit_s:
                 return None
             why, silent_s = (
                 f"no progress for {now - rank.moved_at:.0f} s while computing",
                 now - rank.moved_at,
             )
         return Verdict(what="rank", member=member, node=rank.node, why=why, silent_s=silent_s)
+
+    def _hung_limit_s(self, vital: Vital) -> float:
+        return max(self.hung_at_least_s, HUNG_TIMES_LONGEST * vital.longest_s)
 
     def _excuse(self, now: float) -> None:
         """Take the time in which the controller did not look off everybody's silence: on a busy machine
@@ -161,3 +196,7 @@ class Detector:
             rank.moved_at += gap
             if rank.stopped_at is not None:
                 rank.stopped_at += gap
+
+
+def _can_hang(vital: Vital) -> bool:
+    return vital.activity == "computing" and vital.work > 1

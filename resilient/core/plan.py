@@ -7,7 +7,8 @@ happens next gets a new number. Every message and every key carries that number.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any, Literal
 
 from snapshot.core.branches import Branch, Lineage
@@ -85,13 +86,22 @@ class Plan:
     branches: tuple[Branch, ...] = (Branch(number=0),)
     """The run's lines of steps so far; this generation goes on with the newest."""
     restore: Restore | None = None
+    members: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """By rank."""
+    ranks: dict[int, int] = field(init=False, repr=False, compare=False)
+    """By member."""
+    longest: int = field(init=False, repr=False, compare=False)
+    """The most micro-batches that a rank owns."""
 
     def __post_init__(self) -> None:
-        owned = sorted(index for leaves in self.leaves for index in leaves)
+        object.__setattr__(self, "members", tuple(place.member for place in self.places))
+        object.__setattr__(self, "ranks", {member: rank for rank, member in enumerate(self.members)})
+        object.__setattr__(self, "longest", max(map(len, self.leaves), default=0))
+        owned = sorted(chain.from_iterable(self.leaves))
         assert owned == list(range(self.micro_batches)), f"leaves not dealt exactly once: {self}"
         assert len(self.leaves) == len(self.places) and all(self.leaves), self
-        assert len(set(self.members)) == len(self.places), self
-        assert set(self.joiners) < set(self.members), self
+        assert len(self.ranks) == len(self.places), self
+        assert len(set(self.joiners)) < self.size and self.ranks.keys() >= set(self.joiners), self
         assert not (self.kind in ("unplanned", "restored") and self.joiners), self
         assert (self.kind == "restored") == (self.restore is not None), self
 
@@ -105,10 +115,6 @@ class Plan:
         return Lineage(branches=self.branches).skipped
 
     @property
-    def members(self) -> tuple[int, ...]:
-        return tuple(place.member for place in self.places)
-
-    @property
     def size(self) -> int:
         return len(self.places)
 
@@ -118,13 +124,24 @@ class Plan:
         return self.places[0].address
 
     def rank_of(self, member: int) -> int:
-        return self.members.index(member)
+        return self.ranks[member]
+
+    def rank_in_words(self, member: int) -> str:
+        return str(self.ranks[member]) if member in self.ranks else f"(member {member}, not yet seated)"
 
     def leaves_of(self, member: int) -> tuple[int, ...]:
         return self.leaves[self.rank_of(member)]
 
+    def owners(self) -> list[int]:
+        """The rank that owns each micro-batch."""
+        found = [0] * self.micro_batches
+        for rank, leaves in enumerate(self.leaves):
+            for leaf in leaves:
+                found[leaf] = rank
+        return found
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(_given(self), sort_keys=True, default=_given)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -138,6 +155,12 @@ class Plan:
         restore = _restore_from(raw.pop("restore"))
         branches = tuple(Branch(**{**branch, "skipped": tuple(branch["skipped"])}) for branch in raw.pop("branches"))
         return cls(places=places, leaves=leaves, joiners=joiners, restore=restore, branches=branches, **raw)
+
+
+def _given(value: Any) -> dict[str, Any]:
+    """What a value was made from, one level deep. `asdict` copies every string on its way, and takes five times as
+    long."""
+    return {each.name: getattr(value, each.name) for each in fields(value) if each.init}
 
 
 def _restore_from(raw: dict[str, Any] | None) -> Restore | None:

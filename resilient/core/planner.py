@@ -5,6 +5,7 @@ One stage for now: every rank holds the whole model, and only micro-batches are 
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 
 from snapshot.core.branches import Branch
@@ -35,31 +36,34 @@ def deal_lost(plan: Plan, survivors: Sequence[int]) -> tuple[tuple[int, ...], ..
     Each lost leaf goes to whoever has least so far; among equals to the owner of the nearest leaf,
     because neighbours complete subtrees and so exchange less; then to the lower rank.
     """
-    owned = {member: list(plan.leaves_of(member)) for member in survivors}
-    kept = {index for leaves in owned.values() for index in leaves}
-    for index in range(plan.micro_batches):
-        if index in kept:
-            continue
+    owned = {member: plan.leaves[plan.ranks[member]] for member in survivors}
+    owners = {leaf: member for member, leaves in owned.items() for leaf in leaves}
+    nearby: list[int] = []  # ascending: the leaves of those who have least
+    for index in sorted(set(range(plan.micro_batches)) - owners.keys()):
+        if not nearby:
+            least = min(map(len, owned.values()))
+            nearby = [leaf for leaf in sorted(owners) if len(owned[owners[leaf]]) == least]
+        at = bisect(nearby, index)
         taker = min(
-            survivors,
-            key=lambda member: (
-                len(owned[member]),
-                min(abs(index - own) for own in owned[member]),
-                plan.rank_of(member),
-            ),
+            (owners[leaf] for leaf in nearby[max(at - 1, 0) : at + 1]),
+            key=lambda member: (min(abs(index - own) for own in owned[member]), plan.rank_of(member)),
         )
-        owned[taker].append(index)
-    return tuple(tuple(sorted(owned[member])) for member in survivors)
+        for leaf in owned[taker]:
+            nearby.pop(bisect(nearby, leaf) - 1)
+        owned[taker] = tuple(sorted((*owned[taker], index)))
+        owners[index] = taker
+    return tuple(owned.values())
 
 
 def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str) -> Plan:
     """The generation after a loss: members seated in `plan` that live, owning what they owned and more."""
-    kept = [member for member in plan.members if member in survivors]
+    living = set(survivors)
+    kept = [member for member in plan.members if member in living]
     return Plan(
         generation=generation,
         base=plan.generation,
         kind="unplanned",
-        places=tuple(plan.places[plan.rank_of(member)] for member in kept),
+        places=tuple(plan.places[plan.ranks[member]] for member in kept),
         leaves=deal_lost(plan, kept),
         micro_batches=plan.micro_batches,
         joiners=(),
@@ -97,5 +101,4 @@ def dealt_anew(
 
 def unbalanced(plan: Plan) -> bool:
     """Whether dealing anew would shorten the longest rank's step."""
-    longest = max(len(leaves) for leaves in plan.leaves)
-    return longest > -(-plan.micro_batches // plan.size)
+    return plan.longest > -(-plan.micro_batches // plan.size)

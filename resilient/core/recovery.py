@@ -8,13 +8,15 @@ A joiner, or uneven dealing after a loss, asks for a planned change, and only wh
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from snapshot.core.branches import Lineage
 
 from . import planner
-from .membership import Member, Membership
+from .membership import Membership
 from .plan import Plan, Restore, first_branch
+from .standing import Member, Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,21 +110,21 @@ def decide(now: Situation) -> Decision:
     assert now.current is not None
     if now.current.generation != now.formed.generation and now.current.base < now.formed.generation:
         return _after_loss(now, now.formed, f"generation {now.formed.generation} had formed after all")
-    gone = [member for member in now.current.members if not now.membership.is_alive(member)]
-    if gone:
-        return _after_loss(now, now.formed, f"lost rank {_ranks(now.current, gone)}")
-    if seen_by := broken(now.membership, now.current):
+    seated = now.membership.tally(now.current)
+    if seated.values("gone"):
+        return _after_loss(now, now.formed, f"lost rank {_ranks(now.current, seated.numbers('gone'))}")
+    if broken(now.membership, now.current):
         if now.broken_for_s < now.limits.settle_s:
             return Stay(reason="a link broke; waiting to learn whether somebody died")
-        return _after_loss(now, now.formed, f"a link broke, seen by rank {_ranks(now.current, seen_by)}")
+        seen_by = _ranks(now.current, seated.numbers("broken", _groups(now.current)))
+        return _after_loss(now, now.formed, f"a link broke, seen by rank {seen_by}")
     if now.current.generation != now.formed.generation:
         return Stay(reason=f"generation {now.current.generation} is forming")
     return _improve(now, now.current)
 
 
 def _still_restoring(now: Situation, current: Plan) -> Decision:
-    gone = [member for member in current.members if not now.membership.is_alive(member)]
-    if gone:
+    if gone := now.membership.tally(current).numbers("gone"):
         return Lost(reason=f"lost rank {_ranks(current, gone)} while generation {current.generation} was restored")
     if now.broken_for_s >= now.limits.settle_s:
         return Lost(reason=f"generation {current.generation} could not be restored")
@@ -135,7 +137,7 @@ def restored(now: Situation, restore: Restore, lineage: Lineage, reason: str) ->
     trying = now.current.members if now.current is not None and now.current.kind == "restored" else ()
     again = [member for member in now.membership.alive() if member.number in trying and member.ready is not None]
     ready = [*again, *now.membership.ready_unseated(trying)]
-    return _too_few(now, ready) or _restored(now, ready[: now.limits.max_workers], restore, lineage, reason)
+    return _too_few(now, len(ready)) or _restored(now, ready[: now.limits.max_workers], restore, lineage, reason)
 
 
 def rolled_back(now: Situation, restore: Restore, lineage: Lineage, reason: str) -> Decision:
@@ -166,45 +168,46 @@ def _restored(now: Situation, members: list[Member], restore: Restore, lineage: 
 
 def _initial(now: Situation) -> Decision:
     if now.current is not None:
-        gone = [member for member in now.current.members if not now.membership.is_alive(member)]
+        gone = now.membership.tally(now.current).count("gone")
         if not gone and now.broken_for_s < now.limits.settle_s:
             return Stay(reason=f"generation {now.current.generation} is forming")
-        if now.inherited and len(gone) == now.current.size:
+        if now.inherited and gone == now.current.size:
             # It may have formed long ago: beginning anew could throw away any amount of work.
             return Lost(reason=_nobody_left("every rank died while no controller ran", now.current))
-    ready = now.membership.ready_unseated(())
-    return _too_few(now, ready) or _dealt(now, ready[: now.limits.max_workers], None, "the run begins")
+    if (reason := _too_few(now, now.membership.everybody.count("ready"))) is not None:
+        return reason
+    return _dealt(now, now.membership.ready_unseated(())[: now.limits.max_workers], None, "the run begins")
 
 
-def _too_few(now: Situation, ready: list[Member]) -> NeedNodes | Stay | None:
+def _too_few(now: Situation, ready: int) -> NeedNodes | Stay | None:
     """Why these can't begin yet, if they can't."""
-    if len(ready) < now.limits.min_workers:
-        return NeedNodes(reason=f"{len(ready)} of at least {now.limits.min_workers} workers are ready")
-    starting = any(member.ready is None for member in now.membership.alive())
-    if len(ready) < now.limits.max_workers and starting and now.waited_s < now.limits.start_together_s:
+    if ready < now.limits.min_workers:
+        return NeedNodes(reason=f"{ready} of at least {now.limits.min_workers} workers are ready")
+    starting = bool(now.membership.everybody.values("starting"))
+    if ready < now.limits.max_workers and starting and now.waited_s < now.limits.start_together_s:
         return Stay(reason="waiting for workers that are starting")
     return None
 
 
 def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
-    survivors = [member for member in formed.members if now.membership.is_alive(member)]
-    if not survivors:
+    seated = now.membership.tally(formed)
+    gone = seated.numbers("gone")
+    left = formed.size - len(gone)
+    if not left:
         return Lost(reason=_nobody_left(reason, formed))
-    coming = now.membership.ready_unseated(formed.members)
-    ending = any(finished(now.membership.members[member]) for member in survivors)
-    if len(survivors) + len(coming) < now.limits.min_workers and not ending:
-        return NeedNodes(
-            reason=f"{reason}; {len(survivors) + len(coming)} of at least {now.limits.min_workers} workers are left"
-        )
+    left += now.membership.count_ready_outside(formed)
+    if left < now.limits.min_workers and not finished(seated):
+        return NeedNodes(reason=f"{reason}; {left} of at least {now.limits.min_workers} workers are left")
+    survivors = [member for member in formed.members if member not in gone]
     return Make(plan=planner.unplanned(formed, now.newest + 1, survivors, reason))
 
 
 def _improve(now: Situation, current: Plan) -> Decision:
-    if any(finished(now.membership.members[member]) for member in current.members):
+    if finished(now.membership.tally(current)):
         return Stay(reason="the loop has ended")
     room = min(now.limits.max_workers, current.micro_batches) - current.size
-    joiners = now.membership.ready_unseated(current.members)[: max(room, 0)]
-    if joiners:
+    if room > 0 and now.membership.count_ready_outside(current):
+        joiners = now.membership.ready_unseated(current.ranks)[:room]
         nodes = ", ".join(sorted({member.node[:8] for member in joiners}))
         return _dealt(now, joiners, current, f"{len(joiners)} joined (node {nodes})")
     if planner.unbalanced(current):
@@ -236,32 +239,26 @@ def _micro_batches(members: list[Member]) -> int:
     return first.micro_batches
 
 
-def broken(membership: Membership, current: Plan) -> list[int]:
-    """The living members of the current generation that say that their group's link broke.
+def broken(membership: Membership, current: Plan) -> bool:
+    """Whether living members of the current generation say that their group's link broke."""
+    return not _groups(current).isdisjoint(membership.tally(current).values("broken"))
 
-    Beside the group of the current generation it may be that of its base, as long as members have not
-    switched: a planned generation is reached only over an exchange of its base.
+
+def _groups(current: Plan) -> set[int]:
+    """Whose links matter. Beside the group of the current generation it may be that of its base, as long as members
+    have not switched: a planned generation is reached only over an exchange of its base.
     """
-    groups = (current.generation, current.base) if current.kind == "planned" else (current.generation,)
-    return [
-        number
-        for number in current.members
-        if membership.is_alive(number)
-        and (report := membership.members[number].report) is not None
-        and report.broken == report.generation
-        and report.broken in groups
-    ]
+    return {current.generation, current.base} if current.kind == "planned" else {current.generation}
 
 
 def _nobody_left(reason: str, plan: Plan) -> str:
     return f"{reason}; no rank of generation {plan.generation} is left, and only they held the state"
 
 
-def finished(member: Member) -> bool:
-    return member.digest is not None or (member.report is not None and member.report.finished)
+def finished(seated: Tally) -> bool:
+    """Whether any of them is through with the loop."""
+    return bool(seated.values("left") or seated.values("digest"))
 
 
-def _ranks(plan: Plan, members: list[int]) -> str:
-    return ", ".join(
-        f"{plan.rank_of(member)} (node {plan.places[plan.rank_of(member)].node[:8]})" for member in members
-    )
+def _ranks(plan: Plan, members: Collection[int]) -> str:
+    return ", ".join(f"{rank} (node {plan.places[rank].node[:8]})" for rank in sorted(map(plan.rank_of, members)))

@@ -12,7 +12,7 @@ subtrees* of the leaves it owns; whoever adds two siblings, and whenever, the bi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -93,3 +93,27 @@ def fold_order(micro_batches: int, available: Iterable[Node]) -> tuple[Fold, ...
 
     visit(Node(0, micro_batches))
     return tuple(order)
+
+
+def owned(owners: Sequence[int]) -> tuple[dict[Node, int], tuple[Fold, ...]]:
+    """For the rank that owns each leaf: whose every root is, and the additions that take them to the whole tree.
+
+    What `roots` finds rank by rank, and `fold_order` of that, in one pass: its time grows with the roots there are.
+    """
+    same_until = [len(owners)] * len(owners)
+    for at in reversed(range(len(owners) - 1)):
+        same_until[at] = same_until[at + 1] if owners[at] == owners[at + 1] else at + 1
+    found: dict[Node, int] = {}
+    order: list[Fold] = []
+
+    def visit(node: Node) -> None:
+        if same_until[node.start] >= node.stop:
+            found[node] = owners[node.start]
+            return
+        left, right = split(node)
+        visit(left)
+        visit(right)
+        order.append(Fold(node, left, right))
+
+    visit(Node(0, len(owners)))
+    return found, tuple(order)

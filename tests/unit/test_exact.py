@@ -11,7 +11,7 @@ import torch
 from actors.group import Group, open_store
 from resilient.core import planner
 from resilient.core.plan import Address, Place, Plan
-from resilient.core.tree import Node, fold_order, leaf, roots, split
+from resilient.core.tree import Node, fold_order, leaf, owned, roots, split
 from resilient.exact import PartialSums
 from resilient.exchange import Scratch, exchange, exchange_fast
 from resilient.payload import Layout, Payload, Pool
@@ -92,6 +92,21 @@ def test_roots_cover_and_fold_order_ends_at_the_whole(micro_batches: int) -> Non
         order = fold_order(micro_batches, {*roots(micro_batches, own), *roots(micro_batches, rest)})
         if order:
             assert order[-1].target == Node(0, micro_batches)
+
+
+@pytest.mark.parametrize("micro_batches", range(1, 18))
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_all_roots_in_one_pass_are_those_of_rank_after_rank(micro_batches: int, ranks: int) -> None:
+    draw = random.Random(micro_batches)
+    for reach in (1, 3, 30):
+        owners = [draw.randrange(ranks) if n % reach == 0 else -1 for n in range(micro_batches)]
+        for n, owner in enumerate(owners):
+            owners[n] = owners[n - 1] if owner < 0 else owner
+        each = [[n for n, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
+        expected = {root: rank for rank, leaves in enumerate(each) for root in roots(micro_batches, leaves)}
+        found, order = owned(owners)
+        assert found == expected and list(found) == sorted(expected)
+        assert order == fold_order(micro_batches, expected)
 
 
 @pytest.mark.parametrize("frozen_after", [None, 2, 5])

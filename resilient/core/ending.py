@@ -1,0 +1,53 @@
+"""Whether the run is over: every rank has returned with the same state, or some have left the loop too early."""
+
+from __future__ import annotations
+
+from .instructions import End
+from .membership import Membership
+from .plan import Plan
+from .standing import Member, Tally
+
+
+def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
+    """plan: whose members must all return. current: by which a message calls them."""
+    seated = membership.tally(plan)
+    if not seated.values("left") and not seated.values("digest"):
+        return None
+    if _somebody_is_left_alone(seated):
+        return End(outcome="failed", reason=_left_alone(membership, plan, current))
+    if seated.count("digest") < plan.size - seated.count("gone"):
+        return None
+    digests = sorted(seated.values("digest"))
+    if len(digests) > 1:
+        return End(outcome="failed", reason=f"ranks ended with different states: {', '.join(digests)}")
+    return End(outcome="finished", reason="every rank has returned", digest=digests[0])
+
+
+def _somebody_is_left_alone(seated: Tally) -> bool:
+    left = seated.values("left")
+    return len(left) > 1 or (len(left) == 1 and any(step >= min(left) for step in seated.values("waiting")))
+
+
+def _left_alone(membership: Membership, plan: Plan, current: Plan) -> str:
+    seated = [member for number in plan.members if not (member := membership.members[number]).gone]
+    early, other = next(
+        (early, other)
+        for early in seated
+        if early.report is not None and early.report.finished
+        for other in seated
+        if _goes_on_without(early, other)
+    )
+    assert early.report is not None and other.report is not None
+    return (
+        f"rank {current.rank_in_words(early.number)} left the training loop at step {early.report.step}, rank "
+        f"{current.rank_in_words(other.number)} went on to step {other.report.step}: leave it only on what is equal "
+        'on all ranks, such as run.step or run.reduced("loss")'
+    )
+
+
+def _goes_on_without(early: Member, other: Member) -> bool:
+    assert early.report is not None
+    theirs = other.report
+    if theirs is None or theirs.finished:
+        return theirs is not None and theirs.step != early.report.step
+    return theirs.waiting and theirs.step >= early.report.step

@@ -1,0 +1,104 @@
+"""What is kept of members as they change, against counting all of them anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilient.core.events import RankReady
+from resilient.core.membership import Membership
+from resilient.core.plan import Address, Place, Plan
+from resilient.core.planner import dealt_anew
+from resilient.core.seat import Rollback, SeatReport
+from resilient.core.standing import Member, Tally
+
+WHATS = ("gone", "starting", "ready", "holding", "broken", "left", "waiting", "rollback", "digest")
+NODES = ("a", "b", "c")
+BACK = Rollback(back_to=1, skip_from=None, skip_to=2, why="test")
+
+
+def plan_of(generation: int, members: list[int]) -> Plan:
+    return dealt_anew(
+        generation=generation,
+        base=0,
+        kind="initial",
+        places=[Place(member=number, node="a", address=Address(host="h", port=1)) for number in members],
+        joiners=[],
+        micro_batches=len(members),
+        reason="test",
+    )
+
+
+@st.composite
+def reports(draw: st.DrawFn, member: int) -> SeatReport:
+    few = st.integers(0, 2)
+    return SeatReport(
+        member=member,
+        generation=draw(few),
+        formed=draw(few),
+        broken=draw(few),
+        step=draw(few),
+        complete=-1,
+        finished=draw(st.booleans()),
+        waiting=draw(st.booleans()),
+        rollback=draw(st.sampled_from([None, BACK, replace(BACK, back_to=0)])),
+    )
+
+
+def change(data: st.DataObject, membership: Membership, number: int) -> None:
+    member = membership.members.setdefault(number, Member(number=number, node=NODES[number % 3]))
+    match data.draw(st.sampled_from(["nothing", "ready", "report", "report", "digest", "gone"])):
+        case "ready":
+            at = Address(host="h", port=1)
+            member.ready = RankReady(
+                member=number, node=member.node, address=at, micro_batches=4, steps=1, probe="p", probe_fields="f"
+            )
+        case "report":
+            member.report = data.draw(reports(number))
+        case "digest":
+            member.digest = data.draw(st.sampled_from(["d", "e"]))
+        case "gone":
+            member.gone = True
+    membership.changed(member)
+
+
+def counts(tally: Tally) -> dict[str, tuple[set[object], set[int], int]]:
+    return {what: (set(tally.values(what)), tally.numbers(what), tally.count(what)) for what in WHATS}  # type: ignore[arg-type]
+
+
+def check(membership: Membership, plans: list[Plan]) -> None:
+    anew = Membership(nodes=dict(membership.nodes), members=membership.members)
+    assert counts(membership.everybody) == counts(anew.everybody)
+    for plan in plans:
+        assert counts(membership.tally(plan)) == counts(anew.tally(plan))
+        assert membership.strays(plan) == anew.strays(plan)
+        assert membership.count_ready_outside(plan) == len(anew.ready_unseated(plan.members))
+    living = membership.alive()
+    assert membership.count_alive() == len(living)
+    assert membership.first_ready() == next((member.ready for member in living if member.ready is not None), None)
+    room = {}
+    for node in NODES:
+        assert membership.on_node(node) == [member for member in living if member.node == node]
+        room[node] = membership.nodes.get(node, 0) - len(membership.on_node(node))
+    best = min(sorted(membership.nodes), key=lambda node: -room[node], default=None)
+    assert membership.roomiest() == (best if best is not None and room[best] > 0 else None)
+
+
+@given(st.data())
+def test_what_is_kept_is_what_counting_anew_would_find(data: st.DataObject) -> None:
+    membership, plans = Membership(), list[Plan]()
+    for turn in range(data.draw(st.integers(0, 40))):
+        match data.draw(st.sampled_from(["change", "change", "change", "node comes", "node goes", "plan"])):
+            case "change":
+                change(data, membership, data.draw(st.integers(1, 8)))
+            case "node comes":
+                membership.node_seen(data.draw(st.sampled_from(NODES)), data.draw(st.integers(0, 3)))
+            case "node goes":
+                membership.node_gone(data.draw(st.sampled_from(NODES)))
+            case "plan" if membership.members:
+                some = data.draw(st.sets(st.sampled_from(sorted(membership.members)), min_size=1))
+                plans = [*plans[-data.draw(st.integers(0, 1)) :][-1:], plan_of(turn + 1, sorted(some))]
+                membership.keep(*plans)
+        check(membership, plans)
