@@ -92,9 +92,6 @@ class Cluster:
         for _ in range(DEATHS):
             self._lose_a_node()
         self._plans()
-        print(
-            f"{len(self.names)} x {self.per_node}", {k: statistics.median(v) for k, v in self.found.items()}, flush=True
-        )
         return self.found
 
     # Life

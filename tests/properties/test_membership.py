@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient.core.events import RankReady
@@ -86,6 +86,7 @@ def check(membership: Membership, plans: list[Plan]) -> None:
     assert membership.roomiest() == (best if best is not None and room[best] > 0 else None)
 
 
+@settings(deadline=None)  # a busy machine is no finding
 @given(st.data())
 def test_what_is_kept_is_what_counting_anew_would_find(data: st.DataObject) -> None:
     membership, plans = Membership(), list[Plan]()
