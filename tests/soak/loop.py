@@ -14,14 +14,16 @@ from tests.integration.loops import Noisy
 
 NAME = "soak"
 NODES, RANKS = 4, 3
-WIDTH = 400
+WIDTH = 256
 STEP_S = 0.1
-CHECKPOINT_EVERY = 30
+CHECKPOINT_EVERY, KEPT = 30, 3
 DETECTION_S = 3.0
 """Above the default, because all nodes share one machine, which may be slow for all at once."""
 
 
-def soak(checkpoints: Path) -> resilient.api.TrainFunction:
+def soak(checkpoints: Path | None) -> resilient.api.TrainFunction:
+    """None: without any, for one that begins at the beginning."""
+    checkpoint = resilient.Checkpoint(str(checkpoints), every=CHECKPOINT_EVERY, keep=KEPT) if checkpoints else None
     return resilient.train(
         name=NAME,
         workers=(1, RANKS),
@@ -29,7 +31,7 @@ def soak(checkpoints: Path) -> resilient.api.TrainFunction:
         seed=5,
         detection_s=DETECTION_S,
         snapshot=resilient.Snapshot(every=1, parity=1, linger_s=60.0),
-        checkpoint=resilient.Checkpoint(str(checkpoints), every=CHECKPOINT_EVERY, keep=3),
+        checkpoint=checkpoint,
     )(train)
 
 
