@@ -6,12 +6,16 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from .cli_output import FOUND_BAD, WRONG_USE, answering
 from .faults import KINDS, Kind, choose, kinds_from
 from .job import in_seconds
+
+if TYPE_CHECKING:
+    from .chaos import Victim
 
 
 def _time(_context: click.Context, _option: click.Parameter, value: str) -> float:
@@ -69,26 +73,34 @@ def intention(run: str, kinds: tuple[Kind, ...], every_s: float, for_s: float, s
 
 def _break(run: str, kinds: tuple[Kind, ...], every_s: float, for_s: float, source: random.Random) -> None:
     """Exits with 1 if nothing could be done at all."""
-    from .chaos import NotNow, Victim
+    from .chaos import Victim
     from .status import attach
 
     try:
         attach()
     except OSError as error:
         raise click.ClickException(str(error)) from error
-    done = 0
     with Victim(run) as victim:
-        for passed_s in _times(every_s, for_s):
-            try:
-                act = choose(victim.look(), kinds, source)
-                if act is None:
-                    raise NotNow(f"there is nothing on this machine to do it to: {', '.join(kinds)}")
-                what = victim.do(act)
-                text, done = f"{act.kind}: {act.target}: {what} ({act.why})", done + 1
-            except NotNow as why:
-                text = f"nothing was done: {why}"
-            click.echo(f"{time.strftime('%H:%M:%S')} {passed_s:6.1f} s  {text}")
+        done = disturb(victim, kinds, every_s, for_s, source)
     sys.exit(0 if done else FOUND_BAD)
+
+
+def disturb(victim: Victim, kinds: tuple[Kind, ...], every_s: float, for_s: float, source: random.Random) -> int:
+    """Prints every act. How many could be done."""
+    from .chaos import NotNow
+
+    done = 0
+    for passed_s in _times(every_s, for_s):
+        try:
+            act = choose(victim.look(), kinds, source)
+            if act is None:
+                raise NotNow(f"there is nothing on this machine to do it to: {', '.join(kinds)}")
+            what = victim.do(act)
+            text, done = f"{act.kind}: {act.target}: {what} ({act.why})", done + 1
+        except NotNow as why:
+            text = f"nothing was done: {why}"
+        click.echo(f"{time.strftime('%H:%M:%S')} {passed_s:6.1f} s  {text}")
+    return done
 
 
 def _times(every_s: float, for_s: float) -> Iterator[float]:

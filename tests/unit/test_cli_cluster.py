@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from resilient.chaos import NotNow, Victim
 from resilient.cli import main
+from resilient.cli_cluster import disturb
 from resilient.cli_output import Answer
 from resilient.core.control import Control
 from resilient.core.detector import Detector, Vital
@@ -16,6 +19,7 @@ from resilient.core.events import NodeSeen, RankReady
 from resilient.core.plan import Address
 from resilient.core.recovery import Limits
 from resilient.core.view import view
+from resilient.faults import Act, Seat, Seen
 from resilient.status import controllers, describe
 
 RECOVERY = {
@@ -123,3 +127,38 @@ def test_chaos_is_refused_without_the_flag_and_says_what_it_would_do() -> None:
 def test_wrong_use_is_explained(arguments: tuple[str, ...], why: str) -> None:
     wrong = ran(*arguments, "--yes-break-it")
     assert wrong.exit_code == 2 and why in wrong.stderr
+
+
+class Shown(Victim):
+    """A run that is only looked at: it has gone every third time."""
+
+    def __init__(self) -> None:
+        super().__init__("gpt")
+        self.looks = 0
+
+    def look(self) -> Seen:
+        self.looks += 1
+        if self.looks % 3 == 0:
+            raise NotNow("no run 'gpt' is going on")
+        return Seen(seats=(Seat(rank=0, member=3, node="aaaaaaaaaaaa"),), keepers=("bbbbbbbbbbbb",))
+
+    def do(self, act: Act) -> str:
+        return "process 12"
+
+
+def disturbed(capsys: pytest.CaptureFixture[str], seed: int) -> list[str]:
+    """What is printed, without the times."""
+    assert disturb(Shown(), ("kill", "keeper", "node"), 0.01, 0.055, random.Random(seed)) == 4
+    return [line.partition(" s  ")[2] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_act_is_printed_with_its_target_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = disturbed(capsys, 1)
+    assert disturbed(capsys, 1) == lines
+    nothing = "nothing was done: no run 'gpt' is going on"
+    assert [line == nothing for line in lines] == [False, False, True, False, False, True]
+    why = "drawn from kill, keeper (nothing to do now for node)"
+    assert set(lines) - {nothing} <= {
+        f"kill: rank 0 (member 3, node aaaaaaaa): process 12 ({why}; the only rank)",
+        f"keeper: the keeper of node bbbbbbbb: process 12 ({why}; the only keeper)",
+    }
