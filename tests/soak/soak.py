@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -13,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from resilient.demo import ray_quiet
 from resilient.demo_cluster import LocalCluster, remove_files
 from resilient.demo_result import versions
 from resilient.result import Result
 
 from .loop import NAME, NODES, STEP_S, soak
-from .striker import Progress, Striker
 
 END_LIMIT_S = 30.0
 OUT = Path("out/soak")
@@ -34,7 +35,7 @@ def run_soak(*, minutes: float, seed: int, out: Path = OUT) -> dict[str, Any]:
         function = soak(Path(folder) / "checkpoints")
         account.say(f"starting a cluster of {NODES} nodes; seed {seed}, {minutes:g} minutes")
         try:
-            with LocalCluster(NODES) as cluster:
+            with ray_quiet(out / f"seed-{seed}-ray.log"), LocalCluster(NODES) as cluster:
                 reached = _on_cluster(cluster, function, end, seed, 60.0 * minutes, account, result, out)
         finally:
             _remove_files()
@@ -54,6 +55,7 @@ def _on_cluster(
     from actors import launch
 
     from .leaks import Sampler
+    from .striker import Progress, Striker  # ray may be imported only now: see LocalCluster
 
     progress = Progress(account.told)
     sampler = Sampler(Path(launch.FOLDER), f"{NAME}-")
@@ -145,6 +147,8 @@ class Account:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._screen = sys.stdout
+        """Ray's own account of every death goes elsewhere."""
         self._began = time.monotonic()
         self._recoveries = 0
         self._messages: dict[str, None] = {}
@@ -158,7 +162,7 @@ class Account:
 
     def say(self, text: str) -> None:
         line = f"{time.strftime('%H:%M:%S')} {time.monotonic() - self._began:6.1f} s  {text}"
-        print(line, flush=True)
+        print(line, flush=True, file=self._screen)
         print(line, file=self._file)
 
     def told(self, news: dict[str, Any]) -> None:
