@@ -14,15 +14,16 @@ from typing import Any
 import psutil
 
 EVERY_S = 1.0
-WARM_UP_S = 20.0
-JUDGED_FROM_S = 60.0
-"""Processes that lived shorter than this after their warm-up tell nothing about slopes."""
+JUDGED_FROM_S = 120.0
+"""Processes that lived shorter than this tell nothing."""
+SHOWN = 40
 MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A leak is what rises faster than `a_minute`, and by more than `growth` from the first third to the last."""
+    """A leak is what rises faster than `a_minute`, and by more than `growth` from the second third to the last: in the
+    first, processes load what they need, and a keeper does so only when it gets a rank."""
 
     a_minute: float
     growth: float
@@ -45,23 +46,25 @@ def slope_a_minute(samples: Samples) -> float:
 
 
 def growth(samples: Samples) -> float:
-    third = max(1, len(samples) // 3)
+    """From one half to the other."""
+    half = max(1, len(samples) // 2)
     values = [value for _, value in samples]
-    return statistics.median(values[-third:]) - statistics.median(values[:third])
+    return statistics.median(values[-half:]) - statistics.median(values[:half])
 
 
 def judged(samples: Samples, limit: Limit) -> dict[str, Any] | None:
-    """None if they are too few to tell. The first seconds, in which a process is loading, don't count."""
-    samples = [sample for sample in samples if sample[0] >= samples[0][0] + WARM_UP_S]
+    """None if they are too few to tell."""
     if not samples or samples[-1][0] - samples[0][0] < JUDGED_FROM_S:
         return None
-    rise, more = slope_a_minute(samples), growth(samples)
+    late = samples[len(samples) // 3 :]
+    rise, more = slope_a_minute(late), growth(late)
     return {
         "a_minute": round(rise, 2),
         "growth": round(more, 1),
         "last": round(samples[-1][1], 1),
         "seconds": round(samples[-1][0] - samples[0][0]),
         "leak": rise > limit.a_minute and more > limit.growth,
+        "samples": [round(value, 1) for _, value in samples[:: max(1, len(samples) // SHOWN)]],
     }
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ class Striker(threading.Thread):
             self._unanswered, self._steps_seen = 0, self._progress.steps
         standing = Standing(nodes=self._nodes, unanswered=self._unanswered, durable=True)
         try:
-            act = choose(victim.look(), KINDS, self._source, WEIGHTS)
+            seen = victim.look()
+            # The head's lives as long as the run: a witness of what grows.
+            keepers = tuple(node for node in seen.keepers if node != self._cluster.head)
+            act = choose(replace(seen, keepers=keepers), KINDS, self._source, WEIGHTS)
             if act is None:
                 raise NotNow("there is nothing to do it to")
             if why := why_spared(act, standing):
