@@ -8,13 +8,14 @@ SEEDS ?= 10000
 FUZZ_S ?= 60
 FIRST ?=
 SEED ?=
+MINUTES ?= 10
 
 # A new local Ray otherwise asks every process for a token.
 TEST_ENV := RAY_AUTH_MODE=disabled
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
-.PHONY: help demo test test-long test-gpu lint format sim fuzz bench-recovery bench-snapshot bench-durable bench-scale clean
+.PHONY: help demo test test-long test-gpu lint format sim fuzz bench-recovery bench-snapshot bench-durable bench-scale soak clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -52,6 +53,9 @@ format: $(VENV)/.lint-stamp ## fix what ruff can fix
 
 sim: $(VENV)/.test-stamp ## simulate a cluster and its faults: SEEDS=n FIRST=n, or one SEED=n
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) $(if $(FIRST),--first $(FIRST)) $(if $(SEED),--seed $(SEED))
+
+soak: $(VENV)/.test-stamp ## hit a real run for a while, compare its bits, look for leaks: MINUTES=n SEED=n
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(or $(SEED),1)
 
 fuzz: $(VENV)/.test-stamp ## feed damaged manifests to their readers: FUZZ_S=seconds
 	$(PIP) -e ".[test,fuzz]" -c constraints.txt

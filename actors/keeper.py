@@ -132,10 +132,9 @@ class Keeper:
 
     def kill(self, member: int) -> None:
         """End a rank for good. SIGKILL also ends what is stopped."""
-        with self._lock:
+        with self._lock, contextlib.suppress(ProcessLookupError):  # its descriptor is closed under the lock, too
             watched = self._watched.get(member)
-        if watched is not None and watched.alive:
-            with contextlib.suppress(ProcessLookupError):
+            if watched is not None and watched.alive:
                 signal.pidfd_send_signal(watched.pidfd, signal.SIGKILL)
 
     def renew(self, lifeline: tuple[str, int]) -> None:
@@ -223,7 +222,8 @@ class Keeper:
             self._poll.unregister(pidfd)
             for watched in self._watched.values():
                 if watched.pidfd == pidfd:
-                    watched.alive = False
+                    watched.alive, watched.pidfd = False, -1
+            os.close(pidfd)
 
     def _pulses(self) -> tuple[Pulse, ...]:
         return tuple(self._pulse(member, process) for member, process in self._all_watched().items())

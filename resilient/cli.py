@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from .cli_checkpoints import checkpoints_group
+from .cli_cluster import chaos, status
 
 
 @click.group()
@@ -52,6 +53,8 @@ def demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
 
 
 main.add_command(checkpoints_group)
+main.add_command(status)
+main.add_command(chaos)
 
 
 def _interrupted(*_: Any) -> None:

@@ -51,6 +51,7 @@ from .core.instructions import (
     TakeInventory,
 )
 from .core.plan import Plan
+from .core.view import as_values, view
 from .job import Job
 from .ledger import Ledger
 from .protection import Protection
@@ -61,6 +62,7 @@ TICK_S = 0.05
 SCAN_EVERY_S = 1.0
 RENEW_EVERY_S = 1.0
 OUTCOME_KEPT_S = 60.0
+RECENT_MESSAGES = 10
 DRIVER_GONE = "the driver has gone"
 ANSWER_LIMIT_DETECTIONS = 5
 """How long keepers may take to check what they hold, or to decode, before the others' answers must do."""
@@ -171,7 +173,7 @@ class Controller:
             "step": self._records.newest + 1,
             "generation": current.generation if current else 0,
             "ranks": self._control.formed.size if self._control.formed else 0,
-            "recoveries": [{**asdict(item), "total_s": item.total_s} for item in chronicle.recoveries[known:]],
+            "recoveries": [as_values(item) for item in chronicle.recoveries[known:]],
             "back_to": back_to,
             "snapshots": dict(self._snapshots),
             "checkpoints": self._saved.summary() if self._job.settings.checkpoint else {},
@@ -184,7 +186,18 @@ class Controller:
     def look(self) -> dict[str, Any]:
         """All that is known, without a say in anything: neither a lease nor a row is taken."""
         with self._lock:
-            return {"snapshots": dict(self._snapshots), **self._processes()}
+            settings = self._job.settings
+            return {
+                "run": settings.name,
+                "attempt": self._job.attempt,
+                "step": self._records.newest + 1,
+                **view(self._control, self._detector),
+                "snapshots": dict(self._snapshots),
+                "checkpoints": self._saved.summary() if settings.checkpoint else {},
+                "messages": self._messages[-RECENT_MESSAGES:],
+                "outcome": None if self._outcome is None else asdict(self._outcome),
+                "memory": settings.snapshot.directory if settings.snapshot else launch.MEMORY,
+            }
 
     def stop(self, why: str) -> None:
         self._events.put(StopAsked(why=why))

@@ -46,7 +46,7 @@ def run_demo(*, out: Path, steps: int, seed: int, screen: Screen) -> Outcome:
         raise ValueError(f"steps={steps}: the demo needs at least {FEWEST_STEPS}, so that all can happen in time")
     began_at = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    with Undisturbed(steps, screen) as undisturbed, _ray_quiet(out / "ray.log"):
+    with Undisturbed(steps, screen) as undisturbed, ray_quiet(out / "ray.log"):
         result, chaos = _on_cluster(steps, seed, screen)
         screen.say("the run on the cluster has ended; waiting for the one that nothing happens to")
         alone = undisturbed.outcome()
@@ -71,7 +71,7 @@ def run_demo(*, out: Path, steps: int, seed: int, screen: Screen) -> Outcome:
 
 
 @contextlib.contextmanager
-def _ray_quiet(path: Path) -> Iterator[None]:
+def ray_quiet(path: Path) -> Iterator[None]:
     """Ray prints a long account of every death that the demo brings about: into a file, not between its lines."""
     with path.open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield

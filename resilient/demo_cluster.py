@@ -105,11 +105,17 @@ class LocalCluster:
         return str(self._add_node().node_id)
 
     def lose_node(self, node_id: str) -> int:
-        """The machine disappears: raylet and all its processes in the same instant. Returns how many."""
+        """The machine disappears: raylet and all its processes in the same instant, and what its runs have in
+        memory. Returns how many."""
+        from actors.launch import FOLDER
+
+        from .chaos import end_at_once, forget_memory
+
         (node,) = (node for node in self._cluster.worker_nodes if node.node_id == node_id)
         started = [info.process.pid for kind in node.all_processes.values() for info in kind]
         victims = with_descendants(psutil.Process(pid) for pid in started if psutil.pid_exists(pid))
-        end(victims)
+        end_at_once(reversed(victims))
+        forget_memory(FOLDER, node_id)
         self._cluster.worker_nodes.discard(node)
         return len(victims)
 

@@ -93,9 +93,7 @@ class Checkpoint:
 
     @property
     def every_s(self) -> float | None:
-        found = _TIME.fullmatch(self.every) if isinstance(self.every, str) else None
-        seconds = float(found["number"]) * _UNITS_S[found["unit"]] if found else 0.0
-        return seconds or None
+        return in_seconds(self.every) if isinstance(self.every, str) else None
 
     @property
     def level(self) -> int | None:
@@ -105,6 +103,12 @@ class Checkpoint:
 
 _UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _TIME = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>s|min|h)")
+
+
+def in_seconds(time: str) -> float | None:
+    """Of "90s", "10min" or "2h"; None for anything else, and for no time at all."""
+    found = _TIME.fullmatch(time)
+    return float(found["number"]) * _UNITS_S[found["unit"]] or None if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,6 +99,8 @@ class Workers:
             save=save_spec(checkpoint, settings.name, node, self._job.secret) if checkpoint is not None else None,
         )
         self._incarnations[node] = incarnation
+        # That the former one has ended says nothing more about the node: its ranks may end, and it may live.
+        self._closed.get(node, set()).discard(("keeper", 0))
         self.keepers[node] = launch.start_keeper(spec, controller=self._controller)
 
     def heard(self, node: str) -> None:

@@ -1,0 +1,53 @@
+"""What a run looks like from outside, as plain values: for `resilient status`, and for whoever breaks things."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from .chronicle import Recovery
+from .control import Control
+from .detector import Detector
+from .standing import Member
+
+RECENT_RECOVERIES = 5
+
+
+def view(control: Control, detector: Detector) -> dict[str, Any]:
+    """Generation, ranks, other processes, nodes and recoveries. Nothing is changed."""
+    current, alive = control.current, {member.number: member for member in control.membership.alive()}
+    seated = current.members if current else ()
+    chronicle = control.chronicle
+    return {
+        "generation": current.generation if current else 0,
+        "formed": control.formed.generation if control.formed else 0,
+        "ranks": [
+            {"rank": rank, **_process(alive[number], detector, "connecting")}
+            for rank, number in enumerate(seated)
+            if number in alive
+        ],
+        "others": [_process(member, detector, "ready") for number, member in alive.items() if number not in seated],
+        "nodes": dict(sorted(control.membership.nodes.items())),
+        "recoveries": [as_values(recovery) for recovery in chronicle.recoveries[-RECENT_RECOVERIES:]],
+        "recovering": as_values(chronicle.open) if chronicle.open else None,
+    }
+
+
+def as_values(recovery: Recovery) -> dict[str, Any]:
+    return {**asdict(recovery), "total_s": recovery.total_s}
+
+
+def _process(member: Member, detector: Detector, before_training: str) -> dict[str, Any]:
+    return {"member": member.number, "node": member.node, "state": _state(member, detector, before_training)}
+
+
+def _state(member: Member, detector: Detector, before_training: str) -> str:
+    """As its node's keeper saw it last."""
+    seen = detector.ranks.get(member.number)
+    if seen is not None and seen.vital.stopped:
+        return "stopped"
+    if member.ready is None:
+        return "starting"
+    if member.report is None or not member.report.formed:
+        return before_training
+    return seen.vital.activity if seen is not None else "unknown"

@@ -1,0 +1,119 @@
+"""What is going on in the running cluster, asked of the runs' controllers. It has no effect on them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from actors import launch
+
+from .cli_output import Answer
+
+ANSWER_LIMIT_S = 10.0
+
+RunView = dict[str, Any]
+
+
+def attach() -> None:
+    """Join the cluster that runs on this machine, or that RAY_ADDRESS names. Raises ConnectionError without one."""
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ConnectionError(
+            "no Ray cluster can be joined from here: run this on one of its machines, or set RAY_ADDRESS"
+        ) from error
+
+
+def runs(run: str | None = None) -> list[RunView]:
+    """All that have a controller, or this one, by name and attempt. A controller that does not answer in time has
+    only `run`, `attempt` and `error`."""
+    return [_asked(*key) for key in controllers(launch.names(f"{run}/" if run is not None else ""))]
+
+
+def controllers(names: list[str]) -> list[tuple[str, int]]:
+    """Run and attempt of those among these actors, in order."""
+    parts = [name.split("/") for name in names]
+    return sorted((part[0], int(part[1])) for part in parts if len(part) == 3 and part[2] == "controller")
+
+
+def _asked(run: str, attempt: int) -> RunView:
+    handle = launch.find(f"{run}/{attempt}/controller")
+    error = "its controller has just ended"
+    if handle is not None:
+        try:
+            found: RunView = ray.get(handle.look.remote(), timeout=ANSWER_LIMIT_S)
+            return found
+        except (RayActorError, GetTimeoutError):
+            error = f"its controller has not answered within {ANSWER_LIMIT_S:.0f} s: it may be restarting"
+    return {"run": run, "attempt": attempt, "error": error}
+
+
+def describe(answer: Answer, found: list[RunView], run: str | None = None) -> None:
+    """For people and for programs. Not good if nothing is running."""
+    answer.document["runs"] = found
+    if not found:
+        answer.good = False
+        answer.say("nothing is running" if run is None else f"no run {run!r} is going on")
+    for number, view in enumerate(found):
+        if number:
+            answer.say("")
+        if "error" in view:
+            answer.good = False
+            answer.say(f"{view['run']}, attempt {view['attempt']}: {view['error']}")
+        else:
+            _describe(answer, view)
+
+
+def _describe(answer: Answer, view: RunView) -> None:
+    answer.say(
+        f"{view['run']}, attempt {view['attempt']}: step {view['step']}, generation {view['generation']}, "
+        f"{len(view['ranks'])} ranks on {len({seat['node'] for seat in view['ranks']})} of {len(view['nodes'])} nodes"
+    )
+    if view["outcome"] is not None:
+        answer.say(f"ended: {view['outcome']['outcome']}: {view['outcome']['reason']}")
+    if view["recovering"] is not None:
+        answer.say(f"recovering: {view['recovering']['kind']} {view['recovering']['reason']}".rstrip())
+    answer.say(f"snapshots: {_snapshots(view['snapshots'])}")
+    answer.say(f"checkpoints: {_checkpoints(view['checkpoints'])}")
+    if view["ranks"] or view["others"]:
+        answer.say("")
+        processes = [(seat["rank"], seat) for seat in view["ranks"]] + [("-", other) for other in view["others"]]
+        rows = [(rank, process["member"], process["node"][:8], process["state"]) for rank, process in processes]
+        answer.table(("rank", "member", "node", "state"), rows, right=("rank", "member"))
+    if view["recoveries"]:
+        answer.say("")
+        recovered = [
+            (item["step"], item["kind"], item["ranks"], _source(item), f"{item['total_s']:.2f}", item["reason"])
+            for item in view["recoveries"]
+        ]
+        columns = ("step", "recovery", "ranks", "from", "seconds", "why")
+        answer.table(columns, recovered, right=("step", "ranks", "seconds"))
+    if view["messages"]:
+        answer.say("")
+        for message in view["messages"]:
+            answer.say(message)
+
+
+def _source(recovery: dict[str, Any]) -> str:
+    back = recovery["restored_step"]
+    return recovery["source"] if back < 0 else f"{recovery['source']}, step {back}"
+
+
+def _snapshots(told: dict[str, Any]) -> str:
+    if not told:
+        return "none yet"
+    protected = int(told.get("protected", -1))
+    return f"step {protected} is protected everywhere" if protected >= 0 else "none is protected everywhere yet"
+
+
+def _checkpoints(told: dict[str, Any]) -> str:
+    if not told:
+        return "not asked for"
+    durable = f"step {told['durable']} is durable" if told["durable"] >= 0 else "none is durable yet"
+    failures = f", {told['failures']} failed, the last: {told['last_failure']}" if told["failures"] else ""
+    return f"{durable}, {told['committed']} were written{failures}"

@@ -1,0 +1,68 @@
+"""The keeper as an object in this process: what it holds on to of ranks that come and go."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors import keeper as module
+from actors.keeper import Keeper, KeeperSpec, Pulse
+
+LIMIT_S = 10.0
+
+
+class Controller:
+    """Takes in heartbeats; the remote call's form is all that is Ray's here."""
+
+    def __init__(self) -> None:
+        self.pulses: tuple[Pulse, ...] = ()
+        self.news = threading.Event()
+        self.beat = SimpleNamespace(remote=self._beat)
+
+    def _beat(self, _node: str, _incarnation: int, pulses: tuple[Pulse, ...], _vault: Any, _saved: Any) -> None:
+        self.pulses = pulses
+        self.news.set()
+
+    def until_all_ended(self) -> None:
+        for _ in range(int(LIMIT_S / 0.05)):
+            self.news.wait(0.05)
+            self.news.clear()
+            if self.pulses and not any(pulse.alive for pulse in self.pulses):
+                return
+        raise AssertionError(self.pulses)
+
+
+@pytest.fixture
+def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
+    monkeypatch.setattr(module, "raise_priority", lambda: None)
+    return Controller()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_no_descriptor_is_kept_of_ranks_that_have_ended(controller: Controller, tmp_path: Path) -> None:
+    """One was: after a thousand replacements a node's keeper could open no more files."""
+    spec = KeeperSpec(
+        key="run/1", node="node", folder=str(tmp_path / "run-1-node"), secret="s", incarnation=1, beat_s=0.5,
+        lease_s=3600.0,
+    )  # fmt: skip
+    keeper = Keeper(spec, controller)
+    before = descriptors()
+    for member in range(1, 9):
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as rank:
+            keeper.watch(member, rank.pid)
+            keeper.kill(member)
+            rank.wait(LIMIT_S)
+        controller.until_all_ended()
+        keeper.kill(member)  # of what has ended nothing else is hit
+    assert [pulse.member for pulse in controller.pulses] == list(range(1, 9))
+    assert descriptors() <= before
