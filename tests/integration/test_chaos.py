@@ -27,6 +27,7 @@ def test_nothing_is_running(cluster: Any) -> None:
     assert (nothing.returncode, nothing.stdout) == (1, "no run 'no-such-run' is going on\n"), nothing.stderr
 
 
+@pytest.mark.long
 def test_a_run_is_shown_and_survives_chaos(cluster: Any, tmp_path: Path) -> None:
     undisturbed = train("alone").local(steps=STEPS)
     run = Watched(train("broken", workers=(1, 3), snapshot=EVERY_STEP), steps=STEPS, hold=str(tmp_path / "go"))
