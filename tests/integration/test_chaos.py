@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.integration.loops import train
 from tests.integration.processes import Watched
 from tests.integration.test_snapshots import EVERY_STEP
