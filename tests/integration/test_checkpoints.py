@@ -52,21 +52,21 @@ def test_a_run_that_failed_goes_on_from_storage_when_it_is_submitted_again(
     checkpoint = resilient.Checkpoint(str(tmp_path), every=25, compression="none")
     settings: dict[str, Any] = {"workers": 2, "snapshot": EVERY_STEP, "on_nonfinite": "stop"}
     with pytest.raises(resilient.ResilientError, match="not finite"):
-        train("again", **settings, checkpoint=checkpoint)(steps=STEPS, poisoned=60)
+        train("stored-before", **settings, checkpoint=checkpoint)(steps=STEPS, poisoned=60)
     settings["workers"] = 3
     newest = complete(tmp_path)[-1]
     assert newest in (25, 50), "what was being written when the run failed is left undone"
-    result = train("again", **settings, checkpoint=checkpoint)(steps=STEPS)
+    result = train("stored-before", **settings, checkpoint=checkpoint)(steps=STEPS)
     assert result.digest == undisturbed.digest
     (back,) = (item for item in result.recoveries if item["restored_step"] >= 0)
     assert (back["kind"], back["source"], back["restored_step"]) == ("resumed", "storage", newest), back
     assert losses(result) == losses(undisturbed)[newest:]
 
     from_25 = resilient.Checkpoint(str(tmp_path), every=25, resume=100)
-    result = train("again", **settings, checkpoint=from_25)(steps=STEPS)
+    result = train("stored-before", **settings, checkpoint=from_25)(steps=STEPS)
     assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed)[100:]
     with pytest.raises(resilient.RunLost, match=r"resume=7: there is no complete checkpoint of step 7"):
-        train("again", **settings, checkpoint=resilient.Checkpoint(str(tmp_path), resume=7))(steps=STEPS)
+        train("stored-before", **settings, checkpoint=resilient.Checkpoint(str(tmp_path), resume=7))(steps=STEPS)
 
 
 @pytest.mark.long

@@ -41,7 +41,7 @@ class WayBack:
             self._fetch(number, 0, set())
 
     def _read_storage(self, number: int) -> None:
-        broke = not self.world.healing and self.world.rng.random() < 0.1
+        broke = not self.world.healing and self.world.rng.random() < 0.5
         state = None if broke else self.world.storage.read(self.restore.folder)
         if state is None:
             self._could_not(number, "a checkpoint could not be read")

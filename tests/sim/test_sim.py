@@ -6,7 +6,7 @@ import pytest
 
 from tests.sim.swarm import run_seed, swarm
 
-SEEDS = 300
+SEEDS = 500
 
 IMPORTANT = (
     "a checkpoint could not be read",
