@@ -143,6 +143,8 @@ class Saving:
             self._failed(key, error)
             return
         if 0 in slots:
+            if self._pending is not None:
+                self._count(f"{self._pending.key}: the next was due before other nodes had written their shards")
             folder = folder_of(key.attempt, key.branch, key.step, key.generation, self._spec.token)
             self._pending = _Pending(key, Lineage(branches=ring.branches), folder, self._first_seen[key])
         self._finished_writing(key)
@@ -165,7 +167,11 @@ class Saving:
     def _commit(self, pending: _Pending) -> None:
         try:
             manifest = store.commit(self._storage(), pending.folder, lineage=pending.lineage, saved_at=_now())
-        except (StorageError, ValueError) as error:
+        except ValueError as error:  # the shards don't fit together, and never will
+            self._pending = None
+            self._count(f"{pending.key} could not be committed: {error}")
+            return
+        except StorageError as error:
             manifest = None
             self._count(f"{pending.key} could not be committed: {error}")
             if self._closing.wait(PAUSE_S):

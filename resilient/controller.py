@@ -62,6 +62,8 @@ TICK_S = 0.05
 SCAN_EVERY_S = 1.0
 RENEW_EVERY_S = 1.0
 OUTCOME_KEPT_S = 60.0
+FINISH_LIMIT_S = 1800.0
+"""How long the end of a run waits for its last checkpoint, on storage that may have stalled."""
 RECENT_MESSAGES = 10
 DRIVER_GONE = "the driver has gone"
 ANSWER_LIMIT_DETECTIONS = 5
@@ -121,6 +123,7 @@ class Controller:
         self._saved = Saved()
         self._finishing: End | None = None
         """What the run ends with, once its last checkpoint is durable."""
+        self._finishing_since = 0.0
         self._still_saving: dict[str, int] = {}
         """Nodes that have not said that they are done, with the keepers' incarnations that were asked."""
         self._protection = Protection(settings.snapshot.parity if settings.snapshot else 0)
@@ -294,7 +297,7 @@ class Controller:
         if now - self._renewed_at > RENEW_EVERY_S:
             self._renewed_at = now
             self._renew()
-            if self._finishing is not None:
+            if self._finishing is not None and self._outcome is None:
                 self._finish_saving()
 
     def _handle(self, event: Event) -> None:
@@ -395,7 +398,7 @@ class Controller:
 
     def _end(self, end: End) -> None:
         if end.outcome == "finished" and self._job.settings.checkpoint is not None and self._finishing is None:
-            self._finishing = end
+            self._finishing, self._finishing_since = end, time.monotonic()
             self._still_saving = dict.fromkeys(self._workers.keepers, 0)
             self._finish_saving()
         else:
@@ -408,7 +411,10 @@ class Controller:
             if node in self._workers.keepers and self._still_saving[node] != self._workers.incarnation(node):
                 self._still_saving[node] = self._workers.incarnation(node)
                 self._workers.keepers[node].finish_saving.remote()
-        if not self._still_saving or self._driver.expired():
+        late = time.monotonic() - self._finishing_since > FINISH_LIMIT_S
+        if late:
+            self._say(f"the last checkpoint is given up: not written within {FINISH_LIMIT_S:.0f} s")
+        if late or not self._still_saving or self._driver.expired():
             self._conclude(self._finishing)
 
     def _conclude(self, end: End) -> None:
