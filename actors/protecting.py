@@ -152,9 +152,9 @@ class Protecting:
 
     def _failed(self, key: SnapshotKey, reason: str, error: str) -> None:
         with self._lock:
+            self.last_failure = f"{key}: {reason}" + (f": {error}" if error else "")
             self.agenda.failed(key, reason, time.monotonic())
         self._given_up(key)
-        self.last_failure = f"{key}: {reason}" + (f": {error}" if error else "")
 
     def _deliver_to_all(self, attempt: Attempt) -> None:
         peers = attempt.ring.peers_of(self._holdings.node)

@@ -486,9 +486,11 @@ def test_cancel_while_the_peer_does_not_answer(connection: Connection, keeper: K
 def test_a_server_closes_whatever_goes_on(keeper: Keeper) -> None:
     server = Server("127.0.0.1", "secret", keeper)
     outcomes: list[str] = []
+    opened: list[Connection] = []
 
     def use(fields: dict[str, Any], **kwargs: Any) -> None:
         connection = Connection.open(server.address, "secret", LIMIT_S)
+        opened.append(connection)
         with contextlib.closing(connection):
             try:
                 connection.request(fields, **kwargs)
@@ -509,7 +511,7 @@ def test_a_server_closes_whatever_goes_on(keeper: Keeper) -> None:
     stranger = socket.create_connection(server.address)
     for thread in uses:
         thread.start()
-    until(lambda: len(server._live) == 5)
+    until(lambda: len(server._live) == 5 and len(opened) == 3)
     begun = time.monotonic()
     server.close()
     assert time.monotonic() - begun < SOON_S
