@@ -25,8 +25,10 @@ import torch
 from actors.group import Group, LinkBroken, Move
 from actors.stream import TransferError
 from snapshot.capture import capture
+from snapshot.core.lifecycle import Ordinal
 from snapshot.table import StateTable
 
+from .core.lane import NOBODYS
 from .core.plan import Plan, Restore
 from .core.tree import Node
 from .errors import StateDiverged
@@ -128,6 +130,7 @@ class GenerationThread(threading.Thread):
         table = self._member.fetch(restore)
         self._member.load(self.plan.generation, table)
         complete = restore.key.step - 1
+        self._member.trust(Ordinal(self.plan.branch, restore.key.step))
         self._member.state_received(self.plan, complete)
         group.minimum([0])
         return complete
@@ -210,6 +213,10 @@ class GenerationThread(threading.Thread):
         lane = [newest, layout, -layout, control, -control, int(mask is not None), mask or 0, -(mask or 0)]
         low = group.minimum([*lane, *wish.lane()])
         snapshot = member.agreed_on_snapshots(self.plan, step, low[len(lane) :])
+        if snapshot.differs:
+            mine = [NOBODYS if wish.digest is None else wish.digest, member.verified(self.plan)]
+            member.state_differs(self.plan, step, group.gather(mine))
+            return
         agreed = low[0]
         if low[1] != -low[2]:
             names = [json.loads(text) for text in group.gather_bytes(json.dumps(sums.known_buffers).encode())]

@@ -27,6 +27,8 @@ class Snapshot:
     linger_s: how long snapshots are kept after the run has ended without finishing, for it to be submitted
         again under the same name.
     directory: memory-backed; has to have room for three times a node's share of the state, and parity.
+    verify: whether ranks compare digests of the whole state at each snapshot, so that bits which a machine has changed
+        by itself are found, the rank replaced, and what it computed since undone.
     """
 
     every: int | Literal["auto"] = "auto"
@@ -34,6 +36,7 @@ class Snapshot:
     parity: int = 1
     linger_s: float = 600.0
     directory: str = "/dev/shm"
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if self.every != "auto" and not (_is_whole(self.every) and self.every >= 1):

@@ -24,6 +24,7 @@ from snapshot.core.lifecycle import Ordinal
 from snapshot.load import load
 from snapshot.table import StateTable
 
+from .core.difference import rollback_after
 from .core.events import RankFailed, RankReady, RankReported, RankReturned
 from .core.lane import Agreed, Wish
 from .core.plan import Address, Plan, Restore
@@ -397,6 +398,22 @@ class Member:
         if self._snapshots is not None:
             self._snapshots.agreed(Ordinal(plan.branch, step + 1), agreed)
         return agreed
+
+    def verified(self, plan: Plan) -> int:
+        return -1 if self._snapshots is None else self._snapshots.verified(plan.branch)
+
+    def trust(self, ordinal: Ordinal) -> None:
+        if self._snapshots is not None:
+            self._snapshots.trust(ordinal)
+
+    def state_differs(self, plan: Plan, step: int, rows: Sequence[Sequence[int]]) -> None:
+        """Some ranks hold another state at the start of this step than others. rows: by rank the digest of it, and
+        the newest step of which the rank knows that all held the same."""
+        wanted = rollback_after(plan, step, [row[0] for row in rows], max(row[1] for row in rows))
+        with self._changed:
+            if self._is_current(plan):
+                self._do(self._seat.handle(wanted))
+                self._changed.notify_all()
 
     def require_current(self, generation: int) -> None:
         with self._changed:

@@ -36,6 +36,7 @@ from .core.cadence import Cadence
 from .core.lane import Agreed, Wish
 from .core.saves import Saves
 from .pinning import pin, unpin
+from .verification import Digests, StateDigest
 
 LARGE_BYTES = 4 << 20
 ROOM_TO_GROW, SKELETON_GROWTH_BYTES = 1.05, 1 << 16
@@ -59,10 +60,13 @@ class Tally:
     interval: int = 0
     protected: int = -1
     """Step of the newest snapshot protected everywhere."""
+    verified: int = -1
+    """Newest step at whose start all ranks were seen to hold the same state."""
 
 
 @dataclass(slots=True)
 class _Copy:
+    ordinal: Ordinal
     slot: Slot
     targets: list[Tensor]
     sources: list[Tensor]
@@ -72,6 +76,9 @@ class _Copy:
     """Of what is watched."""
     ready: Any
     """CUDA: the work that the state still depends on; else None."""
+    digesting: StateDigest | None
+    digest: int | None = None
+    """Of the whole state, once it is done."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -98,8 +105,10 @@ class Snapshots:
         cadence: Cadence,
         say: Callable[[str], None],
         saves: Saves | None = None,
+        verify: bool = True,
     ) -> None:
-        """say: tells the user what was decided, or went wrong. saves: what is made durable, if anything is."""
+        """say: tells the user what was decided, or went wrong. saves: what is made durable, if anything is. verify:
+        whether to compare the state with the other ranks' at each capture."""
         self.tally = Tally(interval=cadence.interval)
         self._run, self._attempt, self._folder, self._member = run, attempt, folder, member
         self._device = device
@@ -116,6 +125,8 @@ class Snapshots:
         self._no_room: Exception | None = None
         self._seating: Seating | None = None
         self._recapture = Recapture()
+        self._digests = Digests() if verify else None
+        self._verified: Ordinal | None = None
         self._targets: dict[Slot, Targets] = {}
         self._copy: _Copy | None = None
         self._last: Ordinal | None = None
@@ -154,7 +165,24 @@ class Snapshots:
             save_room=save_room,
             interval=self._cadence.interval,
             protected=-1 if here.protected < 0 else Ordinal(ordinal.branch, here.protected).packed(),
+            digest=self._digest_of(Ordinal(ordinal.branch, ordinal.step - 1)),
         )
+
+    def _digest_of(self, ordinal: Ordinal) -> int | None:
+        """Of the state that the ranks are about to leave behind, if it was captured here."""
+        copy = self._copy
+        if copy is None or copy.ordinal != ordinal:
+            return None
+        self.gate()
+        return copy.digest
+
+    def verified(self, branch: int) -> int:
+        """Newest step of this line at whose start all held the same state; -1 if that was never seen here."""
+        return self._verified.step if self._verified is not None and self._verified.branch == branch else -1
+
+    def trust(self, ordinal: Ordinal) -> None:
+        """All ranks have begun from this state."""
+        self._verified = ordinal
 
     def _save_due(self, step: int, last_step: int | None) -> bool:
         if self._saves is None:
@@ -164,6 +192,11 @@ class Snapshots:
 
     def agreed(self, ordinal: Ordinal, agreed: Agreed) -> None:
         """What came out of the lane, about the state at the start of this step."""
+        if agreed.differs:
+            return
+        if agreed.verified:
+            self._verified = Ordinal(ordinal.branch, ordinal.step - 1)
+            self.tally.verified = self._verified.step
         self._agreed_interval = self.tally.interval = agreed.interval
         if agreed.save and self._saves is not None:
             self._saves.saved(ordinal.step, time.monotonic())
@@ -250,13 +283,13 @@ class Snapshots:
             if free is not None:
                 self._lifecycle.begin(free[0], ordinal, durable=durable)
         if free is not None:
-            self._begin(free[1], head, table)
+            self._begin(ordinal, free[1], head, table)
             self._last = ordinal
         elif wanted:
             self.tally.skipped += 1  # the state has grown; no other rank can complete this snapshot either
         self._make_room()
 
-    def _begin(self, slot: Slot, head: SlotHead, table: StateTable) -> None:
+    def _begin(self, ordinal: Ordinal, slot: Slot, head: SlotHead, table: StateTable) -> None:
         buffer = slot.begin(head)
         buffer[: head.skeleton_bytes] = table.skeleton
         room = torch.frombuffer(buffer, dtype=torch.uint8)[head.skeleton_bytes :]
@@ -282,7 +315,8 @@ class Snapshots:
             ready.record()
         targets = [*known.calm, *(target for target, _ in later)]
         sources = [*known.sources, *(source for _, source in later)]
-        self._copy = _Copy(slot, targets, sources, watched, list(map(_VERSION, watched)), ready)
+        digesting = None if self._digests is None else self._digests.begin(table)
+        self._copy = _Copy(ordinal, slot, targets, sources, watched, list(map(_VERSION, watched)), ready, digesting)
         self._jobs.put(self._copy)
 
     # The copying thread
@@ -294,13 +328,20 @@ class Snapshots:
             copy.slot.invalidate() if why else copy.slot.commit()
             with self._lock:
                 self._lifecycle.give_up() if why else self._lifecycle.commit()
+            if not why:
+                wake_vault(self._folder, self._everywhere)
+                self._digest(copy)
             copy.done.set()
             if why:
                 self.tally.torn += 1
                 self._say(f"a snapshot was given up, because {why}")
             else:
                 self.tally.captured += 1
-                wake_vault(self._folder, self._everywhere)
+
+    def _digest(self, copy: _Copy) -> None:
+        if copy.digesting is not None:
+            digest = copy.digesting.finish()
+            copy.digest = digest if list(map(_VERSION, copy.watched)) == copy.versions else None
 
     def _copied(self, copy: _Copy) -> str:
         """Why the copy is of no use; empty if it is whole."""

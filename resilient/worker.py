@@ -57,6 +57,7 @@ class RankBody:
             device=device_for(self._job.settings.resources),
             cadence=Cadence(every=wanted.every, budget=wanted.budget),
             saves=saves,
+            verify=wanted.verify and not self._job.settings.allow_different_bits,
             say=lambda text: self._host.tell(Remark(text=f"member {self._host.member}: {text}")),
         )
 

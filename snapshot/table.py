@@ -83,6 +83,11 @@ class StateTable:
     def nbytes(self) -> int:
         return self._offsets[-1]
 
+    @property
+    def front(self) -> Front | None:
+        """What this table has in common with those before and after it, if anything."""
+        return self._front
+
     def chunk_ends(self) -> tuple[int, ...]:
         """See `snapshot.core.chunks`."""
         if self._front is None:

@@ -258,8 +258,10 @@ class Control:
         self._kill_orphans()
         if self._check_end():
             return
-        situation = self._situation()
         rollback = self._rollback_wanted()
+        if rollback is not None:
+            self._replace(rollback.suspects, rollback.why)
+        situation = self._situation()
         self.restoring.look_for(rollback)
         if rollback is not None:
             self.going_back.roll_back(rollback, situation)
@@ -287,13 +289,22 @@ class Control:
 
     def _rollback_wanted(self) -> Rollback | None:
         """What seated ranks ask for. They all do, but one is enough."""
-        if self.current is None or self.formed is not self.current:
+        if self.formed is None or self.current is None:
             return None
-        seated = self.membership.tally(self.current)
+        # A planned change is reached only over an exchange, which whoever wants to go back does not take part in.
+        if self.formed is not self.current and self.current.kind != "planned":
+            return None
+        seated = self.membership.tally(self.formed)
         if len(seated.values("rollback")) <= 1:
             return next(iter(seated.values("rollback")), None)
-        first = self.membership.members[min(seated.numbers("rollback"), key=self.current.rank_of)]
+        first = self.membership.members[min(seated.numbers("rollback"), key=self.formed.rank_of)]
         return None if first.report is None else first.report.rollback
+
+    def _replace(self, suspects: tuple[int, ...], why: str) -> None:
+        for number in suspects:
+            member = self.membership.members[number]
+            if not member.gone:
+                self._declare_gone(member, why, 0.0, node_lost=False)
 
     def _inventory_taken(self, event: InventoryTaken) -> None:
         self._out += self.restoring.answered(event, self.now)

@@ -107,6 +107,8 @@ class Rollback:
     skip_from: int | None
     skip_to: int
     why: str
+    suspects: tuple[int, ...] = ()
+    """Members whose state is another than the others': not to be believed, and to be replaced."""
 
 
 SeatEvent = (

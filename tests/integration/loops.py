@@ -39,6 +39,11 @@ class Fault:
         if claim(self.marker):
             os.kill(os.getpid(), self.sign)
 
+    def flip(self, run: resilient.Run, parameter: Tensor) -> None:
+        """A bit of a parameter changes, as in a broken memory: torch knows nothing of it."""
+        if self.phase == "flip" and (run.rank, run.step) == (self.rank, self.step) and claim(self.marker):
+            parameter.detach().numpy().view("uint8").flat[3] ^= 1
+
 
 def claim(marker: str) -> bool:
     """True for the first who asks."""
@@ -199,6 +204,8 @@ def body(
     for x, y in run.batches(
         dataset or Noisy(), global_batch=global_batch, micro_batch=micro_batch, steps=steps, num_workers=workers
     ):
+        for fault in faults:
+            fault.flip(run, model.body[0].weight)
         loss = loss_of(model(x), y)
         if run._position(run.step) == poisoned:
             loss = loss * float("nan")

@@ -12,7 +12,7 @@ import pytest
 
 import resilient
 from actors import launch
-from tests.integration.loops import train
+from tests.integration.loops import fault, train
 from tests.integration.nodes import kill_host, only_spots
 from tests.integration.processes import Watched, until
 
@@ -168,3 +168,18 @@ def test_a_killed_job_submitted_again_goes_on_from_memory(cluster: Any, undistur
     assert result.metrics[0]["step"] >= 4 and losses(result) == losses(undisturbed)[-len(result.metrics) :]
     assert gone_back(result)[0]["kind"] == "resumed"
     until(lambda: not list(Path(launch.FOLDER).glob("again-*")), "nothing is left", 30)
+
+
+@pytest.mark.parametrize(("workers", "blamed"), [(3, 1), (2, 0)])
+def test_a_bit_that_flips_in_a_rank_is_found_and_undone(
+    cluster: Any, undisturbed: Any, tmp_path: Path, workers: int, blamed: int
+) -> None:
+    """Of three ranks the odd one is replaced; of two nobody knows which to believe, and both go back."""
+    name = f"flipped-{workers}"
+    faults = (fault(tmp_path, 1, 60, "flip"),)
+    result = train(name, workers=(1, workers), snapshot=EVERY_STEP)(steps=STEPS, faults=faults)
+    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed)
+    (record,) = gone_back(result)
+    assert 50 < record["restored_step"] <= 60, record
+    assert [lost["rank"] for lost in record["lost"]] == [1] * blamed
+    assert result.snapshots["verified"] > 100

@@ -1,0 +1,41 @@
+"""Whose state is another than the others', and whom to believe. Pure.
+
+All ranks hold the same state; each brings a digest of it into the exchange. Where one differs, something has changed
+bits without anybody's doing: memory, a processor, a driver. What such a rank has computed since the last comparison is
+in everybody's sums, so all go back to before that; whoever stands against a majority is replaced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from .lane import NOBODYS
+from .plan import Plan
+from .seat import Rollback
+
+
+def odd_ones(digests: Sequence[int]) -> tuple[int, ...]:
+    """By rank: those whose digest is not that of the majority. None of them if there is no majority."""
+    counted = Counter(digest for digest in digests if digest != NOBODYS)
+    ((most, votes),) = counted.most_common(1)
+    if 2 * votes <= counted.total():
+        return ()
+    return tuple(rank for rank, digest in enumerate(digests) if digest not in (NOBODYS, most))
+
+
+def rollback_after(plan: Plan, step: int, digests: Sequence[int], verified: int) -> Rollback:
+    """What all ranks ask for, who know the same. verified: newest step at whose start all held the same state."""
+    odd = odd_ones(digests)
+    if odd:
+        names = ", ".join(f"rank {rank} (node {plan.places[rank].node[:8]})" for rank in odd)
+        what = f"{names} had another state at the start of step {step} than the majority of ranks"
+    else:
+        what = f"the ranks' states at the start of step {step} differ, and none is that of a majority"
+    return Rollback(
+        back_to=verified,
+        skip_from=0,
+        skip_to=-1,
+        why=f"{what}, though nothing had changed it: suspect memory or processor",
+        suspects=tuple(plan.members[rank] for rank in odd),
+    )

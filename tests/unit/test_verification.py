@@ -1,0 +1,213 @@
+"""States are compared between ranks: what a digest sees, whom the ranks believe, what the controller does about it."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resilient.core.control import Control
+from resilient.core.difference import odd_ones, rollback_after
+from resilient.core.events import GenerationCreated, NodeSeen, RankGone, RankReady, RankReported
+from resilient.core.instructions import CreateGeneration, Instruction, Kill, TakeInventory
+from resilient.core.lane import NOBODYS, Agreed, Wish
+from resilient.core.plan import Address, Plan
+from resilient.core.recovery import Limits
+from resilient.core.seat import Rollback, SeatReport
+from resilient.verification import Digests, weighted_sum
+from snapshot.capture import capture
+from snapshot.core.lifecycle import Ordinal
+from snapshot.recapture import Recapture
+from tests.unit.test_rank_snapshots import Training
+
+
+def flip(tensor: Tensor, byte: int = 0) -> None:
+    """One bit, as a broken memory would: torch knows nothing of it."""
+    address = tensor.data_ptr() + byte
+    ctypes.memset(address, ctypes.c_uint8.from_address(address).value ^ 1, 1)
+
+
+# The digest
+
+
+def objects() -> dict[str, object]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(3, 5)).square().mean().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "values": {"seen": 3}}
+
+
+def test_equal_states_have_equal_digests_however_they_were_captured() -> None:
+    one, other, digests, again = objects(), objects(), Digests(), Recapture()
+    full = Digests().begin(capture(one)).finish()
+    assert {digests.begin(again.capture(other)).finish() for _ in range(3)} == {full}
+
+
+@pytest.mark.parametrize("which", range(11))
+def test_a_flipped_bit_anywhere_shows(which: int) -> None:
+    state, recapture, digests = objects(), Recapture(), Digests()
+    before = digests.begin(recapture.capture(state)).finish()
+    table = recapture.capture(state)
+    tensor = table.tensors[which % len(table.tensors)]
+    flip(tensor, tensor.nbytes - 1)
+    assert digests.begin(recapture.capture(state)).finish() != before
+    flip(tensor, tensor.nbytes - 1)
+    assert digests.begin(recapture.capture(state)).finish() == before
+
+
+def test_what_moves_during_forward_is_read_at_once() -> None:
+    state, digests = objects(), Digests()
+    table = Recapture().capture(state)
+    expected = digests.begin(table).finish()
+    begun = Digests().begin(table)
+    model = state["model"]
+    assert isinstance(model, nn.Module)
+    model(torch.ones(4, 5))
+    assert begun.finish() == expected
+
+
+def test_the_sum_used_on_devices_sees_every_element_and_where_it_stands() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8, torch.float64):
+        tensor = torch.arange(1, 1001).to(dtype)
+        expected = weighted_sum(tensor)
+        assert weighted_sum(tensor.clone()) == expected
+        assert weighted_sum(tensor.flip(0)) != expected
+        flip(tensor, tensor.nbytes - 1)
+        assert weighted_sum(tensor) != expected
+    assert weighted_sum(torch.empty(0)) == 0
+
+
+def test_a_snapshot_brings_the_digest_of_its_state_into_the_lane(tmp_path: Path) -> None:
+    training = Training(tmp_path / "one")
+    training.ready()
+    while training.step() is None:
+        pass
+    wish = training.snapshots.wish(Ordinal(0, training.steps + 1), 1)
+    assert wish.digest == Digests().begin(capture(training.objects)).finish()
+    assert training.snapshots.wish(Ordinal(0, training.steps + 2), 1).digest is None, "of another step"
+    training.snapshots.agreed(Ordinal(0, training.steps + 1), Agreed.of(wish.lane()))
+    assert training.snapshots.verified(branch=0) == training.steps == training.snapshots.tally.verified
+    assert training.snapshots.verified(branch=1) == -1
+
+
+def test_when_states_differ_nothing_else_of_the_lane_counts(tmp_path: Path) -> None:
+    training = Training(tmp_path / "one")
+    training.ready()
+    everywhere = Ordinal(0, 99).packed()
+    low = [min(pair) for pair in zip(*(Wish(protected=everywhere, digest=d).lane() for d in (5, 6)), strict=True)]
+    training.snapshots.agreed(Ordinal(0, 3), Agreed.of(low))
+    assert training.snapshots.tally.protected != 99
+
+
+# Whom to believe
+
+
+@pytest.mark.parametrize(
+    ("digests", "odd"),
+    [
+        ([7, 7, 8], (2,)),
+        ([8, 7, 7, 9, 7], (0, 3)),
+        ([7, 8], ()),
+        ([7, 7, 8, 8], ()),
+        ([NOBODYS, 7, 8, 7], (2,)),
+        ([NOBODYS, 7, 8], ()),
+    ],
+)
+def test_the_odd_ones(digests: list[int], odd: tuple[int, ...]) -> None:
+    assert odd_ones(digests) == odd
+
+
+def test_the_lane_compares_only_those_who_have_captured() -> None:
+    def agreed(*digests: int | None) -> Agreed:
+        return Agreed.of([min(words) for words in zip(*(Wish(digest=d).lane() for d in digests), strict=True)])
+
+    assert agreed(5, 5, None).verified and not agreed(5, 5, None).differs
+    assert agreed(5, 6, None).differs and not agreed(5, 6, None).verified
+    assert not agreed(None, None).verified and not agreed(None, None).differs
+
+
+# What the controller does
+
+
+class Team:
+    """Ranks 1, 2 and 3 on nodes a, b and c, generation 1 formed."""
+
+    def __init__(self) -> None:
+        self.control = Control(limits=Limits(min_workers=1, max_workers=3, snapshots=True, detection_s=2.0))
+        self.now, self.serial = 0.0, 0
+        for node in "abc":
+            self.take(NodeSeen(node=node, capacity=1))
+        for member, node in ((1, "a"), (2, "b"), (3, "c")):
+            self.ready(member, node)
+        self.take(GenerationCreated(generation=1))
+        for member in (1, 2, 3):
+            self.report(member, 1, 1)
+
+    @property
+    def plan(self) -> Plan:
+        assert self.control.current is not None
+        return self.control.current
+
+    def take(self, event: object) -> tuple[Instruction, ...]:
+        self.now += 0.01
+        return self.control.handle(event, self.now)  # type: ignore[arg-type]
+
+    def ready(self, member: int, node: str) -> tuple[Instruction, ...]:
+        address = Address(host=node, port=member)
+        ready = RankReady(
+            member=member, node=node, address=address, micro_batches=6, steps=9, probe="p", probe_fields="f"
+        )
+        return self.take(ready)
+
+    def report(
+        self, member: int, generation: int, formed: int, rollback: Rollback | None = None
+    ) -> tuple[Instruction, ...]:
+        self.serial += 1
+        report = SeatReport(
+            member=member,
+            generation=generation,
+            formed=formed,
+            broken=0,
+            step=4,
+            complete=3,
+            finished=False,
+            waiting=False,
+            rollback=rollback,
+            serial=self.serial,
+        )
+        return self.take(RankReported(report=report))
+
+
+def test_who_stands_against_the_majority_is_replaced_and_all_go_back() -> None:
+    team = Team()
+    wanted = rollback_after(team.plan, 4, [7, 8, 7], verified=3)
+    assert wanted.back_to == 3 and "rank 1 (node b)" in wanted.why
+    out = team.report(1, 1, 1, wanted)
+    assert [item.member for item in out if isinstance(item, Kill)] == [2]
+    assert any(isinstance(item, TakeInventory) for item in out)
+    assert not any(isinstance(item, Kill) for item in team.report(3, 1, 1, wanted)), "once"
+
+
+def test_without_a_majority_nobody_is_blamed() -> None:
+    team = Team()
+    out = team.report(1, 1, 1, rollback_after(team.plan, 4, [7, 8, NOBODYS], verified=3))
+    assert not any(isinstance(item, Kill) for item in out)
+    assert any(isinstance(item, TakeInventory) for item in out)
+
+
+def test_a_rollback_is_not_held_up_by_a_joiner_that_waits_for_the_next_exchange() -> None:
+    team = Team()
+    team.take(RankGone(member=3, why="test"))
+    team.take(GenerationCreated(generation=2))
+    for member in (1, 2):
+        team.report(member, 2, 2)
+    (create,) = (item for item in team.ready(4, "c") if isinstance(item, CreateGeneration))
+    assert create.plan.kind == "planned"
+    team.take(GenerationCreated(generation=3))
+    wanted = Rollback(back_to=3, skip_from=0, skip_to=-1, why="test")
+    assert any(isinstance(item, TakeInventory) for item in team.report(1, 2, 2, wanted))
