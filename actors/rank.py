@@ -7,6 +7,7 @@ a new incarnation gets a new number.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayError
 
 from .lease import Lease
 from .lifeline import Lifeline
@@ -23,6 +25,7 @@ from .priority import STARTING, raise_priority
 from .words import Words
 
 REPORT_EVERY_S = 0.5
+LAST_WORDS_LIMIT_S = 2.0
 
 
 class Body(Protocol):
@@ -76,6 +79,11 @@ class Host:
     def tell(self, *messages: object) -> None:
         """Send to the controller; may be lost, so whatever matters is repeated."""
         self._controller.hear.remote(messages)
+
+    def tell_at_last(self, *messages: object) -> None:
+        """The same, before this process ends; gives up when nobody takes it in."""
+        with contextlib.suppress(RayError):
+            ray.get(self._controller.hear.remote(messages), timeout=LAST_WORDS_LIMIT_S)
 
 
 class Rank:

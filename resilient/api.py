@@ -25,6 +25,7 @@ def train(
     snapshot: Snapshot | None = None,
     checkpoint: Checkpoint | None = None,
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore",
+    max_failures: int | None = None,
 ) -> Callable[[Callable[..., Any]], TrainFunction]:
     """Make a training function fault-tolerant. The function receives a `Run` as its first argument.
 
@@ -46,6 +47,8 @@ def train(
     on_nonfinite: what to do with a step whose loss or gradient is not finite: "stop" the run, "skip" the step
         (no update, no scheduler step, the next data), or "rollback" to the newest snapshot and leave that
         step's data out. With a GradScaler, which expects such gradients, only the loss counts.
+    max_failures: ranks and nodes that may be lost within an hour, before the run ends with an error; None for any
+        number. Nodes that leave because they were told to don't count.
 
     Raises ValueError or TypeError naming field, value and what is allowed.
     """
@@ -64,6 +67,7 @@ def train(
             snapshot=snapshot,
             checkpoint=checkpoint,
             on_nonfinite=on_nonfinite,
+            max_failures=max_failures,
         )
         return TrainFunction(function, settings)
 

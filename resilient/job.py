@@ -130,6 +130,7 @@ class Settings:
     snapshot: Snapshot | None = None
     checkpoint: Checkpoint | None = None
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    max_failures: int | None = None
 
     def __post_init__(self) -> None:
         low, high = self.workers
@@ -140,6 +141,8 @@ class Settings:
             )
         if self.spares < 0:
             raise ValueError(f"spares={self.spares}: needs 0 or more warm processes")
+        if self.max_failures is not None and not (_is_whole(self.max_failures) and self.max_failures >= 0):
+            raise ValueError(f"max_failures={self.max_failures!r}: is a whole number per hour, or None for no limit")
         if self.reduction not in ("exact", "fast"):
             raise ValueError(
                 f'reduction={self.reduction!r}: is "exact" (same bits always) or "fast" (plain all-reduce)'
@@ -173,6 +176,7 @@ class Settings:
             checkpoints=self.checkpoint is not None,
             wait_for_nodes_s=self.wait_for_nodes_s,
             detection_s=self.detection_s,
+            max_failures=self.max_failures,
         )
 
     @property
@@ -215,6 +219,7 @@ def settings_from(
     snapshot: Any = None,
     checkpoint: Any = None,
     on_nonfinite: Any = "ignore",
+    max_failures: Any = None,
 ) -> Settings:
     """Bring what users write into one form: workers=4 means (4, 4); spares and seed are whole numbers."""
     pair = (workers, workers) if _is_whole(workers) else workers
@@ -248,6 +253,7 @@ def settings_from(
         snapshot=snapshot,
         checkpoint=checkpoint,
         on_nonfinite=on_nonfinite,
+        max_failures=max_failures,
     )
 
 

@@ -25,7 +25,7 @@ from snapshot.load import load
 from snapshot.table import StateTable
 
 from .core.difference import rollback_after
-from .core.events import RankFailed, RankReady, RankReported, RankReturned
+from .core.events import RankCrashed, RankFailed, RankReady, RankReported, RankReturned
 from .core.lane import Agreed, Wish
 from .core.plan import Address, Plan, Restore
 from .core.seat import (
@@ -280,6 +280,10 @@ class Member:
         with self._changed:
             rows = list(self._unrecorded.values())
         self._host.tell(*rows)
+
+    def crashed_here(self, text: str) -> None:
+        """An error of the machine: another process takes this one's place."""
+        self._host.tell_at_last(RankCrashed(member=self.number, step=self._seat.step, traceback=text))
 
     def failed(self, step: int, text: str) -> None:
         self._failed = RankFailed(member=self.number, step=step, traceback=text)

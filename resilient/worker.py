@@ -67,6 +67,7 @@ class RankBody:
         except BaseException as error:  # noqa: BLE001  the thread's edge: whatever the user's code raises ends the run
             if is_machine_error(error):
                 traceback.print_exc()
+                self._member.crashed_here(user_traceback(error))
                 os._exit(1)
             self._member.failed(self._member.step, user_traceback(error))
         else:

@@ -34,6 +34,7 @@ from .events import (
     InventoryTaken,
     NodeGone,
     NodeSeen,
+    RankCrashed,
     RankFailed,
     RankGone,
     RankReady,
@@ -44,6 +45,7 @@ from .events import (
     StorageSeen,
     Tick,
 )
+from .failures import Crash, Failures
 from .going_back import GoingBack, Resume
 from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
 from .membership import Membership, Starts
@@ -72,6 +74,7 @@ class Control:
     next_member: int = 1
     newest: int = 0
     chronicle: Chronicle = field(default_factory=Chronicle)
+    failures: Failures = field(init=False)
     restoring: Restoring = field(init=False)
     going_back: GoingBack = field(init=False)
     ended: bool = False
@@ -86,6 +89,7 @@ class Control:
 
     def __post_init__(self) -> None:
         detection_s = self.limits.detection_s
+        self.failures = Failures(per_hour=self.limits.max_failures)
         self.restoring = Restoring(ask_again_s=detection_s / 4, answer_limit_s=15 * detection_s)
         earlier = self.limits.snapshots and self.attempt > 1
         self.going_back = GoingBack(
@@ -116,6 +120,7 @@ class Control:
     def _node_gone(self, event: NodeGone) -> None:
         self.membership.node_gone(event.node)
         self.going_back.changed()
+        self._count_failure(self.membership.on_node(event.node), f"node {event.node[:8]}: {event.why}")
         for member in self.membership.on_node(event.node):
             self._declare_gone(member, f"node {event.node[:8]}: {event.why}", event.silent_s, node_lost=True)
         self._starts.node_gone(event.node)
@@ -179,7 +184,26 @@ class Control:
     def _rank_gone(self, event: RankGone) -> None:
         member = self.membership.members.get(event.member)
         if member is not None and not member.gone:
+            self._count_failure([member], f"a rank on node {member.node[:8]}: {event.why}")
             self._declare_gone(member, event.why, event.silent_s, node_lost=False)
+
+    def _count_failure(self, lost: list[Member], why: str) -> None:
+        """What had died before this controller came, it has not heard of, and does not count."""
+        if all(member.number in self._unheard for member in lost):
+            return
+        if (reason := self.failures.lost(self.now)) is not None:
+            self._end("failed", f"{reason}; the last one: {why}")
+
+    def _rank_crashed(self, event: RankCrashed) -> None:
+        member = self.membership.members.get(event.member)
+        if member is None or member.gone:
+            return
+        reason = self.failures.crashed(event.step, Crash(member.number, member.node, event.traceback))
+        if reason is not None:
+            self._end("failed", reason)
+            return
+        error = event.traceback.rstrip().rpartition("\n")[2]
+        self._rank_gone(RankGone(member=event.member, why=f"machine error in step {event.step}: {error}"))
 
     def _declare_gone(self, member: Member, why: str, silent_s: float, *, node_lost: bool) -> None:
         member.gone = True
@@ -439,6 +463,7 @@ _TABLE: dict[type, Callable[[Control, Any], None]] = {
     RankReady: Control._rank_ready,
     RankReported: Control._rank_reported,
     RankGone: Control._rank_gone,
+    RankCrashed: Control._rank_crashed,
     RankFailed: Control._rank_failed,
     RankReturned: Control._rank_returned,
     GenerationCreated: Control._generation_created,

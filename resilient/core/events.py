@@ -59,6 +59,15 @@ class RankGone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankCrashed:
+    """An error of the machine (a device or its driver) was raised: this process ends, and is replaced."""
+
+    member: int
+    step: int
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankFailed:
     """The user's code raised: not a fault, and never retried."""
 
@@ -144,6 +153,7 @@ Event = (
     | RankReady
     | RankReported
     | RankGone
+    | RankCrashed
     | RankFailed
     | RankReturned
     | GenerationCreated

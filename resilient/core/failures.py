@@ -56,11 +56,6 @@ class Failures:
             f"fault, since it comes back elsewhere; look at what this step computes\n{crash.text}"
         )
 
-    def committed(self, step: int) -> None:
-        """Steps before this one will not be computed again, unless the run goes back."""
-        if self._crashes:
-            self._crashes = {key: seen for key, seen in self._crashes.items() if key[0] >= step}
-
 
 def _kind_of(text: str) -> str:
     """Its last line, without numbers: addresses and times differ."""

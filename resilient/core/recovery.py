@@ -33,6 +33,8 @@ class Limits:
     wait_for_nodes_s: float = 600.0
     """How long the run may stand still below `min_workers`."""
     detection_s: float = 2.0
+    max_failures: int | None = None
+    """Ranks and nodes that may be lost within an hour."""
 
     @property
     def settle_s(self) -> float:

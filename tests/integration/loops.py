@@ -181,6 +181,7 @@ def body(
     dataset: Any = None,
     hold: str = "",
     poisoned: int = -1,
+    in_step: Callable[[resilient.Run], None] = lambda run: None,
 ) -> dict[str, Any]:
     """A loop with everything in it. It goes slowly until the file `hold`, if it names one, exists.
 
@@ -204,6 +205,7 @@ def body(
     for x, y in run.batches(
         dataset or Noisy(), global_batch=global_batch, micro_batch=micro_batch, steps=steps, num_workers=workers
     ):
+        in_step(run)
         for fault in faults:
             fault.flip(run, model.body[0].weight)
         loss = loss_of(model(x), y)

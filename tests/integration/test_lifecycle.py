@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 import resilient
-from tests.integration.loops import train
+from tests.integration.loops import body, train
 from tests.integration.processes import Watched, left_behind, until
 
 LONG = 150
@@ -133,3 +134,28 @@ def test_nothing_leaks_into_the_driver(cluster: Any) -> None:
     assert held()[0] <= before[0] + 2
     assert not left_behind("leaks")
     assert ray.is_initialized()
+
+
+def crashing(run: resilient.Run, **kwargs: Any) -> Any:
+    """What a driver would raise, at step 3, on whatever rank computes micro-batch 0."""
+
+    def broken_device(now: resilient.Run) -> None:
+        if now.step == 3 and now.rank == 0:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    return body(run, **kwargs, in_step=broken_device)
+
+
+def test_a_machine_error_that_comes_back_on_other_nodes_ends_the_run(cluster: Any) -> None:
+    with pytest.raises(resilient.RunLost) as caught:
+        resilient.train(name="crash-loop", workers=(1, 3))(crashing)(steps=50)
+    assert "at step 3" in str(caught.value) and "device-side assert" in str(caught.value)
+    assert not left_behind("crash-loop")
+
+
+def test_more_failures_than_allowed_end_the_run(cluster: Any, tmp_path: Path) -> None:
+    run = Watched(train("budget", workers=(1, 2), max_failures=0), steps=500, hold=str(tmp_path / "go"))
+    run.at_step(3, ranks=2)
+    run.signal_rank(1)
+    with pytest.raises(resilient.RunLost, match=r"max_failures=0"):
+        run.result()
