@@ -5,9 +5,9 @@ generation comes this thread is simply left behind, with its buffers. What it wo
 refused, because the member asks for the generation's number first.
 
 Leveling: the ranks say what they hold. Who lacks the newest complete result gets it from those that
-have it, in disjoint slices. In a planned generation the old members then wait for their step boundary
-and send joiners the state, in disjoint slices too. In a restored generation all take the state of a snapshot
-from the keepers. A barrier ends it.
+have it, in disjoint slices. In a planned generation the old members send joiners the state of their step boundary,
+in disjoint slices too, while their training threads compute the step. In a restored generation all take the state of a
+snapshot from the keepers. A barrier ends it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class GenerationThread(threading.Thread):
             assert holders, f"nobody holds the result of step {newest}: {rows}"
             caught_up = self._catch_up(group, held, holders, behind)
         if self.plan.kind != "unplanned":
-            if held.has_state:
+            if held.has_state and self.plan.kind == "initial":
                 self._member.wait_for_boundary(self.plan.generation)
             joiners = [rank for rank, row in enumerate(rows) if not row[0]]
             if joiners:
@@ -162,12 +162,14 @@ class GenerationThread(threading.Thread):
 
         At the very first formation everybody may have built the same state: then nothing is sent.
         """
-        mine = capture(self._member.objects())
         if self.plan.kind == "initial":
+            mine = capture(self._member.objects())
             digest = mine.digest()
             halves = [int(digest[:15], 16), int(digest[15:30], 16)]
             if len({tuple(row) for row in group.gather(halves)}) == 1:
                 return
+        elif self.rank in holders:
+            mine = self._member.held_state(self.plan.generation)
         if self.rank in holders:
             self._send_state(group, mine, holders, joiners)
         else:

@@ -20,9 +20,10 @@ import torch
 from actors.group import Group
 from actors.priority import raise_priority
 from actors.rank import Host
+from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal
 from snapshot.load import load
-from snapshot.table import StateTable
+from snapshot.table import StateTable, still
 
 from .core.difference import rollback_after
 from .core.events import RankCrashed, RankFailed, RankReady, RankReported, RankReturned
@@ -39,6 +40,7 @@ from .core.seat import (
     Form,
     Formed,
     FormFailed,
+    Held,
     LeafFolded,
     Leave,
     Park,
@@ -93,6 +95,8 @@ class Member:
         self._current: GenerationThread | None = None
         self._retired: GenerationThread | None = None
         """The one before, whose connections stay open until the next has formed."""
+        self._held: tuple[int, StateTable] | None = None
+        """A generation, and the state at its first boundary, for joiners."""
         self._submitted: tuple[int, int] | None = None
         self._unrecorded: dict[int, StepValues] = {}
         self._losses: list[float] = []
@@ -157,15 +161,10 @@ class Member:
         with self._changed:
             self._parked = True
             self._changed.notify_all()
-            while self._seat.plan is None or self._seat.restoring or not self._settled:
+            while self._seat.plan is None or self._seat.restoring or not self._seat.settled:
                 self._changed.wait(WAKE_S)
             self._parked = False
         self._host.words.activity("computing")
-
-    @property
-    def _settled(self) -> bool:
-        """Whether no planned change is under way at this boundary."""
-        return self._seat.plan is not None and (not self._seat.forming or bool(self._seat.work))
 
     def next(self) -> Compute | Apply | Park:
         with self._changed:
@@ -209,6 +208,20 @@ class Member:
             self._host.tell(self._unrecorded[step])
         if self._snapshots is not None:
             self._capture(self._snapshots)
+        self._hold_for_joiners()
+
+    def _hold_for_joiners(self) -> None:
+        """They receive the state of this boundary while the step is under way."""
+        with self._changed:
+            plan = self._seat.plan
+            if plan is None or not self._seat.awaited:
+                return
+        table = still(capture(self.objects()))
+        with self._changed:
+            if self._is_current(plan):
+                self._held = plan.generation, table
+                self._do(self._seat.handle(Held(generation=plan.generation)))
+                self._changed.notify_all()
 
     def _capture(self, snapshots: Snapshots) -> None:
         with self._changed:
@@ -231,7 +244,7 @@ class Member:
 
     def finished(self) -> bool:
         with self._changed:
-            while not self._seat.restoring and not self._settled:
+            while not self._seat.restoring and not self._seat.settled:
                 self._changed.wait(WAKE_S)
             if self._seat.restoring:
                 return False
@@ -315,7 +328,7 @@ class Member:
         with self._changed:
             if not self._is_current(plan):
                 return
-            self._retired = None
+            self._retired, self._held = None, None
             if caught_up is not None:
                 self.sums.accept(caught_up)
             self._do(self._seat.handle(Formed(generation=plan.generation, complete=complete)))
@@ -372,6 +385,15 @@ class Member:
                 self.require_current(generation)
                 self._changed.wait(WAKE_S)
             self.require_current(generation)
+
+    def held_state(self, generation: int) -> StateTable:
+        """Of the boundary at which this generation begins."""
+        with self._changed:
+            while self._held is None or self._held[0] != generation:
+                self.require_current(generation)
+                self._changed.wait(WAKE_S)
+            self.require_current(generation)
+            return self._held[1]
 
     def wait_until_parked(self, generation: int) -> None:
         with self._changed:

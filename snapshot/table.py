@@ -145,6 +145,15 @@ class StateTable:
         return cls(layout=layout, tensors=tuple(tensors))
 
 
+def still(table: StateTable) -> StateTable:
+    """As long as no optimizer steps, it stays what it is: of all that may move meanwhile it has copies."""
+    tensors = (
+        tensor if place in table.calm else tensor.clone(memory_format=torch.preserve_format)
+        for place, tensor in enumerate(table.tensors)
+    )
+    return StateTable(layout=table.layout, tensors=tuple(tensors), calm=table.calm)
+
+
 def shaped(spec: TensorSpec, data: Tensor) -> Tensor:
     """The tensor of these bytes, which it shares.
 

@@ -12,7 +12,9 @@ Rules
       refused, because its number is no longer the current one.
     * A plan derived from an older generation than the newest one this rank has formed is refused:
       whoever made it did not know how far things had gone. The report says what has been formed.
-    * Until a new generation has formed, only leaves owned in the former one are computed.
+    * Until a new generation has formed, only leaves owned in the former one are computed; in a planned one, its own:
+      nobody stands still while it forms. Where it has joiners, not before the state at the boundary is held for them,
+      which they receive while the step is under way. It can't be completed, hence not applied, without them.
     * A restored plan is adopted at once, and whatever was held before is gone with that. What the training
       thread still brings of the former line of steps counts for nothing, until the generation has formed.
 
@@ -45,6 +47,13 @@ class StateReceived:
 
     generation: int
     complete: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """The state at this boundary is held for the joiners of this generation: the step may begin."""
+
+    generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +122,7 @@ class Rollback:
 
 SeatEvent = (
     PlanArrived
+    | Held
     | StateReceived
     | Formed
     | FormFailed
@@ -234,6 +244,10 @@ class Seat:
         match event:
             case PlanArrived(plan=plan):
                 return self._plan_arrived(plan)
+            case Held(generation=generation):
+                if self.awaited and self.plan is not None and generation == self.plan.generation:
+                    self.work = frozenset(self.plan.leaves_of(self.member))
+                return ()
             case StateReceived(generation=generation, complete=complete):
                 return self._state_received(generation, complete)
             case Formed(generation=generation, complete=complete):
@@ -286,6 +300,19 @@ class Seat:
         return self.complete == self.step - 1 and not self.folded and not self.work
 
     @property
+    def awaited(self) -> bool:
+        """Whether joiners wait for the state at this boundary, which this rank has yet to hold for them."""
+        planned = self.plan is not None and self.plan.kind == "planned"
+        return planned and self.forming and self.has_state and self.at_boundary
+
+    @property
+    def settled(self) -> bool:
+        """Whether no planned change is under way at this boundary."""
+        if self.plan is None:
+            return False
+        return not self.forming or (bool(self.work) and self.plan.kind == "unplanned")
+
+    @property
     def newest_held(self) -> int:
         """What this rank puts into the lane: the newest plan it could switch to."""
         assert self.plan is not None
@@ -335,6 +362,8 @@ class Seat:
             self.has_state = self.member not in plan.joiners
             if self.has_state:
                 self.held_state_in = plan.generation
+                if plan.kind == "planned" and not plan.joiners:
+                    self.work = frozenset(plan.leaves_of(self.member))
         return (Form(plan=plan),)
 
     def _state_received(self, generation: int, complete: int) -> tuple[SeatInstruction, ...]:

@@ -85,6 +85,11 @@ class Watched:
         found: list[tuple[int, str]] = ray.get(self.controller.processes.remote(), timeout=30)["ranks"]
         return found
 
+    def ready_outside(self) -> int:
+        """Processes that have reached their loop and wait there without a seat."""
+        others = ray.get(self.controller.look.remote(), timeout=30)["others"]
+        return sum(process["state"] == "ready" for process in others)
+
     def pid_of_rank(self, rank: int) -> int:
         member, _ = self.ranks()[rank]
         (name,) = (name for name in launch.names(f"{self.name}/") if name.endswith(f"/rank/{member}"))

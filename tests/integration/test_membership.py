@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 import resilient
+from resilient.generation import GenerationThread
 from tests.integration.loops import fault, train
 from tests.integration.nodes import add_spots, kill_host, only_spots
 from tests.integration.processes import Watched, until
@@ -42,6 +43,32 @@ def test_joiners_that_die_while_receiving_and_once_seated(cluster: Any, undistur
     result = run.result()
     assert result.digest == undisturbed.digest
     assert "joined" in kinds(result) and result.recoveries[-1]["ranks"] == 2
+
+
+def computing_while_giving(run: resilient.Run) -> None:
+    """A rank that gives its state to joiners does so only once it has computed a micro-batch of that very step."""
+    give = GenerationThread._send_state
+
+    def late(self: GenerationThread, *args: Any) -> None:
+        until(lambda: self.plan.kind != "planned" or self._member._seat.folded, "the step is under way", 60)
+        give(self, *args)
+
+    GenerationThread._send_state = late  # type: ignore[method-assign]
+
+
+def test_two_spares_join_at_once_while_the_step_goes_on(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    train_with_spares = train("two-spares", workers=(1, 3), spares=2)
+    hold = str(tmp_path / "go")
+    run = Watched(train_with_spares, steps=LONG, hold=hold, before=computing_while_giving)
+    run.at_step(2, ranks=3)
+    until(lambda: run.ready_outside() == 2, "both spares are ready")
+    for pid in [run.pid_of_rank(rank) for rank in (1, 2)]:
+        psutil.Process(pid).kill()
+    run.until(lambda news: any(item["kind"] == "joined" for item in news["recoveries"]), "they have joined")
+    result = run.result()
+    assert result.digest == undisturbed.digest
+    joined = next(item for item in result.recoveries if item["kind"] == "joined")
+    assert joined["ranks"] == 3 and "2 joined" in joined["reason"]
 
 
 @pytest.mark.long

@@ -124,7 +124,7 @@ class Group:
     def _level_state(self, complete: int) -> None:
         stateless = [number for number in self.plan.members if not self.member(number).seat.has_state]
         holders = [number for number in self.plan.members if self.member(number).seat.has_state]
-        if self.plan.kind != "unplanned" and not all(self.member(number).seat.at_boundary for number in holders):
+        if self.plan.kind != "unplanned" and not all(self._gives(number) for number in holders):
             self._then(AGAIN_S, lambda: self._level_state(complete))
             return
         if stateless and self.plan.kind == "unplanned":
@@ -133,6 +133,13 @@ class Group:
             self._give(stateless, holders, complete)
         else:
             self.level(complete)
+
+    def _gives(self, number: int) -> bool:
+        """Whether this member can give its state of the boundary, if somebody wants it."""
+        rank = self.member(number)
+        if self.plan.kind == "planned":
+            return not self.plan.joiners or (rank.held is not None and rank.held[0] == self.plan.generation)
+        return rank.seat.at_boundary
 
     def level(self, complete: int) -> None:
         """All members are; only the barrier is left."""
@@ -146,7 +153,9 @@ class Group:
         self.world.faults.point("joining", [number, giver])
 
         def give() -> None:
-            self.member(number).receive_state(self.plan.generation, complete, self.member(giver).state)
+            rank = self.member(giver)
+            state = rank.held[1] if self.plan.kind == "planned" and rank.held is not None else rank.state
+            self.member(number).receive_state(self.plan.generation, complete, state)
             self._give(stateless[1:], givers, complete)
 
         self._then(self.world.rng.uniform(0.01, 0.3), give)

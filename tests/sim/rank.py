@@ -20,6 +20,7 @@ from resilient.core.seat import (
     Form,
     Formed,
     FormFailed,
+    Held,
     LeafFolded,
     Leave,
     PlanArrived,
@@ -53,6 +54,8 @@ class Rank:
         """The complete result of a step, to be applied here and served to others."""
         self.received_result: tuple[int, int, int] | None = None
         """(generation, step, result), got while leveling: counts when the generation has formed."""
+        self.held: tuple[int, int] | None = None
+        """A generation, and the state at its first boundary, for joiners."""
         self.capturing = Capturing(self)
         self.loaded: tuple[int, Restore] | None = None
         """The generation for which this rank has last loaded a snapshot, and which."""
@@ -240,8 +243,8 @@ class Rank:
             return
         self._work += 1
         if self.seat.step >= self.world.setting.steps:
-            if self.seat.forming and not self.seat.work:
-                return  # a planned change is under way at this boundary
+            if not self.seat.settled:
+                return
             self.tell_seat(Finished(step=self.seat.step))
             self._busy = True
             self.later(self.world.rng.uniform(0.0, 0.5), self._return)
@@ -282,6 +285,9 @@ class Rank:
         self.world.tell(f"rank {self.member} has applied step {step}")
         self.world.emit("applied", rank=self, step=step, result=result)
         self.capturing.boundary()
+        if self.seat.awaited and self.seat.plan is not None:
+            self.held = self.seat.plan.generation, self.state
+            self.seat.handle(Held(generation=self.seat.plan.generation))
         self.advance()
 
     def _return(self) -> None:

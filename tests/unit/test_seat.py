@@ -13,12 +13,14 @@ from resilient.core.seat import (
     Applied,
     Apply,
     Compute,
+    Discard,
     ExchangeDone,
     ExchangeFailed,
     Finished,
     Form,
     Formed,
     FormFailed,
+    Held,
     LeafFolded,
     PlanArrived,
     Reduce,
@@ -161,6 +163,45 @@ def test_a_planned_change_happens_when_all_hold_it() -> None:
     assert (seat.next(), seat.at_boundary) == (Wait(reason="forming generation 2"), True)
     seat.handle(Formed(generation=2, complete=1))
     assert seat.next() == Compute(leaf=0)
+
+
+def changing(wider: Plan) -> Seat:
+    """Step 0 is complete and applied, and this plan adopted with it."""
+    seat = seated()
+    seat.handle(PlanArrived(plan=wider))
+    fold_all(seat)
+    seat.handle(ExchangeDone(generation=1, step=0, agreed=2))
+    seat.handle(Applied(step=0))
+    return seat
+
+
+def test_the_step_goes_on_as_soon_as_the_state_is_held_for_the_joiners() -> None:
+    seat = changing(plan(2, (1, 2, 3), base=1, kind="planned", joiners=(3,)))
+    assert seat.awaited and not seat.settled
+    seat.handle(Held(generation=1))
+    assert seat.awaited, "of another generation"
+    seat.handle(Held(generation=2))
+    assert not seat.awaited and not seat.settled
+    assert seat.next() == Compute(leaf=0) and seat.work == {0, 1}
+    fold_all(seat)
+    assert seat.next() == Wait(reason="forming generation 2"), "without them it can't be completed"
+    seat.handle(Formed(generation=2, complete=0))
+    assert isinstance(seat.next(), Reduce) and seat.settled
+
+
+def test_nobody_waits_for_a_planned_change_without_joiners() -> None:
+    seat = changing(plan(2, (1, 2), base=1, kind="planned", leaves=((0,), (1, 2, 3))))
+    assert not seat.awaited and seat.next() == Compute(leaf=0) and seat.work == {0}
+
+
+def test_what_was_computed_for_a_change_that_failed_is_dropped_unless_it_is_this_rank_s() -> None:
+    for leaves, dropped in ((((0, 1), (2, 3)), False), (((2, 3), (0, 1)), True)):
+        seat = changing(plan(2, (1, 2, 3), base=1, kind="planned", joiners=(3,)))
+        seat.handle(Held(generation=2))
+        fold_all(seat)
+        seat.handle(PlanArrived(plan=plan(3, (1, 2), base=1, kind="unplanned", leaves=leaves)))
+        assert (Discard() in seat.handle(Formed(generation=3, complete=0))) is dropped
+        assert bool(seat.folded) is not dropped
 
 
 def test_a_death_cancels_a_proposal() -> None:
