@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from benchmarks import dlrover_venv, encoding
+from benchmarks import encoding, peer_venv
 from benchmarks.outcome import Target, write
 from benchmarks.snapshot_rank import Plan
 from snapshot.room import NoRoom, check_room
@@ -51,7 +51,7 @@ INCREASE_NOISE = 0.002
 
 
 def main() -> None:
-    python, why_not = dlrover_venv.prepare(LOGS.absolute() / "dlrover-venv")
+    python, why_not = peer_venv.prepare(LOGS.absolute() / "dlrover-venv", peer_venv.DLROVER)
     for log in LOGS.glob("snapshot-*.log"):
         log.unlink()
     load_before = os.getloadavg()[0]

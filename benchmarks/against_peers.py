@@ -1,0 +1,347 @@
+"""The same faults, side by side: ours, torchft and Ray Train, each with three ranks and room for one more.
+
+What is compared: for how long no step is committed beyond the undisturbed step, how many steps are computed again, how
+many samples are thrown away. All train the loop of `benchmarks.peer_rank`, whose computing is mostly waiting, so that
+the cores are not what is compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import peer_venv
+from benchmarks.outcome import Target
+from benchmarks.peer_rank import SAMPLES, read_traces
+
+RANKS = 3
+QUIET_S = 2.0
+"""All ranks commit for so long before a fault."""
+START_LIMIT_S = 150.0
+GIVEN_UP_S = 75.0
+"""After so long without a step the contestant counts as standing still for good."""
+HEARTBEATS_MS = (5000, 1000)
+
+
+@dataclass(slots=True)
+class Contestant:
+    """A process that trains until it is killed, and the ranks under it."""
+
+    folder: Path
+    command: list[str]
+    root: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Contestant:
+        self.trace.mkdir(parents=True)
+        with open(self.folder / "log", "w") as log:
+            self.root = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, env=environment()
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.root is not None
+        end_all([self.root.pid])
+
+    @property
+    def trace(self) -> Path:
+        return self.folder / "trace"
+
+    def tell(self, command: str) -> None:
+        assert self.root is not None and self.root.stdin is not None
+        self.root.stdin.write(command + "\n")
+        self.root.stdin.flush()
+
+    def ranks(self) -> list[int]:
+        """Process ids of those that have committed a moment ago."""
+        rows = [row for row in read_traces(self.trace) if row["committed"] and row["at"] > time.monotonic() - 1.0]
+        return sorted({int(row["pid"]) for row in rows})
+
+    def when_quiet(self, ranks: int = RANKS) -> list[int]:
+        since, known, deadline = 0.0, [], time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            now = self.ranks()
+            if len(now) != ranks or now != known:
+                since, known = time.monotonic(), now
+            elif time.monotonic() - since > QUIET_S:
+                return now
+            time.sleep(0.1)
+        raise TimeoutError(f"{self.command[2:4]}: not {ranks} ranks that train: {known}; see {self.folder / 'log'}")
+
+
+@dataclass(slots=True)
+class Torchft(Contestant):
+    """The root is the lighthouse; replicas are started by hand, as a scheduler would."""
+
+    replicas: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def __enter__(self) -> Contestant:
+        self.trace.mkdir(parents=True)
+        self.root = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+        )
+        assert self.root.stdout is not None
+        self.address = self.root.stdout.readline().strip()
+        for _ in range(RANKS):
+            self.start_replica()
+        return self
+
+    address: str = ""
+
+    def start_replica(self) -> None:
+        command = [self.command[0], "-m", "benchmarks.torchft_rank", self.address, str(self.trace)]
+        command += [f"replica{len(self.replicas)}", str(RANKS), str(self.folder / "stop")]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "text": True}
+        self.replicas.append(subprocess.Popen(command, env=environment(), **quiet))  # type: ignore[call-overload]
+
+    def __exit__(self, *_: object) -> None:
+        assert self.root is not None
+        end_all([self.root.pid, *(replica.pid for replica in self.replicas)])
+        for process in (self.root, *self.replicas):
+            process.wait()
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "RAY_AUTH_MODE": "disabled", "RUST_LOG": "off"}
+
+
+def end_all(roots: list[int]) -> None:
+    """These processes, and all that they have started."""
+    processes = []
+    for pid in roots:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes += [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    send(processes, signal.SIGSTOP)
+    send(processes, signal.SIGKILL)
+    psutil.wait_procs(processes, timeout=20)
+
+
+def send(processes: list[psutil.Process], sign: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(sign)
+
+
+# Faults
+
+
+def host_of(pid: int) -> list[psutil.Process]:
+    """The raylet above a rank with all its processes, itself last; without one, the process alone."""
+    raylet = psutil.Process(pid).parent()
+    if raylet is None or raylet.name() != "raylet":
+        return [psutil.Process(pid)]
+    return [*raylet.children(recursive=True), raylet]
+
+
+def kill(pid: int) -> list[psutil.Process]:
+    os.kill(pid, signal.SIGKILL)
+    return []
+
+
+def stop(pid: int) -> list[psutil.Process]:
+    os.kill(pid, signal.SIGSTOP)
+    return [psutil.Process(pid)]
+
+
+def kill_host(pid: int) -> list[psutil.Process]:
+    processes = host_of(pid)
+    send(processes, signal.SIGSTOP)
+    send(processes, signal.SIGKILL)
+    return []
+
+
+def stop_host(pid: int) -> list[psutil.Process]:
+    processes = host_of(pid)
+    send(processes, signal.SIGSTOP)
+    return processes
+
+
+FAULTS: dict[str, Callable[[int], list[psutil.Process]]] = {
+    "process killed": kill,
+    "process stopped": stop,
+    "host killed": kill_host,
+    "host stopped": stop_host,
+}
+
+
+# What came of it
+
+
+def measured(rows: list[dict[str, Any]], at: float, victims: set[int]) -> dict[str, float] | None:
+    """Of a fault at this time; None while no survivor, or replacement, has committed a step since.
+
+    stood_still_s: from the last commit before it to the first one after it, without the undisturbed time of a step.
+    """
+    others = [row for row in rows if row["committed"] and row["pid"] not in victims]
+    before, after = [row for row in others if row["at"] <= at], [row for row in others if row["at"] > at]
+    newest = max(int(row["step"]) for row in before)
+    again = [row for row in after if _again(row, before, newest)]
+    progress = [float(row["at"]) for row in after if row["step"] > newest] + [float(row["at"]) for row in again]
+    if not progress:
+        return None
+    firsts = first_commits(before)
+    step_s = statistics.median(later - earlier for earlier, later in pairwise(firsts[-20:]))
+    return {
+        "stood_still_s": min(progress) - firsts[-1] - step_s,
+        "step_s": step_s,
+        "recomputed_steps": len({row["step"] for row in again}),
+        "lost_samples": sum(int(row["samples"]) for row in rows if not row["committed"] and row["at"] > at),
+    }
+
+
+def _again(row: dict[str, Any], before: list[dict[str, Any]], newest: int) -> bool:
+    """Whether it repeats a step: one that this process had committed, or, if it is a new one, anybody."""
+    own = [int(former["step"]) for former in before if former["pid"] == row["pid"]]
+    return int(row["step"]) <= (max(own) if own else newest)
+
+
+def first_commits(commits: list[dict[str, Any]]) -> list[float]:
+    """When each step was first committed by anybody, ascending."""
+    found: dict[int, float] = {}
+    for row in commits:
+        found.setdefault(int(row["step"]), float(row["at"]))
+    return sorted(found.values())
+
+
+def strike(contestant: Contestant, fault: str) -> dict[str, float]:
+    """Wait for a quiet moment, strike at one rank, and wait for the next step."""
+    pids = contestant.when_quiet()
+    victim = pids[-1]
+    at = time.monotonic()
+    frozen = FAULTS[fault](victim)
+    try:
+        outcome = await_step(contestant, at, {victim})
+    finally:
+        send(frozen, signal.SIGKILL)
+    return outcome
+
+
+def await_step(contestant: Contestant, at: float, victims: set[int]) -> dict[str, float]:
+    deadline = at + GIVEN_UP_S
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        if measured(read_traces(contestant.trace), at, victims) is not None:
+            time.sleep(QUIET_S)  # a few more steps show what is computed again
+            found = measured(read_traces(contestant.trace), at, victims)
+            assert found is not None
+            return found
+    return {"stood_still_s": GIVEN_UP_S, "step_s": 0.0, "recomputed_steps": 0, "lost_samples": 0, "given_up": 1}
+
+
+def planned(contestant: Contestant, command: str, before: int, after: int) -> dict[str, float]:
+    """Of a change that is asked for: the longest time between two commits while it happens, and what is lost by it."""
+    pids = contestant.when_quiet(before)
+    at = time.monotonic()
+    contestant.tell(f"{command} {pids[-1]}")
+    contestant.when_quiet(after)
+    rows = read_traces(contestant.trace)
+    firsts = first_commits([row for row in rows if row["committed"]])
+    step_s = statistics.median(later - earlier for earlier, later in pairwise([t for t in firsts if t <= at][-20:]))
+    gaps = [later - earlier for earlier, later in pairwise([t for t in firsts if t > at - 1.0])]
+    return {
+        "stood_still_s": max(gaps) - step_s,
+        "step_s": step_s,
+        "steps_lost": (max(gaps) - step_s) / step_s,
+        "recomputed_samples": sum(int(row["samples"]) for row in rows) - SAMPLES * len(firsts),
+    }
+
+
+Start = Callable[[str], Contestant]
+
+
+def contestants(folder: Path, out: Path) -> Iterator[tuple[str, Start, tuple[str, ...]]]:
+    """Name, how to start it, and the faults that mean something there."""
+    ours = [sys.executable, "-m", "benchmarks.resilient_run"]
+    yield "resilient", lambda name: _ours(folder / name, ours, RANKS + 1), tuple(FAULTS)
+    python, why_not = peer_venv.prepare(out / "torchft-venv", peer_venv.TORCHFT)
+    for heartbeat in () if why_not else HEARTBEATS_MS:
+        command = [str(python), "-m", "benchmarks.lighthouse", str(heartbeat)]
+        # A replica is one process; that its host dies with it makes no difference to the others.
+        yield (
+            f"torchft, heartbeat {heartbeat} ms",
+            lambda name, command=command: Torchft(folder / name, command),
+            ("process killed", "process stopped"),
+        )
+    if why_not:
+        print(f"torchft is not compared: {why_not}", flush=True)
+    python, why_not = peer_venv.prepare(out / "ray-train-venv", peer_venv.RAY_TRAIN)
+    if why_not:
+        print(f"Ray Train is not compared: {why_not}", flush=True)
+        return
+    command = [str(python), "-m", "benchmarks.ray_train_run"]
+    yield "Ray Train", lambda name: _theirs(folder / name, command), tuple(FAULTS)
+
+
+def _ours(folder: Path, command: list[str], places: int) -> Contestant:
+    return Contestant(folder, [*command, str(folder / "trace"), str(RANKS), str(places)])
+
+
+def _theirs(folder: Path, command: list[str]) -> Contestant:
+    return Contestant(folder, [*command, str(folder / "trace"), str(RANKS)])
+
+
+# All of them
+
+STRIKES = {"process killed": 3, "process stopped": 3, "host killed": 1, "host stopped": 1}
+"""At one run. A host does not come back."""
+Outcomes = dict[str, dict[str, list[dict[str, float]]]]
+
+
+def compare(folder: Path, out: Path) -> Outcomes:
+    """By contestant and fault; what each strike came to."""
+    outcomes: Outcomes = {}
+    for name, start, faults in contestants(folder, out):
+        for fault in faults:
+            found = outcomes.setdefault(name, {})[fault] = []
+            with start(f"{len(outcomes)}-{fault}") as contestant:
+                for _ in range(STRIKES[fault]):
+                    found.append(strike(contestant, fault))
+                    print(f"{name}, {fault}: {found[-1]}", flush=True)
+                    if "given_up" in found[-1]:
+                        break
+                    if isinstance(contestant, Torchft):
+                        contestant.start_replica()
+    ours = [sys.executable, "-m", "benchmarks.resilient_run"]
+    with _ours(folder / "join", ours, RANKS - 1) as contestant:
+        outcomes["resilient"]["node joins"] = [planned(contestant, "join", RANKS - 1, RANKS)]
+    with _ours(folder / "drain", ours, RANKS) as contestant:
+        outcomes["resilient"]["node drained"] = [planned(contestant, "drain", RANKS, RANKS - 1)]
+    return outcomes
+
+
+def median_s(outcomes: Outcomes, name: str, fault: str) -> float:
+    return statistics.median(one["stood_still_s"] for one in outcomes[name][fault])
+
+
+def targets(outcomes: Outcomes, detection_s: float = 2.0) -> list[Target]:
+    ours = {fault: median_s(outcomes, "resilient", fault) for fault in FAULTS}
+    found = []
+    for fault, value in ours.items():
+        goal = 0.3 if fault in ("process killed", "host killed") else detection_s + 0.3
+        found.append(Target(name=f"{fault}: stood still", value=value, unit="s", goal=goal))
+    for change in ("node joins", "node drained"):
+        (one,) = outcomes["resilient"][change]
+        found.append(Target(name=f"{change}: steps lost", value=one["steps_lost"], unit="", goal=1.0))
+        recomputed = one["recomputed_samples"]
+        found.append(Target(name=f"{change}: samples computed again", value=recomputed, unit="", goal=0.0))
+    for name in (name for name in outcomes if name != "resilient"):
+        tuned = name != f"torchft, heartbeat {HEARTBEATS_MS[0]} ms"
+        for fault in outcomes[name]:
+            ratio = median_s(outcomes, name, fault) / max(ours[fault], 1e-3)
+            default = fault == "process killed" and name != f"torchft, heartbeat {HEARTBEATS_MS[1]} ms"
+            goal = 10.0 if default else 1.0
+            if default or tuned:
+                found.append(Target(name=f"{fault}: {name} / ours", value=ratio, unit="x", goal=goal, at_least=True))
+    return found
