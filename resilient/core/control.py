@@ -284,11 +284,16 @@ class Control:
             return
         rollback = self._rollback_wanted()
         if rollback is not None:
+            if rollback.back_to < 0:
+                self.fail(f"{rollback.why}, and there is no state from before that is known to be right")
+                return
             self._replace(rollback.suspects, rollback.why)
         situation = self._situation()
         self.restoring.look_for(rollback)
         if rollback is not None:
             self.going_back.roll_back(rollback, situation)
+            if not self.ended:
+                self._spawn_missing()
             return
         decision = recovery.decide(situation)
         lost_for_s = self.for_s("lost", isinstance(decision, recovery.Lost))

@@ -213,7 +213,9 @@ class GoingBack:
             return
         control.instruct(self.restoring.ask((), control.now))
         looked_for_s = control.for_s("rolling back", self.restoring.none is not None)
-        if self._memory_has_none(looked_for_s):
+        if (found := self._newer_on_storage()) is not None:
+            self._begin_from(found, self.restoring.line_to_go_on(found.key.step), rollback.why, situation)
+        elif self._memory_has_none(looked_for_s):
             assert self.restoring.none is not None
             self._from_storage(
                 f"{rollback.why}, but from step {rollback.back_to} or before {self.restoring.none.reason}", situation

@@ -143,12 +143,15 @@ def restored(now: Situation, restore: Restore, lineage: Lineage, reason: str) ->
 
 
 def rolled_back(now: Situation, restore: Restore, lineage: Lineage, reason: str) -> Decision:
-    """The same for the ranks that are seated: they drop the state they have."""
+    """The same for the ranks that are seated, who drop the state they have, and others if those are too few."""
     assert now.current is not None
     members = [now.membership.members[number] for number in now.current.members]
     members = [member for member in members if not member.gone and member.ready is not None]
     if len(members) < now.limits.min_workers:
-        return restored(now, restore, lineage, reason)
+        members += now.membership.ready_unseated(now.current.ranks)
+        members = members[: now.limits.max_workers]
+    if (too_few := _too_few(now, len(members))) is not None and len(members) < now.limits.min_workers:
+        return too_few
     return _restored(now, members, restore, lineage, reason)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from resilient.core.lane import Agreed, Wish
+from resilient.core.lane import DIGEST_BITS, Agreed, Wish
 from resilient.core.plan import Plan
 from resilient.core.saves import Saves
 from snapshot.core.inventory import SnapshotKey
@@ -32,6 +32,10 @@ class Capturing:
         self.lifecycle = Lifecycle(durable=saves_every > 0)
         self._saves = Saves(every_steps=saves_every, last_step=self.world.setting.steps) if saves_every else None
         self.everywhere: Ordinal | None = None
+        self.verified: Ordinal | None = None
+        """The newest state that all ranks were seen to hold, or have begun from."""
+        self._digest: tuple[Ordinal, int] | None = None
+        """What was captured last, and what it comes to."""
         self._agreed: tuple[int, Plan, Agreed] | None = None
         """The step at whose start all capture the state, the plan by which they share it, and what was agreed."""
 
@@ -63,10 +67,19 @@ class Capturing:
             save_due=save_due,
             save_room=save_room,
             protected=protected,
+            digest=self._digest_of(Ordinal(plan.branch, step)),
         )
 
-    def lane_done(self, step: int, agreed: Agreed) -> None:
+    def _digest_of(self, ordinal: Ordinal) -> int | None:
+        return self._digest[1] if self._digest is not None and self._digest[0] == ordinal else None
+
+    def verified_on(self, branch: int) -> int:
+        return self.verified.step if self.verified is not None and self.verified.branch == branch else -1
+
+    def lane_done(self, branch: int, step: int, agreed: Agreed) -> None:
         """About the snapshot of the state after `step`."""
+        if agreed.verified:
+            self.verified = Ordinal(branch, step)
         if agreed.save and self._saves is not None:
             self._saves.saved(step + 1, self.world.now)
         everywhere = Ordinal.unpacked(agreed.protected)
@@ -94,6 +107,7 @@ class Capturing:
     def _begin(self, plan: Plan, step: int, *, durable: bool) -> None:
         number, member = self.lifecycle.free[0], self.rank.member
         self.lifecycle.begin(number, Ordinal(plan.branch, step), durable=durable)
+        self._digest = Ordinal(plan.branch, step), self.rank.state & (1 << DIGEST_BITS) - 1
         memory = self.world.nodes[self.rank.node].memory
         memory.slots[member, number] = slot = SlotFile(
             key=SnapshotKey(attempt=1, branch=plan.branch, step=step, generation=plan.generation),

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from resilient.core.lane import Agreed
+from resilient.core.difference import rollback_after
+from resilient.core.lane import NOBODYS, Agreed
 from resilient.core.plan import Plan
 
 from .back import WayBack
@@ -215,26 +216,46 @@ class Group:
 
     def _complete(self, step: int) -> None:
         here = self.submissions[step]
+        lane = Agreed.of([min(words) for words in zip(*(one.wish.lane() for one in here.values()), strict=True)])
+        if lane.differs:
+            self._differ(step)
+            return
         contributions = {number: submission.leaves for number, submission in here.items()}
         self.world.emit("reduced", group=self, step=step, contributions=contributions)
         values: dict[int, int] = {}
         for number in self.plan.members:
             values.update(here[number].values)
         result, agreed = result_of(values), min(submission.newest_held for submission in here.values())
-        lane = Agreed.of([min(words) for words in zip(*(one.wish.lane() for one in here.values()), strict=True)])
         self.delivering[step] = set(self.plan.members)
         for number in self.plan.members:
             delay = self.world.rng.uniform(0.001, 0.12)
-            if lane.protected >= 0 or lane.save:
+            if lane.protected >= 0 or lane.save or lane.verified:
                 self.world.at(delay / 2, lambda number=number: self._told_lane(number, step, lane))
             self.world.at(delay, lambda number=number: self._told_done(number, step, agreed, result, lane))
         self.world.faults.point("exchanged", list(self.plan.members))
+
+    def _differ(self, step: int) -> None:
+        """Not all hold the same state: nobody goes on, and all ask for the same."""
+        digests = [self.submissions[step][number].wish.digest for number in self.plan.members]
+        verified = max(self.member(number).capturing.verified_on(self.plan.branch) for number in self.plan.members)
+        words = [NOBODYS if digest is None else digest for digest in digests]
+        wanted = rollback_after(self.plan, step, words, verified)
+        self.world.seen["states differed"] += 1
+        self.world.tell(f"{wanted.why}: back to {verified}")
+
+        def told(number: int) -> None:
+            if self.within(number):
+                self.member(number).run(lambda: self.member(number).tell_seat(wanted))
+
+        for number in self.plan.members:
+            self.world.at(self.world.rng.uniform(0.001, 0.12), lambda number=number: told(number))
+        self.world.faults.point("differing", list(self.plan.members))
 
     def _told_lane(self, number: int, step: int, lane: Agreed) -> None:
         """The lane comes first: what it says counts even if the exchange then breaks."""
         if self.within(number):
             rank = self.member(number)
-            rank.run(lambda: rank.capturing.lane_done(step, lane))
+            rank.run(lambda: rank.capturing.lane_done(self.plan.branch, step, lane))
 
     def _told_done(self, number: int, step: int, agreed: int, result: int, lane: Agreed) -> None:
         if not self.within(number):

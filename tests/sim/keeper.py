@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from snapshot.core.branches import Lineage
 from snapshot.core.decoding import Decode, Piece
 from snapshot.core.election import Elected
 from snapshot.core.inventory import SnapshotKey
@@ -180,7 +181,8 @@ class Keeper:
         self.memory.settled = newest if self.memory.settled is None else max(self.memory.settled, newest)
 
     def _commit(self, key: SnapshotKey, world: int) -> None:
-        if self.world.storage.commit(key, world, self.world.now):
+        lineage = Lineage(branches=self.world.plans_on_record[key.generation].branches)
+        if self.world.storage.commit(key, world, self.world.now, lineage):
             self.world.seen["checkpoint committed"] += 1
             self.world.tell(f"{key} is durable")
             self.world.faults.durable()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from resilient.core.plan import first_branch
+from snapshot.core.branches import Lineage
 from snapshot.core.election import Elected, elect
 from snapshot.core.inventory import SnapshotKey
 
@@ -45,7 +45,7 @@ class Protected:
 
         known: nodes that the controller in question counts with.
         """
-        if self.newest is None:
+        if self.newest is None or not self.world.flips.line.holds(self.newest.branch, self.newest.step):
             return False
         for ring in rings(self.world.plans_on_record[self.newest.generation], self.world.setting.parity).values():
             gone = [
@@ -60,8 +60,8 @@ class Protected:
                 return False
         return True
 
-    def readable(self, known: set[str]) -> Elected | None:
-        """What could be restored by whoever saw all that is left."""
+    def readable(self, known: set[str], line: Lineage) -> Elected | None:
+        """What of this line could be restored by whoever saw all that is left."""
         inventories = [self.world.nodes[name].memory.inventory() for name in sorted(known) if not self.is_gone(name)]
-        found = elect(inventories, first_branch())
+        found = elect(inventories, line)
         return found if isinstance(found, Elected) else None

@@ -30,6 +30,7 @@ from resilient.core.seat import (
     SeatInstruction,
     StateReceived,
 )
+from snapshot.core.lifecycle import Ordinal
 
 from .capturing import Capturing
 from .truth import leaf_value, next_state, state_at_start
@@ -165,6 +166,8 @@ class Rank:
     def load(self, generation: int, restore: Restore, state: int) -> None:
         """The snapshot's state takes the place of what was held here, if anything was."""
         self.loaded, self.kept = (generation, restore), None
+        branch = self.world.plans_on_record[generation].branch
+        self.capturing.verified = Ordinal(branch, restore.key.step)
         self.receive_state(generation, restore.key.step - 1, state)
         self.world.tell(f"rank {self.member} has loaded {restore.key}")
         self.world.emit("restored", rank=self, restore=restore)
@@ -209,7 +212,7 @@ class Rank:
 
     def _repeat_report(self) -> None:
         self._report()
-        if self.ready and self.seat.formed == 0:
+        if self.ready:
             self._say_ready()
         if self.returned:
             self._say_returned()

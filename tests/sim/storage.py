@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from resilient.core.plan import first_branch
+from snapshot.core.branches import Lineage
 from snapshot.core.inventory import CheckpointFound, SnapshotKey
 
 
@@ -13,23 +13,25 @@ class Storage:
     shards: dict[SnapshotKey, dict[int, int]] = field(default_factory=dict)
     """By snapshot and rank, the state that was captured."""
     committed_at: dict[SnapshotKey, float] = field(default_factory=dict)
+    lineages: dict[SnapshotKey, Lineage] = field(default_factory=dict)
 
     def write(self, key: SnapshotKey, rank: int, state: int) -> None:
         self.shards.setdefault(key, {})[rank] = state
 
-    def commit(self, key: SnapshotKey, world: int, now: float) -> bool:
+    def commit(self, key: SnapshotKey, world: int, now: float, lineage: Lineage) -> bool:
         """False while shards are missing."""
+        self.lineages[key] = lineage
         whole = len(self.shards.get(key, {})) == world
         if whole:
             self.committed_at.setdefault(key, now)
         return whole
 
     def listed(self) -> tuple[CheckpointFound, ...]:
-        return tuple(CheckpointFound(key=key, lineage=first_branch(), folder=str(key)) for key in self.committed_at)
+        return tuple(CheckpointFound(key=key, lineage=self.lineages[key], folder=str(key)) for key in self.committed_at)
 
-    def newest(self, before: float) -> SnapshotKey | None:
-        """Of those that were whole by then."""
-        known = [key for key, at in self.committed_at.items() if at <= before]
+    def newest(self, before: float, line: Lineage) -> SnapshotKey | None:
+        """Of those on this line that were whole by then."""
+        known = [key for key, at in self.committed_at.items() if at <= before and line.holds(key.branch, key.step)]
         return max(known, key=lambda key: key.newness, default=None)
 
     def read(self, folder: str) -> int | None:

@@ -20,6 +20,7 @@ from resilient.core.plan import Plan
 from snapshot.core.inventory import SnapshotKey
 
 from .checkers import Checker, Violation, all_checkers
+from .flips import Flips
 from .group import Group
 from .keeper import Keeper
 from .memory import Memory
@@ -79,6 +80,7 @@ class World:
         self.setting = Setting.drawn(self.rng).with_snapshots(random.Random(f"snapshots {self.seed}"))
         self.protected = Protected(self)
         self.storage = Storage()
+        self.flips = Flips(self)
         self.fault_budget = self.setting.fault_budget
         self.story: deque[str] = deque(maxlen=400)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -100,6 +102,7 @@ class World:
         self.start_controller()
         self.at(self.setting.fault_phase_s, self._heal)
         self.faults.begin()
+        self.flips.begin()
         for _ in range(MOST_EVENTS):
             if self.end is not None or not self._heap:
                 break

@@ -20,14 +20,17 @@ class BackOnlyWhenLost(Checker):
 
     def on_decided(self, shell: Any, plan: Plan) -> None:
         formed = shell.control.formed
-        if plan.kind != "restored" or formed is None:
+        if plan.kind != "restored" or formed is None or shell.control.restoring.rollback is not None:
             return
+        current = shell.control.current
+        if current is not formed and current.kind == "restored":
+            return  # whoever was called to that one has dropped what it held
         holding = [member for member in formed.members if shell.control.membership.is_alive(member)]
         self.require(not holding, f"generation {plan.generation} goes back, though {holding} of {formed} are alive")
 
     def on_formed(self, rank: Any, generation: int) -> None:
         plan = self.world.plans_on_record[generation]
-        if plan.kind != "restored" or generation in self.formed:
+        if plan.kind != "restored" or generation in self.formed or self.world.flips.goes_back_on_purpose(plan):
             return
         self.formed.add(generation)
         holding = [

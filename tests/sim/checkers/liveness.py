@@ -15,6 +15,8 @@ class Liveness(Checker):
         if end.outcome == "finished":
             return
         self.require(end.outcome == "failed", f"the run ended as {end.outcome}")
+        if self.world.flips.excuses_the_end(end.reason):
+            return
         if self.world.setting.limits.snapshots:
             self.nothing_readable(end.reason)
             return
@@ -26,5 +28,7 @@ class Liveness(Checker):
         self.require(said, f"the run failed for another reason: {reason}")
         if self.world.setting.limits.checkpoints:
             self.require("there is no checkpoint of it on storage" in reason, f"storage was not looked at: {reason}")
-        found = self.world.protected.readable(self.world.ended_by.keepers)
+        found = self.world.protected.readable(
+            self.world.ended_by.keepers, self.world.ended_by.control.restoring.line_to_look_on()
+        )
         self.require(found is None, f"the run failed, though there was {found and found.reason}: {reason}")

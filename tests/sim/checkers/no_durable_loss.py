@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from resilient.core.plan import Plan
+from snapshot.core.branches import Lineage
 
 from ..memory import ordinal
 from . import Checker
@@ -15,7 +16,8 @@ UNSEEN_AT_MOST_S = 15.0
 
 class NoDurableLoss(Checker):
     def on_decided(self, shell: Any, plan: Plan) -> None:
-        newest = self.world.storage.newest(self.world.now - UNSEEN_AT_MOST_S)
+        line = Lineage(branches=plan.branches)
+        newest = self.world.storage.newest(self.world.now - UNSEEN_AT_MOST_S, line)
         if newest is None or plan.kind not in ("initial", "restored"):
             return
         to = plan.restore.key if plan.restore is not None else None
@@ -26,6 +28,9 @@ class NoDurableLoss(Checker):
 
     def on_ended(self) -> None:
         end = self.world.end
-        newest = self.world.storage.newest(self.world.now - UNSEEN_AT_MOST_S)
-        if end is not None and end.outcome != "finished":
+        if end is None or self.world.flips.excuses_the_end(end.reason):
+            return
+        line = self.world.ended_by.control.restoring.line_to_look_on()
+        newest = self.world.storage.newest(self.world.now - UNSEEN_AT_MOST_S, line)
+        if end.outcome != "finished":
             self.require(newest is None, f"the run ended, though {newest} was durable: {end.reason}")

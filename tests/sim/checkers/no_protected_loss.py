@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from resilient.core.plan import Plan
+from snapshot.core.branches import Lineage
 
 from ..memory import ordinal
 from . import Checker
@@ -18,6 +19,8 @@ class NoProtectedLoss(Checker):
         protected = self.world.protected
         if plan.restore is None or not protected.must_be_readable(known=shell.keepers):
             return
+        if not Lineage(branches=plan.branches).holds(protected.newest.branch, protected.newest.step):
+            return
         self.require(
             ordinal(plan.restore.key) >= ordinal(protected.newest),
             f"generation {plan.generation} goes back to {plan.restore.key}, though {protected.newest} was protected",
@@ -26,6 +29,11 @@ class NoProtectedLoss(Checker):
     def on_ended(self) -> None:
         protected = self.world.protected
         if self.world.end is None or self.world.end.outcome == "finished":
+            return
+        line = self.world.ended_by.control.restoring.line_to_look_on()
+        if self.world.flips.excuses_the_end(self.world.end.reason) or not (
+            protected.newest and line.holds(protected.newest.branch, protected.newest.step)
+        ):
             return
         self.require(
             not protected.must_be_readable(known=self.world.ended_by.keepers),
