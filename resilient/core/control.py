@@ -32,20 +32,25 @@ from .events import (
     GenerationTaken,
     ImagesDecoded,
     InventoryTaken,
+    NodeDrained,
     NodeGone,
+    NodeLeaving,
     NodeSeen,
     RankFailed,
     RankGone,
+    RankLeaving,
     RankReady,
     RankReported,
     RankReturned,
     Resumed,
+    SnapshotProtected,
     StopAsked,
     StorageSeen,
     Tick,
 )
 from .going_back import GoingBack, Resume
 from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
+from .leaving import Leaving
 from .membership import Membership, Starts
 from .plan import Plan
 from .restoring import Restoring
@@ -74,6 +79,7 @@ class Control:
     chronicle: Chronicle = field(default_factory=Chronicle)
     restoring: Restoring = field(init=False)
     going_back: GoingBack = field(init=False)
+    leaving: Leaving = field(init=False)
     ended: bool = False
     now: float = 0.0
     _out: list[Instruction] = field(default_factory=list)
@@ -87,6 +93,7 @@ class Control:
     def __post_init__(self) -> None:
         detection_s = self.limits.detection_s
         self.restoring = Restoring(ask_again_s=detection_s / 4, answer_limit_s=15 * detection_s)
+        self.leaving = Leaving(control=self)
         earlier = self.limits.snapshots and self.attempt > 1
         self.going_back = GoingBack(
             control=self,
@@ -112,6 +119,7 @@ class Control:
         if event.node not in self.membership.nodes:
             self.going_back.changed()
         self.membership.node_seen(event.node, event.capacity)
+        self.leaving.node_seen(event.node)
 
     def _node_gone(self, event: NodeGone) -> None:
         self.membership.node_gone(event.node)
@@ -119,6 +127,7 @@ class Control:
         for member in self.membership.on_node(event.node):
             self._declare_gone(member, f"node {event.node[:8]}: {event.why}", event.silent_s, node_lost=True)
         self._starts.node_gone(event.node)
+        self.leaving.node_gone(event.node)
 
     def _rank_ready(self, event: RankReady) -> None:
         member = self._member(event.member, event.node)
@@ -182,14 +191,23 @@ class Control:
             self._declare_gone(member, event.why, event.silent_s, node_lost=False)
 
     def _declare_gone(self, member: Member, why: str, silent_s: float, *, node_lost: bool) -> None:
+        seat = self._seat_of(member)
         member.gone = True
         self.membership.changed(member)
         self._unheard.discard(member.number)
-        self._starts.died(member)
+        if not member.leaving:
+            self._starts.died(member)
         self._out.append(Kill(member=member.number, node=member.node, reason=why))
-        if self.current is not None and member.number in self.current.ranks:
-            rank = self.current.rank_of(member.number)
-            self.chronicle.lost(rank, member.node, why, silent_s, self.now, node_lost=node_lost)
+        if seat is not None:
+            self.chronicle.lost(seat, member.node, why, silent_s, self.now, node_lost=node_lost)
+
+    def _seat_of(self, member: Member) -> int | None:
+        """The rank of a member that is still needed."""
+        if self.current is None or member.number in self.current.ranks:
+            return None if self.current is None else self.current.ranks[member.number]
+        if self.formed is None or not recovery.needs_base(self.membership, self.formed, self.current):
+            return None
+        return self.formed.ranks.get(member.number)
 
     def _rank_failed(self, event: RankFailed) -> None:
         member = self.membership.members.get(event.member)
@@ -217,9 +235,16 @@ class Control:
         self._rule(formed=self.formed, current=created)
         self.restoring.lineage = Lineage(branches=created.branches)
         self._since.pop("broken", None)
-        self.chronicle.created(created, self.now)
-        for number in created.members:
+        left_out = self._left_out()
+        self.chronicle.created(created, self.now, drained=bool(left_out))
+        for number in (*created.members, *sorted(left_out)):
             self._send(self.membership.members[number])
+
+    def _left_out(self) -> set[int]:
+        """Members of the last formed generation whom a planned one goes on without: it is reached only with them."""
+        if self.formed is None or self.current is None or self.current.kind != "planned":
+            return set()
+        return self.formed.ranks.keys() - self.current.ranks.keys()
 
     def _generation_taken(self, event: GenerationTaken) -> None:
         if self.creating is not None and event.generation == self.creating.generation:
@@ -256,6 +281,7 @@ class Control:
         if self.creating is not None or self._unheard:
             return
         self._kill_orphans()
+        self.leaving.release()
         if self._check_end():
             return
         situation = self._situation()
@@ -275,10 +301,12 @@ class Control:
                 self.wait_for_nodes(reason)
             case recovery.Lost(reason=reason):
                 self.going_back.after_loss(reason, situation, lost_for_s)
-            case recovery.Stay():
+            case recovery.Stay(reason=reason, stuck=stuck):
                 self._since.pop("waiting", None)
+                self.leaving.stays(reason if stuck else "")
         if not self.ended:
             self._spawn_missing()
+            self._out += self.leaving.let_go()
 
     def make(self, plan: Plan) -> None:
         self.creating, self.newest = plan, plan.generation
@@ -305,7 +333,7 @@ class Control:
         self.restoring.decoded(event)
 
     def _situation(self) -> recovery.Situation:
-        broken = self.current is not None and recovery.broken(self.membership, self.current)
+        broken = self.current is not None and recovery.broken(self.membership, self.formed, self.current)
         enough = self.membership.everybody.count("ready") >= self.limits.min_workers
         return recovery.Situation(
             limits=self.limits,
@@ -316,6 +344,7 @@ class Control:
             inherited=self.newest == self._inherited,
             broken_for_s=self.for_s("broken", broken),
             waited_s=self.for_s("enough", enough),
+            may_wait_s=self.leaving.may_wait_s(self.current),
         )
 
     def _kill_orphans(self) -> None:
@@ -333,7 +362,7 @@ class Control:
             return
         if self._starts_fail():
             return
-        while self.membership.count_alive() < self.limits.max_workers + self.limits.spares:
+        while self.membership.count_staying() < self.limits.max_workers + self.limits.spares:
             node = self.membership.roomiest()
             if node is None:
                 return
@@ -376,10 +405,7 @@ class Control:
 
     def _member(self, number: int, node: str) -> Member:
         self.next_member = max(self.next_member, number + 1)
-        if number not in self.membership.members:
-            self.membership.members[number] = Member(number=number, node=node)
-            self.membership.changed(self.membership.members[number])
-        return self.membership.members[number]
+        return self.membership.new_member(number, node)
 
     def _send(self, member: Member) -> None:
         assert self.current is not None
@@ -388,7 +414,9 @@ class Control:
             self._out.append(SendPlan(member=member.number, plan=self.current))
 
     def _send_again(self, member: Member) -> None:
-        if self.current is None or member.report is None or member.number not in self.current.ranks:
+        if self.current is None or member.report is None:
+            return
+        if member.number not in self.current.ranks and member.number not in self._left_out():
             return
         behind = member.report.generation < self.current.generation
         if behind and self.now - member.plan_sent_at >= self.limits.resend_s:
@@ -427,6 +455,10 @@ _TABLE: dict[type, Callable[[Control, Any], None]] = {
     NodeGone: Control._node_gone,
     RankReady: Control._rank_ready,
     RankReported: Control._rank_reported,
+    NodeLeaving: lambda control, event: control.leaving.node_leaves(event),
+    RankLeaving: lambda control, event: control.leaving.rank_leaves(event),
+    SnapshotProtected: lambda control, event: control.leaving.snapshot_protected(event),
+    NodeDrained: lambda control, event: control.leaving.node_drained(event),
     RankGone: Control._rank_gone,
     RankFailed: Control._rank_failed,
     RankReturned: Control._rank_returned,

@@ -13,11 +13,14 @@ Rules
     * A plan derived from an older generation than the newest one this rank has formed is refused:
       whoever made it did not know how far things had gone. The report says what has been formed.
     * Until a new generation has formed, only leaves owned in the former one are computed.
+    * Whoever is not in a planned generation holds it as a proposal all the same. When all have agreed it applies the
+      step, and comes to rest: it goes on only if an unplanned or restored generation calls it back.
     * A restored plan is adopted at once, and whatever was held before is gone with that. What the training
       thread still brings of the former line of steps counts for nothing, until the generation has formed.
 
 States, per generation
     adopted --Formed--> formed --ExchangeDone, with all holding a proposal--> the proposal is adopted
+       |                  |                                              \\--> not in it: departed --Rested--> at rest
        |                  |
        +--FormFailed------+--ExchangeFailed--> broken: waits for the next generation
 """
@@ -96,6 +99,11 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rested:
+    """The training thread of a rank that the others go on without has applied the last step, and told all of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollback:
     """The training loop wants to go back to a snapshot of step `back_to` or before, and leave out some data.
 
@@ -118,6 +126,7 @@ SeatEvent = (
     | ExchangeDone
     | ExchangeFailed
     | Applied
+    | Rested
     | Rollback
     | Finished
 )
@@ -198,6 +207,8 @@ class SeatReport:
     waiting: bool
     """Whether it has computed all that is its own, and waits for the others to have done so."""
     rollback: Rollback | None = None
+    at_rest: bool = False
+    """The others go on without this rank, and it has nothing more to do or to tell."""
     serial: int = field(default=0, compare=False)
     """Grows with everything that happens to the seat: of two reports the greater is the later one."""
 
@@ -220,6 +231,9 @@ class Seat:
     restoring: bool = False
     """From the adoption of a restored plan until its generation, or one after it, has formed."""
     finished: bool = False
+    departed: int = 0
+    """The generation that the others go on with, and this rank does not; 0 while it has a seat."""
+    at_rest: bool = False
     rollback: Rollback | None = None
     """Wanted here, and not yet under way."""
     work: frozenset[int] = frozenset()
@@ -238,6 +252,9 @@ class Seat:
                 return self._formed(generation, complete)
             case FormFailed(generation=generation) | ExchangeFailed(generation=generation):
                 return self._failed(generation)
+            case Rested():
+                self.at_rest = self.departed > 0
+                return (Report(),)
             case LeafFolded() | Applied() | Rollback() | Finished() if self.restoring:
                 return ()
             case Rollback():
@@ -269,6 +286,8 @@ class Seat:
             return Apply(step=self.step)
         if self.plan is None:
             return Wait(reason="waiting to be seated")
+        if self.departed:
+            return Wait(reason=f"generation {self.departed} goes on without this rank")
         todo = self.work - self.folded
         if todo:
             return Compute(leaf=min(todo))
@@ -301,11 +320,12 @@ class Seat:
             finished=self.finished,
             waiting=not self.finished and isinstance(self.next(), Reduce),
             rollback=self.rollback,
+            at_rest=self.at_rest,
         )
 
     def _plan_arrived(self, plan: Plan) -> tuple[SeatInstruction, ...]:
         newest = max(self.plan.generation if self.plan else 0, self.proposal.generation if self.proposal else 0)
-        if plan.generation <= newest or self.member not in plan.members:
+        if plan.generation <= newest or (self.member not in plan.ranks and plan.kind != "planned"):
             return ()
         if plan.base < self.formed:
             return (Report(),)
@@ -322,6 +342,7 @@ class Seat:
 
     def _adopt(self, plan: Plan) -> tuple[SeatInstruction, ...]:
         self.plan, self.proposal, self.forming = plan, None, True
+        self.departed, self.at_rest = 0, False
         if plan.kind == "unplanned":
             # Between its base and this plan a retried beginning may have asked this rank to join again.
             self.has_state = self.has_state or self.held_state_in == plan.base
@@ -372,4 +393,7 @@ class Seat:
         if agreed <= generation:
             return ()
         assert self.proposal is not None and self.proposal.generation == agreed, (agreed, self)
+        if self.member not in self.proposal.ranks:
+            self.departed, self.work = agreed, frozenset()
+            return ()
         return self._adopt(self.proposal)

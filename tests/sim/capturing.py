@@ -32,6 +32,10 @@ class Capturing:
         self.lifecycle = Lifecycle(durable=saves_every > 0)
         self._saves = Saves(every_steps=saves_every, last_step=self.world.setting.steps) if saves_every else None
         self.everywhere: Ordinal | None = None
+        self.protected_generation = 0
+        """The newest whose members have captured a snapshot that is protected everywhere."""
+        self._captured_in = 0
+        """The generation whose members have captured the last one."""
         self._agreed: tuple[int, Plan, Agreed] | None = None
         """The step at whose start all capture the state, the plan by which they share it, and what was agreed."""
 
@@ -48,6 +52,7 @@ class Capturing:
         if memory.settled is not None:
             self.lifecycle.settled(memory.settled)
         due = (step + 1) % self.world.setting.every == 0
+        due = due or (plan.base > 0 and self._captured_in != plan.generation)  # nobody but these members can read it
         if due and not self.lifecycle.free_for_any:
             self.world.seen["no slot was free"] += 1
         save_due = self._saves is not None and self._saves.is_due(step + 1, self.world.now)
@@ -65,13 +70,13 @@ class Capturing:
             protected=protected,
         )
 
-    def lane_done(self, step: int, agreed: Agreed) -> None:
+    def lane_done(self, generation: int, step: int, agreed: Agreed) -> None:
         """About the snapshot of the state after `step`."""
         if agreed.save and self._saves is not None:
             self._saves.saved(step + 1, self.world.now)
         everywhere = Ordinal.unpacked(agreed.protected)
         if everywhere is not None:
-            self.everywhere = everywhere
+            self.everywhere, self.protected_generation = everywhere, generation
             self.lifecycle.protected(everywhere)
 
     def agree(self, plan: Plan, step: int, agreed: Agreed) -> None:
@@ -93,6 +98,7 @@ class Capturing:
 
     def _begin(self, plan: Plan, step: int, *, durable: bool) -> None:
         number, member = self.lifecycle.free[0], self.rank.member
+        self._captured_in = plan.generation
         self.lifecycle.begin(number, Ordinal(plan.branch, step), durable=durable)
         memory = self.world.nodes[self.rank.node].memory
         memory.slots[member, number] = slot = SlotFile(
