@@ -44,6 +44,7 @@ from .core.seat import (
     PlanArrived,
     Reduce,
     Report,
+    Rested,
     Rollback,
     Seat,
     SeatInstruction,
@@ -164,7 +165,9 @@ class Member:
     @property
     def _settled(self) -> bool:
         """Whether no planned change is under way at this boundary."""
-        return self._seat.plan is not None and (not self._seat.forming or bool(self._seat.work))
+        if self._seat.plan is None or self._seat.departed:
+            return False
+        return not self._seat.forming or bool(self._seat.work)
 
     def next(self) -> Compute | Apply | Park:
         with self._changed:
@@ -176,7 +179,15 @@ class Member:
                 self._host.words.moved("waiting", self._seat.step, self.generation)
                 if isinstance(todo, Reduce):
                     self._submit(todo)
+                self._come_to_rest()
                 self._changed.wait(WAKE_S)
+
+    def _come_to_rest(self) -> None:
+        """If the others go on without this rank, and it has done and told all that it had to."""
+        if self._seat.departed and self._seat.at_boundary and not self._seat.at_rest:
+            if self._snapshots is not None:
+                self._snapshots.gate()
+            self._do(self._seat.handle(Rested()))
 
     def leaves(self) -> tuple[int, ...]:
         with self._changed:
@@ -231,6 +242,7 @@ class Member:
     def finished(self) -> bool:
         with self._changed:
             while not self._seat.restoring and not self._settled:
+                self._come_to_rest()
                 self._changed.wait(WAKE_S)
             if self._seat.restoring:
                 return False
@@ -389,13 +401,14 @@ class Member:
         if self._snapshots is None:
             return Wish()
         steps = self._loop.steps if self._loop is not None else None
-        return self._snapshots.wish(Ordinal(plan.branch, step + 1), plan.generation, steps)
+        ordinal = Ordinal(plan.branch, step + 1)
+        return self._snapshots.wish(ordinal, plan.generation, steps, renewed=plan.base > 0)
 
     def agreed_on_snapshots(self, plan: Plan, step: int, low: Sequence[int]) -> Agreed:
         """What the lane says about the same: the minimum over all ranks' wishes."""
         agreed = Agreed.of(low)
         if self._snapshots is not None:
-            self._snapshots.agreed(Ordinal(plan.branch, step + 1), agreed)
+            self._snapshots.agreed(Ordinal(plan.branch, step + 1), agreed, plan.generation)
         return agreed
 
     def require_current(self, generation: int) -> None:

@@ -50,8 +50,7 @@ def choose(membership: Membership, current: Plan, *, least: int, most: int, want
     short = ""
     if not leave and not joiners:
         left = f"{staying} of at least {least} workers would be left" if staying else "no worker would be left"
-        short = f"node {_nodes(leavers)} can't be left yet: {left}"
-        short += "; others are starting" if coming else ", and there is no room for others: add nodes"
+        short = f"not yet: {left}" + ("" if coming else ", and there is no room elsewhere: add nodes")
     return Choice(
         stay=tuple(membership.members[number] for number in current.members if number not in leave),
         leave=tuple(member for member in leavers if member.number in leave),

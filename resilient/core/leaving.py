@@ -36,8 +36,9 @@ class LeavingView(TypedDict):
     state: Literal["leaving", "drained"]
     why: str
     waits_for: str
-    stuck: bool
-    """It can't leave as long as nothing changes: too few workers would be left."""
+    """Empty if it is drained, or stuck."""
+    stuck: str
+    """Why it can't leave as long as nothing changes: too few workers would be left."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,7 +119,7 @@ class Leaving:
 
     def stays(self, stuck: str) -> None:
         if stuck and stuck != self.stuck:
-            self.control.say(stuck)
+            self.control.say(f"who was asked to leave can't, {stuck}")
         self.stuck = stuck
 
     def release(self) -> None:
@@ -159,17 +160,17 @@ class Leaving:
         return {node: self._view(node) for node in sorted(self.why)}
 
     def _view(self, node: str) -> LeavingView:
+        state: Literal["leaving", "drained"] = "drained" if node in self.drained else "leaving"
         ranks = len(self._membership.on_node(node))
-        stuck = bool(ranks and self.stuck)
-        if node in self.drained:
+        stuck = self.stuck if ranks else ""
+        if state == "drained" or stuck:
             waits_for = ""
         elif ranks:
-            waits_for = self.stuck or f"{ranks} {'rank' if ranks == 1 else 'ranks'} to leave it"
+            waits_for = f"{ranks} {'rank' if ranks == 1 else 'ranks'} to leave it"
         elif node in self._letting_go:
             waits_for = "its keeper to finish"
         else:
             waits_for = "a snapshot of the ranks that are left to be protected"
-        state: Literal["leaving", "drained"] = "drained" if node in self.drained else "leaving"
         return LeavingView(state=state, why=self.why[node], waits_for=waits_for, stuck=stuck)
 
 
