@@ -39,7 +39,7 @@ class Notice:
         self._ringer.setblocking(False)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.set_wakeup_fd(self._ringer.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=_as_before)
+        os.register_at_fork(before=_hold, after_in_parent=_let_through, after_in_child=_as_before)
         threading.Thread(target=self._wait, name="notice", daemon=True).start()
 
     def _wait(self) -> None:
@@ -52,7 +52,20 @@ class Notice:
         os._exit(0)
 
 
+_held = threading.local()
+
+
+def _hold() -> None:
+    """A child that is hit before it is a process of its own would ring its parent's bell."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
+
+
 def _as_before() -> None:
     """A child, such as a worker that loads data, ends at SIGTERM, and does not speak for its parent."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_through()

@@ -49,17 +49,15 @@ from .events import (
     Tick,
 )
 from .going_back import GoingBack, Resume
-from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
+from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan
 from .leaving import Leaving
-from .membership import Membership, Starts
+from .membership import Membership
 from .plan import Plan
 from .restoring import Restoring
 from .seat import Rollback
 from .standing import Member
+from .starting import Starting
 from .storage import Storage
-
-STARTS_THAT_MAY_FAIL = 3
-"""Ranks that may die in a row before any has reached its loop, on nodes that live."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,14 +84,14 @@ class Control:
     _unheard: set[int] = field(default_factory=set)
     _since: dict[str, float] = field(default_factory=dict)
     _said: str = ""
-    _starts: Starts = field(default_factory=Starts)
+    _starting: Starting = field(init=False)
     _inherited: int = 0
     """The newest generation that an earlier controller has made."""
 
     def __post_init__(self) -> None:
         detection_s = self.limits.detection_s
         self.restoring = Restoring(ask_again_s=detection_s / 4, answer_limit_s=15 * detection_s)
-        self.leaving = Leaving(control=self)
+        self.leaving, self._starting = Leaving(control=self), Starting(control=self)
         earlier = self.limits.snapshots and self.attempt > 1
         self.going_back = GoingBack(
             control=self,
@@ -126,14 +124,14 @@ class Control:
         self.going_back.changed()
         for member in self.membership.on_node(event.node):
             self._declare_gone(member, f"node {event.node[:8]}: {event.why}", event.silent_s, node_lost=True)
-        self._starts.node_gone(event.node)
+        self._starting.node_gone(event.node)
         self.leaving.node_gone(event.node)
 
     def _rank_ready(self, event: RankReady) -> None:
-        member = self._member(event.member, event.node)
+        member = self.new_member(event.member, event.node)
         if member.gone:
             return
-        self._starts.reached_loop()
+        self._starting.reached_loop()
         first = self.membership.first_ready() or event
         member.ready = event
         self.membership.changed(member)
@@ -195,8 +193,7 @@ class Control:
         member.gone = True
         self.membership.changed(member)
         self._unheard.discard(member.number)
-        if not member.leaving:
-            self._starts.died(member)
+        self._starting.died(member)
         self._out.append(Kill(member=member.number, node=member.node, reason=why))
         if seat is not None:
             self.chronicle.lost(seat, member.node, why, silent_s, self.now, node_lost=node_lost)
@@ -253,10 +250,10 @@ class Control:
     def _resumed(self, event: Resumed) -> None:
         assert self.newest == 0 and not self.membership.members, "resumed twice"
         for number, node in event.spawned:
-            self._member(number, node)
+            self.new_member(number, node)
         self.plans = {plan.generation: plan for plan in event.plans}
         for place in (place for plan in event.plans for place in plan.places):
-            self._member(place.member, place.node)
+            self.new_member(place.member, place.node)
         if event.plans:
             current = event.plans[-1]
             self.newest = self._inherited = current.generation
@@ -305,7 +302,7 @@ class Control:
                 self._since.pop("waiting", None)
                 self.leaving.stays(reason if stuck else "")
         if not self.ended:
-            self._spawn_missing()
+            self._starting.spawn_missing()
             self._out += self.leaving.let_go()
 
     def make(self, plan: Plan) -> None:
@@ -357,32 +354,6 @@ class Control:
             reason = f"left out of generation {self.current.generation}"
             self._out.append(Kill(member=member.number, node=member.node, reason=reason))
 
-    def _spawn_missing(self) -> None:
-        if self.current is not None and recovery.finished(self.membership.tally(self.current)):
-            return
-        if self._starts_fail():
-            return
-        while self.membership.count_staying() < self.limits.max_workers + self.limits.spares:
-            node = self.membership.roomiest()
-            if node is None:
-                return
-            number = self.next_member
-            self._member(number, node)
-            self._starts.started(number)
-            self._out.append(Spawn(member=number, node=node, reason="fewer ranks than wanted"))
-
-    def _starts_fail(self) -> bool:
-        """Whether no more ranks are to be started now, because the last ones have not lived long enough."""
-        failed = len(self._starts.failed)
-        failing = failed >= STARTS_THAT_MAY_FAIL
-        # Time for the verdict that their node has died, which would explain it.
-        if self.for_s("failing starts", failing) > 4 * self.limits.detection_s:
-            self._end(
-                "failed",
-                f"{failed} ranks in a row died before they reached the training loop; the workers' logs say why",
-            )
-        return failing
-
     def _check_end(self) -> bool:
         plan = self.formed or self.current  # of a planned generation that comes too late, joiners never finish
         end = None if plan is None else ending.end_of(self.membership, plan, self.current or plan)
@@ -403,7 +374,7 @@ class Control:
 
     # Small things
 
-    def _member(self, number: int, node: str) -> Member:
+    def new_member(self, number: int, node: str) -> Member:
         self.next_member = max(self.next_member, number + 1)
         return self.membership.new_member(number, node)
 

@@ -12,7 +12,7 @@ from .standing import Member
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """stay: whoever of the members keeps a seat, in order of rank; some of them may have been asked to leave."""
+    """All in order of rank. stay: whoever keeps a seat; some of them may have been asked to leave."""
 
     stay: tuple[Member, ...]
     leave: tuple[Member, ...]
@@ -53,7 +53,7 @@ def choose(membership: Membership, current: Plan, *, least: int, most: int, want
         short = f"not yet: {left}" + ("" if coming else ", and there is no room elsewhere: add nodes")
     return Choice(
         stay=tuple(membership.members[number] for number in current.members if number not in leave),
-        leave=tuple(member for member in leavers if member.number in leave),
+        leave=tuple(membership.members[number] for number in current.members if number in leave),
         join=tuple(joiners),
         waits=coming and len(joiners) < room,
         short=short,

@@ -16,30 +16,6 @@ from .standing import Fact, Member, Tally, standing
 
 
 @dataclass(slots=True, kw_only=True)
-class Starts:
-    """Ranks that died before they reached their loop, since the last one that did.
-
-    Not counted are those whose node has died, and those that an earlier controller started.
-    """
-
-    mine: set[int] = field(default_factory=set)
-    failed: dict[int, str] = field(default_factory=dict)
-
-    def started(self, member: int) -> None:
-        self.mine.add(member)
-
-    def reached_loop(self) -> None:
-        self.failed.clear()
-
-    def died(self, member: Member) -> None:
-        if member.ready is None and member.number in self.mine:
-            self.failed[member.number] = member.node
-
-    def node_gone(self, node: str) -> None:
-        self.failed = {member: on for member, on in self.failed.items() if on != node}
-
-
-@dataclass(slots=True, kw_only=True)
 class Membership:
     nodes: dict[str, int] = field(default_factory=dict)
     """Nodes that are alive, with the number of ranks that fit on each."""
