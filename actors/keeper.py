@@ -24,6 +24,7 @@ import ray
 from .folders import own, process_stat, record_process, recorded_process, still_owned, sweep
 from .lease import Lease
 from .lifeline import Lifeline
+from .notice import LeaveAsked, Notice
 from .priority import raise_priority
 from .remark import Remark
 from .words import read_words
@@ -83,6 +84,7 @@ class Keeper:
         raise_priority()
         self._spec = spec
         self._controller = controller
+        self._notice = Notice(self._ask_to_leave)
         self._watched: dict[int, _Watched] = {}
         self._lock = threading.Lock()
         self._lease = Lease(spec.lease_s)
@@ -145,6 +147,11 @@ class Keeper:
         """The run is over, and has not finished: end its ranks, and keep the snapshots for a while."""
         self._lingering = True
         os.write(self._wake_write, b"l")
+
+    def _ask_to_leave(self, left_s: float) -> None:
+        """The whole node is to."""
+        ask = LeaveAsked(node=self._spec.node, member=0, why="its keeper was sent SIGTERM", left_s=left_s)
+        self._controller.hear.remote((ask,))
 
     def process(self) -> int:
         return os.getpid()

@@ -7,10 +7,12 @@ only the controller; ranks and keepers get new incarnations under new names.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray._private.state import state  # nothing public tells of drains
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -105,6 +107,12 @@ def capacities(resources: dict[str, float]) -> dict[str, int]:
             room = [int(total.get(name, 0.0) // amount) for name, amount in wanted.items()]
             found[node["NodeID"]] = min(room, default=1)
     return found
+
+
+def draining() -> dict[str, float]:
+    """Nodes that the cluster is about to end, and when: seconds of the wall clock, infinite if it has not said."""
+    found: dict[str, int] = state.get_draining_nodes()  # milliseconds, 0 for none
+    return {node: by / 1000 if by > 0 else math.inf for node, by in found.items()}
 
 
 def domains() -> dict[str, str]:

@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 
 from .lease import Lease
 from .lifeline import Lifeline
+from .notice import LeaveAsked, Notice
 from .priority import STARTING, raise_priority
 from .words import Words
 
@@ -90,6 +91,8 @@ class Rank:
     def __init__(self, spec: RankSpec, controller: Any, keeper: Any, make_body: Callable[[Host], Body]) -> None:
         raise_priority(STARTING)
         self._spec = spec
+        self._controller = controller
+        self._notice = Notice(self._ask_to_leave)
         self._lease = Lease(spec.lease_s)
         self._lifeline = Lifeline(f"rank {spec.member} {spec.node}", spec.secret)
         ray.get(keeper.watch.remote(spec.member, os.getpid()))
@@ -109,6 +112,11 @@ class Rank:
 
     def process(self) -> int:
         return os.getpid()
+
+    def _ask_to_leave(self, left_s: float) -> None:
+        why = "its process was sent SIGTERM"
+        ask = LeaveAsked(node=self._spec.node, member=self._spec.member, why=why, left_s=left_s)
+        self._controller.hear.remote((ask,))
 
     def _control(self) -> None:
         while True:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from .cli_checkpoints import checkpoints_group
-from .cli_cluster import chaos, status
+from .cli_cluster import chaos, drain, status
 
 
 @click.group()
@@ -54,6 +54,7 @@ def demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
 
 main.add_command(checkpoints_group)
 main.add_command(status)
+main.add_command(drain)
 main.add_command(chaos)
 
 

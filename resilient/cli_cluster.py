@@ -1,4 +1,4 @@
-"""`resilient status` and `resilient chaos`: what is going on in the running cluster, and how to disturb it."""
+"""`resilient status`, `drain` and `chaos`: what goes on in a cluster, how to leave a node, how to disturb a run."""
 
 from __future__ import annotations
 
@@ -38,6 +38,33 @@ def status(run: str | None, as_json: bool) -> None:
 
         attach()
         describe(answer, runs(run), run)
+
+
+@click.command()
+@click.argument("node")
+@click.option("--run", help="Only this run; without it, all that are going on.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document; progress goes to stderr.")
+def drain(node: str, run: str | None, as_json: bool) -> None:
+    """Have the runs in this cluster leave NODE: an id, the beginning of one, or an IP address.
+
+    Nothing is aborted or computed again. Waits until the node holds nothing of them. Exits with 1 if too few workers
+    would be left and there is no room elsewhere: then the node stays asked to leave, and is left once there is.
+    """
+    with answering(as_json) as answer:
+        import ray
+
+        from .drain import drain as drain_from
+        from .drain import node_named
+        from .status import attach
+
+        attach()
+        name = node_named(node, ray.nodes())
+        found = drain_from(name, run, lambda line: click.echo(line, err=as_json))
+        runs = [{"run": each.run, "attempt": each.attempt, "state": each.state, "why": each.why} for each in found]
+        answer.document.update(node=name, runs=runs)
+        answer.good = bool(found) and all(each.state != "stuck" for each in found)
+        if not found:
+            answer.say("nothing is running" if run is None else f"no run {run!r} is going on")
 
 
 @click.command()

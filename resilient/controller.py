@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,11 +20,12 @@ from actors import launch
 from actors.keeper import KeeperAnswer, Pulse
 from actors.lease import Lease
 from actors.lifeline import Lifelines
+from actors.notice import LeaveAsked
 from actors.priority import raise_priority
 from actors.remark import Remark
 from actors.saving import SaveNews
 
-from .checkpoints import Saved, look
+from .checkpoints import look
 from .core.control import Control
 from .core.detector import Detector, Verdict, Vital
 from .core.events import (
@@ -35,6 +36,7 @@ from .core.events import (
     NodeSeen,
     RankGone,
     Resumed,
+    SnapshotProtected,
     StopAsked,
     Tick,
 )
@@ -44,6 +46,7 @@ from .core.instructions import (
     End,
     Instruction,
     Kill,
+    LetGo,
     LookAtStorage,
     Say,
     SendPlan,
@@ -51,11 +54,12 @@ from .core.instructions import (
     TakeInventory,
 )
 from .core.plan import Plan
-from .core.view import as_values, view
+from .departures import Departures, drain
 from .job import Job
 from .ledger import Ledger
 from .protection import Protection
-from .records import Records, ReturnValue, StepValues
+from .records import ReturnValue, StepValues
+from .told import Told
 from .workers import Workers
 
 TICK_S = 0.05
@@ -64,7 +68,6 @@ RENEW_EVERY_S = 1.0
 OUTCOME_KEPT_S = 60.0
 FINISH_LIMIT_S = 1800.0
 """How long the end of a run waits for its last checkpoint, on storage that may have stalled."""
-RECENT_MESSAGES = 10
 DRIVER_GONE = "the driver has gone"
 ANSWER_LIMIT_DETECTIONS = 5
 """How long keepers may take to check what they hold, or to decode, before the others' answers must do."""
@@ -90,6 +93,7 @@ class _LifelineLost:
 class _Nodes:
     capacities: dict[str, int]
     gone: set[str]
+    draining: dict[str, float]
 
 
 class Controller:
@@ -106,11 +110,7 @@ class Controller:
             resume=settings.checkpoint.resume if settings.checkpoint else "auto",
         )
         self._detector = Detector(detection_s=settings.detection_s)
-        self._records = Records()
-        self._values: dict[int, bytes] = {}
-        self._messages: list[str] = []
-        self._snapshots: dict[str, Any] = {}
-        """What rank 0 has told last of its snapshots."""
+        self._told = Told(job=job, control=self._control)
         self._outcome: End | None = None
         self._ended_at = 0.0
         self._lock = threading.Lock()
@@ -120,12 +120,15 @@ class Controller:
         self._me = ray.get_runtime_context().current_actor
         self._ledger = Ledger(job)
         self._workers = Workers(job, self._me)
-        self._saved = Saved()
         self._finishing: End | None = None
         """What the run ends with, once its last checkpoint is durable."""
         self._finishing_since = 0.0
         self._still_saving: dict[str, int] = {}
         """Nodes that have not said that they are done, with the keepers' incarnations that were asked."""
+        saves = settings.checkpoint is not None
+        self._departures = Departures(
+            self._ledger, self._workers, saves=saves, put=self._events.put, forget=self._forget_keeper
+        )
         self._protection = Protection(settings.snapshot.parity if settings.snapshot else 0)
         self._answer_limit_s = ANSWER_LIMIT_DETECTIONS * settings.detection_s
         self._lifelines = Lifelines(ray.util.get_node_ip_address(), job.secret, self._lifeline_lost)
@@ -163,44 +166,16 @@ class Controller:
         id of the controller it last heard, with the numbers of recoveries and of rewinds it has from it."""
         self._driver.renew()
         with self._lock:
-            return self._news(fetched, *(known[1:] if known[0] == os.getpid() else (0, 0)))
-
-    def _news(self, fetched: int, known: int, rewound: int) -> dict[str, Any]:
-        back_to = min(self._records.rewinds[rewound:], default=None)
-        if back_to is not None:
-            fetched = min(fetched, back_to - 1)
-        chronicle = self._control.chronicle
-        current = self._control.current
-        return {
-            "rows": self._records.after(fetched, all_of_them=self._outcome is not None),
-            "step": self._records.newest + 1,
-            "generation": current.generation if current else 0,
-            "ranks": self._control.formed.size if self._control.formed else 0,
-            "recoveries": [as_values(item) for item in chronicle.recoveries[known:]],
-            "back_to": back_to,
-            "snapshots": dict(self._snapshots),
-            "checkpoints": self._saved.summary() if self._job.settings.checkpoint else {},
-            "known": (os.getpid(), len(chronicle.recoveries), len(self._records.rewinds)),
-            "messages": list(self._messages),
-            "outcome": None if self._outcome is None else asdict(self._outcome),
-            "value": self._return_value() if self._outcome is not None else None,
-        }
+            return self._told.news(self._outcome, fetched, *(known[1:] if known[0] == os.getpid() else (0, 0)))
 
     def look(self) -> dict[str, Any]:
-        """All that is known, without a say in anything: neither a lease nor a row is taken."""
+        """All that is known, without a say in anything."""
         with self._lock:
-            settings = self._job.settings
-            return {
-                "run": settings.name,
-                "attempt": self._job.attempt,
-                "step": self._records.newest + 1,
-                **view(self._control, self._detector),
-                "snapshots": dict(self._snapshots),
-                "checkpoints": self._saved.summary() if settings.checkpoint else {},
-                "messages": self._messages[-RECENT_MESSAGES:],
-                "outcome": None if self._outcome is None else asdict(self._outcome),
-                "memory": settings.snapshot.directory if settings.snapshot else launch.MEMORY,
-            }
+            return self._told.look(self._outcome, self._detector)
+
+    def drain(self, node: str) -> None:
+        """The ranks on this node leave it, and then its keeper. Shown by `look`."""
+        self._events.put(drain(node))
 
     def stop(self, why: str) -> None:
         self._events.put(StopAsked(why=why))
@@ -216,21 +191,8 @@ class Controller:
         return os.getpid()
 
     def processes(self) -> dict[str, Any]:
-        """Live processes by rank, for tests and chaos: member, node and Ray actor of each."""
         with self._lock:
-            return self._processes()
-
-    def _processes(self) -> dict[str, Any]:
-        current = self._control.current
-        members = current.members if current else ()
-        alive = {member.number: member.node for member in self._control.membership.alive()}
-        return {
-            "generation": current.generation if current else 0,
-            "formed": self._control.formed.generation if self._control.formed else 0,
-            "step": self._records.newest + 1,
-            "ranks": [(number, alive[number]) for number in members if number in alive],
-            "others": sorted(set(alive) - set(members)),
-        }
+            return self._told.processes()
 
     # The loop
 
@@ -252,16 +214,15 @@ class Controller:
     def _take_in(self, fact: Any) -> None:
         now = time.monotonic()
         match fact:
-            case StepValues():
-                self._records.add(fact)
-                self._snapshots.update(fact.snapshots)
-            case Remark(text=text):
-                self._say(text)
-            case ReturnValue(member=member, value=value):
-                self._values[member] = value
+            case StepValues() | Remark() | ReturnValue():
+                self._told.take(fact)
+                if (generation := self._told.protected_generation) > self._control.leaving.protected:
+                    self._handle(SnapshotProtected(generation=generation))
+            case LeaveAsked():
+                self._handle(self._departures.asked(fact))
             case _Beat(node=node, incarnation=incarnation, pulses=pulses, vault=vault, saved=saved):
-                for text in self._saved.heard(node, incarnation, saved) if saved is not None else ():
-                    self._say(text)
+                for text in self._told.saved.heard(node, incarnation, saved) if saved is not None else ():
+                    self._told.say(text)
                 if self._workers.is_present(node, incarnation):
                     self._protection.heard(node, vault, self._workers.keepers)
                     self._beaten(node, pulses, now)
@@ -269,17 +230,20 @@ class Controller:
                 self._answered(fact)
             case _LifelineLost(name=name):
                 self._lost(name, now)
-            case _Nodes(capacities=capacities, gone=gone):
-                self._nodes(capacities, gone)
+            case _Nodes():
+                for event in self._departures.noticed(fact.draining):
+                    self._handle(event)
+                self._nodes(fact.capacities, fact.gone)
             case _:
                 self._handle(fact)
 
     def _answered(self, answer: KeeperAnswer) -> None:
         if answer.phase == "saved":
             self._still_saving.pop(answer.node, None)
+            self._departures.saved(answer.node)
             return
         if answer.error:
-            self._say(f"keeper of node {answer.node[:8]}: {answer.error}")
+            self._told.say(f"keeper of node {answer.node[:8]}: {answer.error}")
         self._protection.answered(answer)
 
     def _look_around(self, now: float) -> None:
@@ -338,9 +302,14 @@ class Controller:
 
     def _replace_keeper(self, node: str, now: float) -> None:
         self._workers.forget_keeper(node)
-        self._say(f"the keeper of node {node[:8]} has ended while its ranks live; another takes its place")
+        self._told.say(f"the keeper of node {node[:8]} has ended while its ranks live; another takes its place")
         self._detector.excuse(node, now + self._job.settings.lease_s)
         self._workers.start_keeper(node)
+        self._departures.replaced(node)
+
+    def _forget_keeper(self, node: str) -> None:
+        self._detector.forget_node(node)
+        self._protection.forget(node)
 
     def _lifeline_lost(self, name: str) -> None:
         self._events.put(_LifelineLost(name))
@@ -352,10 +321,12 @@ class Controller:
             case Spawn(member=member, node=node):
                 if not self._workers.spawn(member, node):
                     self._end(End(outcome="superseded", reason=f"member {member} was started by another controller"))
-            case Kill(member=member, node=node, reason=reason):
-                self._say(f"member {member} on node {node[:8]} is gone: {reason}")
+            case Kill(member=member, node=node, reason=reason, released=released):
+                self._told.say(f"member {member} on node {node[:8]} {'has left' if released else 'is gone'}: {reason}")
                 self._detector.forget_rank(member)
                 self._workers.kill(member, node)
+            case LetGo(node=node):
+                self._departures.let_go(node)
             case CreateGeneration(plan=plan):
                 self._create(plan)
             case TakeInventory() | DecodeImages():
@@ -367,19 +338,19 @@ class Controller:
                 if member in self._workers.ranks:
                     self._workers.ranks[member].deliver.remote(plan)
             case Say(text=text):
-                self._say(text)
+                self._told.say(text)
             case End():
                 self._end(instruction)
 
     def _create(self, plan: Plan) -> None:
         created = self._ledger.create(plan)
-        self._say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")
+        self._told.say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")
         if not created:
             self._handle(GenerationTaken(generation=plan.generation))
             return
         if plan.restore is not None:
             of_earlier_attempt = plan.restore.key.attempt != self._job.attempt
-            self._records.rewind(plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
+            self._told.records.rewind(plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
         self._protect(plan)
         self._handle(GenerationCreated(generation=plan.generation))
 
@@ -393,7 +364,7 @@ class Controller:
             asked, ended = instruction.asked, instruction.ended
             self._protection.take_inventory(asked, ended, keepers, self._nodes_alive, now + limit_s)
         else:
-            self._say(f"going back to {instruction.elected.reason}")
+            self._told.say(f"going back to {instruction.elected.reason}")
             self._protection.rebuild(instruction.asked, instruction.elected, keepers, now, limit_s)
 
     def _end(self, end: End) -> None:
@@ -413,7 +384,7 @@ class Controller:
                 self._workers.keepers[node].finish_saving.remote()
         late = time.monotonic() - self._finishing_since > FINISH_LIMIT_S
         if late:
-            self._say(f"the last checkpoint is given up: not written within {FINISH_LIMIT_S:.0f} s")
+            self._told.say(f"the last checkpoint is given up: not written within {FINISH_LIMIT_S:.0f} s")
         if late or not self._still_saving or self._driver.expired():
             self._conclude(self._finishing)
 
@@ -444,11 +415,6 @@ class Controller:
             return False
         return outcome.outcome == "failed" or (outcome.outcome == "stopped" and outcome.reason == DRIVER_GONE)
 
-    def _say(self, text: str) -> None:
-        log.info(text)
-        self._messages.append(f"{time.strftime('%H:%M:%S')} {text}")
-        del self._messages[:-200]
-
     # Nodes, leases, restart
 
     def _scan(self) -> None:
@@ -457,14 +423,15 @@ class Controller:
         while self._outcome is None:
             try:
                 now = launch.capacities(dict(self._job.settings.resources))
-                self._events.put(_Nodes(now, known - set(now)))
+                self._events.put(_Nodes(now, known - set(now), launch.draining()))
                 known = set(now)
             except Exception:  # the cluster's head may be away for a while; asked again
                 log.warning("could not list the cluster's nodes", exc_info=True)
             time.sleep(SCAN_EVERY_S)
 
     def _nodes(self, capacities: dict[str, int], gone: set[str]) -> None:
-        self._nodes_alive = {node for node, capacity in capacities.items() if capacity > 0}
+        drained = self._control.leaving.drained
+        self._nodes_alive = {node for node, capacity in capacities.items() if capacity > 0 and node not in drained}
         for node in sorted(gone):
             self._judge(Verdict(what="node", node=node, why="the cluster lists it as dead", silent_s=0.0))
             self._detector.forget_node(node)
@@ -472,6 +439,8 @@ class Controller:
             if capacity == 0 and node not in self._workers.keepers:
                 continue
             if node not in self._workers.keepers:
+                if node in self._control.membership.leaving:
+                    continue
                 self._workers.start_keeper(node)
             news = self._control.membership.nodes.get(node) != capacity
             if news and node in self._detector.nodes:
@@ -483,7 +452,7 @@ class Controller:
         if self._driver.expired():
             self._handle(StopAsked(why=DRIVER_GONE))
             return
-        self._workers.renew(self._lifelines.address, self._records.fetched)
+        self._workers.renew(self._lifelines.address, self._told.records.fetched)
         self._protection.tell(self._workers.keepers)
 
     def _resume(self) -> None:
@@ -494,15 +463,12 @@ class Controller:
             return
         plans, spawned = self._ledger.plans(), self._workers.find()
         self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items()))))
+        for event in self._departures.on_record():
+            self._events.put(event)
         if plans:
             self._protect(plans[-1])
         for node in sorted({*spawned.values(), *self._workers.keepers}):
             self._detector.expect(node, time.monotonic())
         for member in sorted(set(spawned) - set(self._workers.ranks)):
             self._events.put(RankGone(member=member, why="it was gone when the controller came back"))
-        self._say("the controller was restarted and has taken up where it was")
-
-    def _return_value(self) -> bytes | None:
-        current = self._control.current
-        members = current.members if current else ()
-        return next((self._values[member] for member in members if member in self._values), None)
+        self._told.say("the controller was restarted and has taken up where it was")

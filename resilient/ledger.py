@@ -1,4 +1,4 @@
-"""What an attempt has on record in the cluster's keys: generations, ranks started, the run's lines of steps.
+"""What an attempt has on record in the cluster's keys: generations, ranks started, who is to leave, lines of steps.
 
 A key is created once and never overwritten, so that of two controllers only one can rule. The lines of
 steps alone outlive the attempt: the next one goes on with them.
@@ -6,7 +6,11 @@ steps alone outlive the attempt: the next one goes on with them.
 
 from __future__ import annotations
 
+import json
+import math
+
 from actors import launch
+from actors.notice import LeaveAsked
 from snapshot.core.branches import Lineage
 
 from .core.plan import Plan
@@ -34,6 +38,22 @@ class Ledger:
         """All generations on record, ascending."""
         found = [launch.read_key(key) for key in launch.list_keys(f"{self._prefix}generation/")]
         return tuple(Plan.from_json(text.decode()) for text in found if text is not None)
+
+    def leaves(self, ask: LeaveAsked, by: float) -> None:
+        """by: when its grace is over, in seconds of the wall clock. What is on record already stays."""
+        who = f"rank/{ask.member}" if ask.member else f"node/{ask.node}"
+        record = {"node": ask.node, "member": ask.member, "why": ask.why, "by": None if math.isinf(by) else by}
+        launch.create_key(f"{self._prefix}leaving/{who}", json.dumps(record).encode())
+
+    def leaving(self, now: float) -> list[LeaveAsked]:
+        """All that was asked for, with what is left of the time at `now`."""
+        found = [launch.read_key(key) for key in launch.list_keys(f"{self._prefix}leaving/")]
+        records = [json.loads(text) for text in found if text is not None]
+        return [
+            LeaveAsked(**record, left_s=math.inf if by is None else max(0.0, by - now))
+            for record in records
+            for by in (record.pop("by"),)
+        ]
 
     def lineage(self) -> Lineage | None:
         """The lines of steps of earlier attempts, if there is more than one."""

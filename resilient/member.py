@@ -47,6 +47,7 @@ from .core.seat import (
     PlanArrived,
     Reduce,
     Report,
+    Rested,
     Rollback,
     Seat,
     SeatInstruction,
@@ -176,7 +177,15 @@ class Member:
                 self._host.words.moved("waiting", self._seat.step, self.generation)
                 if isinstance(todo, Reduce):
                     self._submit(todo)
+                self._come_to_rest()
                 self._changed.wait(WAKE_S)
+
+    def _come_to_rest(self) -> None:
+        """If the others go on without this rank, and it has done and told all that it had to."""
+        if self._seat.departed and self._seat.at_boundary and not self._seat.at_rest:
+            if self._snapshots is not None:
+                self._snapshots.gate()
+            self._do(self._seat.handle(Rested()))
 
     def leaves(self) -> tuple[int, ...]:
         with self._changed:
@@ -245,6 +254,7 @@ class Member:
     def finished(self) -> bool:
         with self._changed:
             while not self._seat.restoring and not self._seat.settled:
+                self._come_to_rest()
                 self._changed.wait(WAKE_S)
             if self._seat.restoring:
                 return False
@@ -416,13 +426,14 @@ class Member:
         if self._snapshots is None:
             return Wish()
         steps = self._loop.steps if self._loop is not None else None
-        return self._snapshots.wish(Ordinal(plan.branch, step + 1), plan.generation, steps)
+        ordinal = Ordinal(plan.branch, step + 1)
+        return self._snapshots.wish(ordinal, plan.generation, steps, renewed=plan.base > 0)
 
     def agreed_on_snapshots(self, plan: Plan, step: int, low: Sequence[int]) -> Agreed:
         """What the lane says about the same: the minimum over all ranks' wishes."""
         agreed = Agreed.of(low)
         if self._snapshots is not None:
-            self._snapshots.agreed(Ordinal(plan.branch, step + 1), agreed)
+            self._snapshots.agreed(Ordinal(plan.branch, step + 1), agreed, plan.generation)
         return agreed
 
     def verified(self, plan: Plan) -> int:

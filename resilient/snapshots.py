@@ -62,6 +62,8 @@ class Tally:
     """Step of the newest snapshot protected everywhere."""
     verified: int = -1
     """Newest step at whose start all ranks were seen to hold the same state."""
+    protected_generation: int = 0
+    """The generation whose members captured it."""
 
 
 @dataclass(slots=True)
@@ -130,6 +132,8 @@ class Snapshots:
         self._targets: dict[Slot, Targets] = {}
         self._copy: _Copy | None = None
         self._last: Ordinal | None = None
+        self._captured_in = 0
+        """The generation whose members captured it."""
         self._everywhere = -1
         """Packed ordinal of the newest snapshot protected everywhere, for the keeper."""
         self._agreed_interval = cadence.interval
@@ -140,8 +144,12 @@ class Snapshots:
 
     # The lane: by the generation's thread, while the training thread waits for it
 
-    def wish(self, ordinal: Ordinal, generation: int, last_step: int | None = None) -> Wish:
-        """For the state at the start of this step, to the members of this generation; the run ends at `last_step`."""
+    def wish(self, ordinal: Ordinal, generation: int, last_step: int | None = None, *, renewed: bool = False) -> Wish:
+        """For the state at the start of this step, to the members of this generation; the run ends at `last_step`.
+
+        renewed: these are not the members of the run's beginning. Then their first snapshot is due at once: the former
+        ones hang on keepers that have gone, or wait to go.
+        """
         last = self._last.step if self._last is not None and self._last.branch == ordinal.branch else None
         due = self._cadence.is_due(ordinal.step, last, self._agreed_interval)
         here = read_standing(self._folder, generation)
@@ -159,7 +167,7 @@ class Snapshots:
         if save_due and not save_room and started:
             self.tally.saves_postponed += 1
         return Wish(
-            due=due,
+            due=due or (renewed and self._captured_in != generation),
             room=room,
             save_due=save_due,
             save_room=save_room,
@@ -190,8 +198,8 @@ class Snapshots:
         self._saves.last_step = last_step
         return self._saves.is_due(step, time.monotonic())
 
-    def agreed(self, ordinal: Ordinal, agreed: Agreed) -> None:
-        """What came out of the lane, about the state at the start of this step."""
+    def agreed(self, ordinal: Ordinal, agreed: Agreed, generation: int = 0) -> None:
+        """What came out of this generation's lane, about the state at the start of this step."""
         if agreed.differs:
             return
         if agreed.verified:
@@ -203,7 +211,7 @@ class Snapshots:
         self._everywhere = max(self._everywhere, agreed.protected)
         everywhere = Ordinal.unpacked(agreed.protected)
         if everywhere is not None:
-            self.tally.protected = everywhere.step
+            self.tally.protected, self.tally.protected_generation = everywhere.step, generation
             with self._lock:
                 self._lifecycle.protected(everywhere)
 
@@ -284,7 +292,7 @@ class Snapshots:
                 self._lifecycle.begin(free[0], ordinal, durable=durable)
         if free is not None:
             self._begin(ordinal, free[1], head, table)
-            self._last = ordinal
+            self._last, self._captured_in = ordinal, seating.generation
         elif wanted:
             self.tally.skipped += 1  # the state has grown; no other rank can complete this snapshot either
         self._make_room()

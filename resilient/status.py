@@ -80,6 +80,8 @@ def _describe(answer: Answer, view: RunView) -> None:
         answer.say(f"recovering: {view['recovering']['kind']} {view['recovering']['reason']}".rstrip())
     answer.say(f"snapshots: {_snapshots(view['snapshots'])}")
     answer.say(f"checkpoints: {_checkpoints(view['checkpoints'])}")
+    for node, leaving in view["leaving"].items():
+        answer.say(f"node {node[:8]}: {in_words(leaving)}")
     if view["ranks"] or view["others"]:
         answer.say("")
         processes = [(seat["rank"], seat) for seat in view["ranks"]] + [("-", other) for other in view["others"]]
@@ -97,6 +99,14 @@ def _describe(answer: Answer, view: RunView) -> None:
         answer.say("")
         for message in view["messages"]:
             answer.say(message)
+
+
+def in_words(leaving: dict[str, Any]) -> str:
+    """Of a node that was asked to leave."""
+    if leaving["state"] == "drained":
+        return "drained: nothing of the run is on it"
+    waits = leaving["stuck"] or f"waits for {leaving['waits_for']}"
+    return f"is to leave ({leaving['why']}): {waits}"
 
 
 def _source(recovery: dict[str, Any]) -> str:

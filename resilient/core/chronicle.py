@@ -11,7 +11,9 @@ from typing import Literal
 
 from .plan import Plan, Restore
 
-RecoveryKind = Literal["rank lost", "node lost", "link broken", "joined", "dealt anew", "resumed", "rolled back"]
+RecoveryKind = Literal[
+    "rank lost", "node lost", "link broken", "joined", "drained", "dealt anew", "resumed", "rolled back"
+]
 Source = Literal["live ranks", "memory", "parity", "storage"]
 
 
@@ -59,6 +61,9 @@ class Chronicle:
     _complete: int = -1
     _newest: int = -1
     """Newest step ever known to be committed."""
+    _newest_at: float = 0.0
+    step_s: float = 0.0
+    """What the last steps took, as far as is known."""
 
     def lost(self, rank: int, node: str, why: str, silent_s: float, now: float, *, node_lost: bool) -> None:
         kind: RecoveryKind = "node lost" if node_lost else "rank lost"
@@ -69,11 +74,12 @@ class Chronicle:
         self.open.lost.append({"rank": rank, "node": node, "why": why})
         self.open.detect_s = max(self.open.detect_s, silent_s)
 
-    def created(self, plan: Plan, now: float) -> None:
+    def created(self, plan: Plan, now: float, *, drained: bool = False) -> None:
+        """drained: members of its base are not in it, as they were asked to leave."""
         if plan.kind == "initial":
             return
         if self.open is None:
-            self.open = Recovery(kind=_kind_of(plan), began_at=now)
+            self.open = Recovery(kind="drained" if drained else _kind_of(plan), began_at=now)
         if plan.restore is not None:
             self._going_back(self.open, plan.restore)
         self.open.generation, self.open.reason, self.open.ranks = plan.generation, plan.reason, plan.size
@@ -93,7 +99,10 @@ class Chronicle:
 
     def committed(self, generation: int, complete: int, now: float) -> None:
         """A rank of this generation has the complete result of step `complete`."""
-        self._newest = max(self._newest, complete)
+        if complete > self._newest:
+            if self._newest >= 0:
+                self.step_s = (now - self._newest_at) / (complete - self._newest)
+            self._newest, self._newest_at = complete, now
         if self.open is None or self.open.generation != generation or self._formed_at < 0:
             return
         if complete > self._complete:

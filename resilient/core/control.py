@@ -32,31 +32,34 @@ from .events import (
     GenerationTaken,
     ImagesDecoded,
     InventoryTaken,
+    NodeDrained,
     NodeGone,
+    NodeLeaving,
     NodeSeen,
     RankCrashed,
     RankFailed,
     RankGone,
+    RankLeaving,
     RankReady,
     RankReported,
     RankReturned,
     Resumed,
+    SnapshotProtected,
     StopAsked,
     StorageSeen,
     Tick,
 )
 from .failures import Crash, Failures
 from .going_back import GoingBack, Resume
-from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
-from .membership import Membership, Starts
+from .instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan
+from .leaving import Leaving
+from .membership import Membership
 from .plan import Plan
 from .restoring import Restoring
 from .seat import Rollback
 from .standing import Member
+from .starting import Starting
 from .storage import Storage
-
-STARTS_THAT_MAY_FAIL = 3
-"""Ranks that may die in a row before any has reached its loop, on nodes that live."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,13 +80,14 @@ class Control:
     failures: Failures = field(init=False)
     restoring: Restoring = field(init=False)
     going_back: GoingBack = field(init=False)
+    leaving: Leaving = field(init=False)
     ended: bool = False
     now: float = 0.0
     _out: list[Instruction] = field(default_factory=list)
     _unheard: set[int] = field(default_factory=set)
     _since: dict[str, float] = field(default_factory=dict)
     _said: str = ""
-    _starts: Starts = field(default_factory=Starts)
+    _starting: Starting = field(init=False)
     _inherited: int = 0
     """The newest generation that an earlier controller has made."""
 
@@ -91,6 +95,7 @@ class Control:
         detection_s = self.limits.detection_s
         self.failures = Failures(per_hour=self.limits.max_failures)
         self.restoring = Restoring(ask_again_s=detection_s / 4, answer_limit_s=15 * detection_s)
+        self.leaving, self._starting = Leaving(control=self), Starting(control=self)
         earlier = self.limits.snapshots and self.attempt > 1
         self.going_back = GoingBack(
             control=self,
@@ -116,6 +121,7 @@ class Control:
         if event.node not in self.membership.nodes:
             self.going_back.changed()
         self.membership.node_seen(event.node, event.capacity)
+        self.leaving.node_seen(event.node)
 
     def _node_gone(self, event: NodeGone) -> None:
         self.membership.node_gone(event.node)
@@ -123,13 +129,14 @@ class Control:
         self._count_failure(self.membership.on_node(event.node), f"node {event.node[:8]}: {event.why}")
         for member in self.membership.on_node(event.node):
             self._declare_gone(member, f"node {event.node[:8]}: {event.why}", event.silent_s, node_lost=True)
-        self._starts.node_gone(event.node)
+        self._starting.node_gone(event.node)
+        self.leaving.node_gone(event.node)
 
     def _rank_ready(self, event: RankReady) -> None:
-        member = self._member(event.member, event.node)
+        member = self.new_member(event.member, event.node)
         if member.gone:
             return
-        self._starts.reached_loop()
+        self._starting.reached_loop()
         first = self.membership.first_ready() or event
         member.ready = event
         self.membership.changed(member)
@@ -188,8 +195,8 @@ class Control:
             self._declare_gone(member, event.why, event.silent_s, node_lost=False)
 
     def _count_failure(self, lost: list[Member], why: str) -> None:
-        """What had died before this controller came, it has not heard of, and does not count."""
-        if all(member.number in self._unheard for member in lost):
+        """Not what had died before this controller came, of which it has not heard; nor what was leaving anyway."""
+        if all(member.number in self._unheard or member.leaving for member in lost):
             return
         if (reason := self.failures.lost(self.now)) is not None:
             self._end("failed", f"{reason}; the last one: {why}")
@@ -206,14 +213,22 @@ class Control:
         self._rank_gone(RankGone(member=event.member, why=f"machine error in step {event.step}: {error}"))
 
     def _declare_gone(self, member: Member, why: str, silent_s: float, *, node_lost: bool) -> None:
+        seat = self._seat_of(member)
         member.gone = True
         self.membership.changed(member)
         self._unheard.discard(member.number)
-        self._starts.died(member)
+        self._starting.died(member)
         self._out.append(Kill(member=member.number, node=member.node, reason=why))
-        if self.current is not None and member.number in self.current.ranks:
-            rank = self.current.rank_of(member.number)
-            self.chronicle.lost(rank, member.node, why, silent_s, self.now, node_lost=node_lost)
+        if seat is not None:
+            self.chronicle.lost(seat, member.node, why, silent_s, self.now, node_lost=node_lost)
+
+    def _seat_of(self, member: Member) -> int | None:
+        """The rank of a member that is still needed."""
+        if self.current is None or member.number in self.current.ranks:
+            return None if self.current is None else self.current.ranks[member.number]
+        if self.formed is None or not recovery.needs_base(self.membership, self.formed, self.current):
+            return None
+        return self.formed.ranks.get(member.number)
 
     def _rank_failed(self, event: RankFailed) -> None:
         member = self.membership.members.get(event.member)
@@ -241,9 +256,16 @@ class Control:
         self._rule(formed=self.formed, current=created)
         self.restoring.lineage = Lineage(branches=created.branches)
         self._since.pop("broken", None)
-        self.chronicle.created(created, self.now)
-        for number in created.members:
+        left_out = self._left_out()
+        self.chronicle.created(created, self.now, drained=bool(left_out))
+        for number in (*created.members, *sorted(left_out)):
             self._send(self.membership.members[number])
+
+    def _left_out(self) -> set[int]:
+        """Members of the last formed generation whom a planned one goes on without: it is reached only with them."""
+        if self.formed is None or self.current is None or self.current.kind != "planned":
+            return set()
+        return self.formed.ranks.keys() - self.current.ranks.keys()
 
     def _generation_taken(self, event: GenerationTaken) -> None:
         if self.creating is not None and event.generation == self.creating.generation:
@@ -252,10 +274,10 @@ class Control:
     def _resumed(self, event: Resumed) -> None:
         assert self.newest == 0 and not self.membership.members, "resumed twice"
         for number, node in event.spawned:
-            self._member(number, node)
+            self.new_member(number, node)
         self.plans = {plan.generation: plan for plan in event.plans}
         for place in (place for plan in event.plans for place in plan.places):
-            self._member(place.member, place.node)
+            self.new_member(place.member, place.node)
         if event.plans:
             current = event.plans[-1]
             self.newest = self._inherited = current.generation
@@ -280,6 +302,7 @@ class Control:
         if self.creating is not None or self._unheard:
             return
         self._kill_orphans()
+        self.leaving.release()
         if self._check_end():
             return
         rollback = self._rollback_wanted()
@@ -293,7 +316,7 @@ class Control:
         if rollback is not None:
             self.going_back.roll_back(rollback, situation)
             if not self.ended:
-                self._spawn_missing()
+                self._starting.spawn_missing()
             return
         decision = recovery.decide(situation)
         lost_for_s = self.for_s("lost", isinstance(decision, recovery.Lost))
@@ -306,10 +329,12 @@ class Control:
                 self.wait_for_nodes(reason)
             case recovery.Lost(reason=reason):
                 self.going_back.after_loss(reason, situation, lost_for_s)
-            case recovery.Stay():
+            case recovery.Stay(reason=reason, stuck=stuck):
                 self._since.pop("waiting", None)
+                self.leaving.stays(reason if stuck else "")
         if not self.ended:
-            self._spawn_missing()
+            self._starting.spawn_missing()
+            self._out += self.leaving.let_go()
 
     def make(self, plan: Plan) -> None:
         self.creating, self.newest = plan, plan.generation
@@ -345,7 +370,7 @@ class Control:
         self.restoring.decoded(event)
 
     def _situation(self) -> recovery.Situation:
-        broken = self.current is not None and recovery.broken(self.membership, self.current)
+        broken = self.current is not None and recovery.broken(self.membership, self.formed, self.current)
         enough = self.membership.everybody.count("ready") >= self.limits.min_workers
         return recovery.Situation(
             limits=self.limits,
@@ -356,6 +381,7 @@ class Control:
             inherited=self.newest == self._inherited,
             broken_for_s=self.for_s("broken", broken),
             waited_s=self.for_s("enough", enough),
+            may_wait_s=self.leaving.may_wait_s(self.current),
         )
 
     def _kill_orphans(self) -> None:
@@ -367,32 +393,6 @@ class Control:
             self.membership.changed(member)
             reason = f"left out of generation {self.current.generation}"
             self._out.append(Kill(member=member.number, node=member.node, reason=reason))
-
-    def _spawn_missing(self) -> None:
-        if self.current is not None and recovery.finished(self.membership.tally(self.current)):
-            return
-        if self._starts_fail():
-            return
-        while self.membership.count_alive() < self.limits.max_workers + self.limits.spares:
-            node = self.membership.roomiest()
-            if node is None:
-                return
-            number = self.next_member
-            self._member(number, node)
-            self._starts.started(number)
-            self._out.append(Spawn(member=number, node=node, reason="fewer ranks than wanted"))
-
-    def _starts_fail(self) -> bool:
-        """Whether no more ranks are to be started now, because the last ones have not lived long enough."""
-        failed = len(self._starts.failed)
-        failing = failed >= STARTS_THAT_MAY_FAIL
-        # Time for the verdict that their node has died, which would explain it.
-        if self.for_s("failing starts", failing) > 4 * self.limits.detection_s:
-            self._end(
-                "failed",
-                f"{failed} ranks in a row died before they reached the training loop; the workers' logs say why",
-            )
-        return failing
 
     def _check_end(self) -> bool:
         plan = self.formed or self.current  # of a planned generation that comes too late, joiners never finish
@@ -414,12 +414,9 @@ class Control:
 
     # Small things
 
-    def _member(self, number: int, node: str) -> Member:
+    def new_member(self, number: int, node: str) -> Member:
         self.next_member = max(self.next_member, number + 1)
-        if number not in self.membership.members:
-            self.membership.members[number] = Member(number=number, node=node)
-            self.membership.changed(self.membership.members[number])
-        return self.membership.members[number]
+        return self.membership.new_member(number, node)
 
     def _send(self, member: Member) -> None:
         assert self.current is not None
@@ -428,7 +425,9 @@ class Control:
             self._out.append(SendPlan(member=member.number, plan=self.current))
 
     def _send_again(self, member: Member) -> None:
-        if self.current is None or member.report is None or member.number not in self.current.ranks:
+        if self.current is None or member.report is None:
+            return
+        if member.number not in self.current.ranks and member.number not in self._left_out():
             return
         behind = member.report.generation < self.current.generation
         if behind and self.now - member.plan_sent_at >= self.limits.resend_s:
@@ -467,6 +466,10 @@ _TABLE: dict[type, Callable[[Control, Any], None]] = {
     NodeGone: Control._node_gone,
     RankReady: Control._rank_ready,
     RankReported: Control._rank_reported,
+    NodeLeaving: lambda control, event: control.leaving.node_leaves(event),
+    RankLeaving: lambda control, event: control.leaving.rank_leaves(event),
+    SnapshotProtected: lambda control, event: control.leaving.snapshot_protected(event),
+    NodeDrained: lambda control, event: control.leaving.node_drained(event),
     RankGone: Control._rank_gone,
     RankCrashed: Control._rank_crashed,
     RankFailed: Control._rank_failed,

@@ -28,6 +28,39 @@ class NodeGone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLeaving:
+    """This node is to be let go: it was asked for, or the cluster says so. Repeated as long as it does."""
+
+    node: str
+    why: str
+    left_s: float = float("inf")
+    """How long it still lives, as far as is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLeaving:
+    """This rank is to leave; its node may get another one."""
+
+    member: int
+    why: str
+    left_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotProtected:
+    """A snapshot that the members of this generation captured is protected on all their nodes."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeDrained:
+    """What LetGo asked for is done: nothing of the run is on this node."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankReady:
     """A rank has reached its training loop and waits to be seated (or repeats that it had)."""
 
@@ -150,6 +183,10 @@ class Tick:
 Event = (
     NodeSeen
     | NodeGone
+    | NodeLeaving
+    | RankLeaving
+    | SnapshotProtected
+    | NodeDrained
     | RankReady
     | RankReported
     | RankGone

@@ -26,6 +26,16 @@ class Kill:
     member: int
     node: str
     reason: str
+    released: bool = False
+    """It was asked to leave, and nobody needs it any more: no fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetGo:
+    """End the keeper of a node on which no rank is left, and remove what it holds, once what it is to make durable
+    is. Comes back as NodeDrained, or as NodeGone."""
+
+    node: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,4 +90,6 @@ class End:
     digest: str = ""
 
 
-Instruction = Spawn | Kill | CreateGeneration | SendPlan | TakeInventory | DecodeImages | LookAtStorage | Say | End
+Instruction = (
+    Spawn | Kill | LetGo | CreateGeneration | SendPlan | TakeInventory | DecodeImages | LookAtStorage | Say | End
+)

@@ -16,34 +16,12 @@ from .standing import Fact, Member, Tally, standing
 
 
 @dataclass(slots=True, kw_only=True)
-class Starts:
-    """Ranks that died before they reached their loop, since the last one that did.
-
-    Not counted are those whose node has died, and those that an earlier controller started.
-    """
-
-    mine: set[int] = field(default_factory=set)
-    failed: dict[int, str] = field(default_factory=dict)
-
-    def started(self, member: int) -> None:
-        self.mine.add(member)
-
-    def reached_loop(self) -> None:
-        self.failed.clear()
-
-    def died(self, member: Member) -> None:
-        if member.ready is None and member.number in self.mine:
-            self.failed[member.number] = member.node
-
-    def node_gone(self, node: str) -> None:
-        self.failed = {member: on for member, on in self.failed.items() if on != node}
-
-
-@dataclass(slots=True, kw_only=True)
 class Membership:
     nodes: dict[str, int] = field(default_factory=dict)
     """Nodes that are alive, with the number of ranks that fit on each."""
     members: dict[int, Member] = field(default_factory=dict)
+    leaving: dict[str, float] = field(default_factory=dict)
+    """Nodes that were asked to leave, and until when each lives, as far as is known: no rank is placed there."""
     everybody: Tally = field(default_factory=Tally, compare=False)
     _tallies: dict[int, tuple[Plan, Tally]] = field(default_factory=dict, compare=False)
     """Of the plans that are kept, by generation."""
@@ -70,6 +48,24 @@ class Membership:
 
     def node_gone(self, node: str) -> None:
         self.nodes.pop(node, None)
+
+    def node_leaves(self, node: str, by: float) -> None:
+        self.leaving[node] = by
+        for member in self.on_node(node):
+            self.member_leaves(member, by)
+
+    def member_leaves(self, member: Member, by: float) -> None:
+        member.leaving, member.leave_by = True, min(by, member.leave_by)
+        self.changed(member)
+
+    def new_member(self, number: int, node: str) -> Member:
+        """Of one that is known already, what is known."""
+        if number not in self.members:
+            self.members[number] = Member(number=number, node=node)
+            self.changed(self.members[number])
+            if node in self.leaving:
+                self.member_leaves(self.members[number], self.leaving[node])
+        return self.members[number]
 
     def changed(self, member: Member) -> None:
         """It is new, or what is known of it has changed."""
@@ -119,8 +115,13 @@ class Membership:
     def alive(self) -> list[Member]:
         return [self.members[number] for number in sorted(self.members) if not self.members[number].gone]
 
-    def count_alive(self) -> int:
-        return len(self.members) - self.everybody.count("gone")
+    def count_staying(self) -> int:
+        """Who lives, and was not asked to leave."""
+        return len(self.members) - self.everybody.count("gone") - self.everybody.count("leaving")
+
+    def leavers(self) -> list[Member]:
+        """Who lives, and was asked to leave, oldest first."""
+        return [self.members[number] for number in sorted(self.everybody.numbers("leaving"))]
 
     def is_alive(self, number: int) -> bool:
         return number in self.members and not self.members[number].gone
@@ -139,11 +140,11 @@ class Membership:
         return self.everybody.count("ready") - self.tally(plan).count("ready")
 
     def strays(self, plan: Plan) -> list[Member]:
-        """Living ranks that hold state and have no seat in the plan, oldest first."""
+        """Living ranks that hold state and have no seat in the plan, oldest first; without those that are leaving."""
         seated = self.tally(plan)
         if self.everybody.count("holding") == seated.count("holding"):
             return []
-        strays = self.everybody.numbers("holding") - seated.numbers("holding")
+        strays = self.everybody.numbers("holding") - seated.numbers("holding") - self.everybody.numbers("leaving")
         return [self.members[number] for number in sorted(strays)]
 
     def on_node(self, node: str) -> list[Member]:
@@ -156,7 +157,7 @@ class Membership:
         return self._room[0][1] if self._room and self._room[0][0] < 0 else None
 
     def _free(self, node: str) -> int | None:
-        capacity = self.nodes.get(node)
+        capacity = self.nodes.get(node) if node not in self.leaving else None
         return None if capacity is None else capacity - len(self._living.get(node, ()))
 
     def _room_changed(self, node: str) -> None:

@@ -3,7 +3,7 @@
 1. A link broke and everybody lives: form again, go on.
 2. Ranks are lost, others hold the same state: deal the lost micro-batches to those.
 3. Nobody seated is left: the state is gone, unless there is a snapshot of it.
-A joiner, or uneven dealing after a loss, asks for a planned change, and only while all is well.
+A joiner, whoever is to leave, or uneven dealing after a loss asks for a planned change, and only while all is well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from snapshot.core.branches import Lineage
 
-from . import planner
+from . import draining, planner
 from .membership import Membership
 from .plan import Plan, Restore, first_branch
 from .standing import Member, Tally
@@ -63,6 +63,8 @@ class Make:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stay:
     reason: str
+    stuck: bool = False
+    """Somebody is to leave, and can't."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,8 @@ class Situation:
     """For how long a link of the current generation has been reported broken."""
     waited_s: float
     """For how long enough ranks to begin have been ready."""
+    may_wait_s: float = 0.0
+    """How long those who are to leave may still wait for others to take their place."""
 
 
 def decide(now: Situation) -> Decision:
@@ -115,10 +119,15 @@ def decide(now: Situation) -> Decision:
     seated = now.membership.tally(now.current)
     if seated.values("gone"):
         return _after_loss(now, now.formed, f"lost rank {_ranks(now.current, seated.numbers('gone'))}")
-    if broken(now.membership, now.current):
+    base = now.membership.tally(now.formed)
+    if base.values("gone") and needs_base(now.membership, now.formed, now.current):
+        return _after_loss(now, now.formed, f"lost rank {_ranks(now.formed, base.numbers('gone'))}")
+    if broken(now.membership, now.formed, now.current):
         if now.broken_for_s < now.limits.settle_s:
             return Stay(reason="a link broke; waiting to learn whether somebody died")
         seen_by = _ranks(now.current, seated.numbers("broken", _groups(now.current)))
+        if not seen_by:
+            seen_by = _ranks(now.formed, base.numbers("broken", {now.formed.generation}))
         return _after_loss(now, now.formed, f"a link broke, seen by rank {seen_by}")
     if now.current.generation != now.formed.generation:
         return Stay(reason=f"generation {now.current.generation} is forming")
@@ -210,6 +219,8 @@ def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
 def _improve(now: Situation, current: Plan) -> Decision:
     if finished(now.membership.tally(current)):
         return Stay(reason="the loop has ended")
+    if now.membership.tally(current).values("leaving"):
+        return _drain(now, current)
     room = min(now.limits.max_workers, current.micro_batches) - current.size
     if room > 0 and now.membership.count_ready_outside(current):
         joiners = now.membership.ready_unseated(current.ranks)[:room]
@@ -220,8 +231,29 @@ def _improve(now: Situation, current: Plan) -> Decision:
     return Stay(reason="all is well")
 
 
-def _dealt(now: Situation, members: list[Member], current: Plan | None, reason: str) -> Decision:
+def _drain(now: Situation, current: Plan) -> Decision:
+    limits = now.limits
+    choice = draining.choose(
+        now.membership,
+        current,
+        least=limits.min_workers,
+        most=limits.max_workers,
+        wanted=limits.max_workers + limits.spares,
+    )
+    if choice.short:
+        return Stay(reason=choice.short, stuck=not choice.waits)
+    if choice.waits and now.may_wait_s > 0:
+        return Stay(reason="waiting for workers that take the place of those that leave")
+    return _dealt(now, list(choice.join), current, choice.reason, [member.number for member in choice.stay])
+
+
+def _dealt(
+    now: Situation, members: list[Member], current: Plan | None, reason: str, staying: list[int] | None = None
+) -> Decision:
+    """staying: members of the current generation; all of them if that is None."""
     seated = current.places if current else ()
+    if staying is not None:
+        seated = tuple(place for place in seated if place.member in staying)
     numbers = [member.number for member in members]
     micro_batches = current.micro_batches if current else _micro_batches(members)
     return Make(
@@ -244,9 +276,23 @@ def _micro_batches(members: list[Member]) -> int:
     return first.micro_batches
 
 
-def broken(membership: Membership, current: Plan) -> bool:
+def broken(membership: Membership, formed: Plan | None, current: Plan) -> bool:
     """Whether living members of the current generation say that their group's link broke."""
-    return not _groups(current).isdisjoint(membership.tally(current).values("broken"))
+    if not _groups(current).isdisjoint(membership.tally(current).values("broken")):
+        return True
+    if formed is None or formed.generation not in membership.tally(formed).values("broken"):
+        return False
+    return needs_base(membership, formed, current)
+
+
+def needs_base(membership: Membership, formed: Plan, current: Plan) -> bool:
+    """Whether the current generation leaves members of its base out, and may not be reached without them: as long as
+    not all have switched to it, over an exchange of the base.
+    """
+    if current is formed or current.kind != "planned" or formed.ranks.keys() <= current.ranks.keys():
+        return False
+    reports = (membership.members[number].report for number in current.members if number in formed.ranks)
+    return any(report is None or report.generation < current.generation for report in reports)
 
 
 def _groups(current: Plan) -> set[int]:

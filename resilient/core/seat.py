@@ -15,11 +15,14 @@ Rules
     * Until a new generation has formed, only leaves owned in the former one are computed; in a planned one, its own:
       nobody stands still while it forms. Where it has joiners, not before the state at the boundary is held for them,
       which they receive while the step is under way. It can't be completed, hence not applied, without them.
+    * Whoever is not in a planned generation holds it as a proposal all the same. When all have agreed it applies the
+      step, and comes to rest: it goes on only if an unplanned or restored generation calls it back.
     * A restored plan is adopted at once, and whatever was held before is gone with that. What the training
       thread still brings of the former line of steps counts for nothing, until the generation has formed.
 
 States, per generation
     adopted --Formed--> formed --ExchangeDone, with all holding a proposal--> the proposal is adopted
+       |                  |                                              \\--> not in it: departed --Rested--> at rest
        |                  |
        +--FormFailed------+--ExchangeFailed--> broken: waits for the next generation
 """
@@ -29,189 +32,62 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .plan import Plan
-
-# What happens to a seat.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanArrived:
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateReceived:
-    """A joiner holds the state at the start of step complete + 1; to be told before it enters the barrier.
-
-    Once anybody has seen the generation formed, this rank may be the only one left that holds it.
-    """
-
-    generation: int
-    complete: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """The state at this boundary is held for the joiners of this generation: the step may begin."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Formed:
-    """The group exists, its members are at most one step apart again, and joiners hold the state."""
-
-    generation: int
-    complete: int
-    """Newest step whose complete result this rank now has had, -1 for none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FormFailed:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeafFolded:
-    step: int
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExchangeDone:
-    generation: int
-    step: int
-    agreed: int
-    """Lane minimum of the newest plan held: a number above `generation` makes all members switch."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExchangeFailed:
-    generation: int
-    step: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Applied:
-    """The training loop has come back for its next micro-batch after a commit: a step boundary."""
-
-    step: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """The training loop has ended at a boundary."""
-
-    step: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollback:
-    """The training loop wants to go back to a snapshot of step `back_to` or before, and leave out some data.
-
-    skip_from, skip_to: the first and last position in the data to leave out. No first one: from where the
-    snapshot is.
-    """
-
-    back_to: int
-    skip_from: int | None
-    skip_to: int
-    why: str
-    suspects: tuple[int, ...] = ()
-    """Members whose state is another than the others': not to be believed, and to be replaced."""
-
-
-SeatEvent = (
-    PlanArrived
-    | Held
-    | StateReceived
-    | Formed
-    | FormFailed
-    | LeafFolded
-    | ExchangeDone
-    | ExchangeFailed
-    | Applied
-    | Rollback
-    | Finished
+from .seat_messages import (
+    Applied,
+    Apply,
+    Compute,
+    Discard,
+    ExchangeDone,
+    ExchangeFailed,
+    Finished,
+    Form,
+    Formed,
+    FormFailed,
+    Held,
+    LeafFolded,
+    Leave,
+    Next,
+    Park,
+    PlanArrived,
+    Reduce,
+    Report,
+    Rested,
+    Rollback,
+    SeatEvent,
+    SeatInstruction,
+    SeatReport,
+    StateReceived,
+    Wait,
 )
 
-
-# What is to be done, by the threads around the seat.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
-    """Give up the former group, if there is one, and form this plan's."""
-
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """Tell the controller how things stand here."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Discard:
-    """Drop the partial sums of this step: they cover leaves that are another rank's now."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leave:
-    """End this process: it held state that the others went on without, and cannot take theirs."""
-
-
-SeatInstruction = Form | Report | Discard | Leave
-
-
-# What the training thread does next.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compute:
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reduce:
-    plan: Plan
-    step: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Apply:
-    step: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Park:
-    """Drop this step, leave the user's code and keep hands off the state: a snapshot takes its place."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wait:
-    reason: str
-
-
-Next = Compute | Reduce | Apply | Park | Wait
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeatReport:
-    """How a rank stands; sent whenever it changes and from time to time."""
-
-    member: int
-    generation: int
-    formed: int
-    broken: int
-    """The generation whose group failed here, 0 if none."""
-    step: int
-    complete: int
-    finished: bool
-    waiting: bool
-    """Whether it has computed all that is its own, and waits for the others to have done so."""
-    rollback: Rollback | None = None
-    serial: int = field(default=0, compare=False)
-    """Grows with everything that happens to the seat: of two reports the greater is the later one."""
+__all__ = [
+    "Applied",
+    "Apply",
+    "Compute",
+    "Discard",
+    "ExchangeDone",
+    "ExchangeFailed",
+    "Finished",
+    "Form",
+    "FormFailed",
+    "Formed",
+    "Held",
+    "LeafFolded",
+    "Leave",
+    "Next",
+    "Park",
+    "PlanArrived",
+    "Reduce",
+    "Report",
+    "Rested",
+    "Rollback",
+    "Seat",
+    "SeatEvent",
+    "SeatInstruction",
+    "SeatReport",
+    "StateReceived",
+    "Wait",
+]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -232,6 +108,9 @@ class Seat:
     restoring: bool = False
     """From the adoption of a restored plan until its generation, or one after it, has formed."""
     finished: bool = False
+    departed: int = 0
+    """The generation that the others go on with, and this rank does not; 0 while it has a seat."""
+    at_rest: bool = False
     rollback: Rollback | None = None
     """Wanted here, and not yet under way."""
     work: frozenset[int] = frozenset()
@@ -245,15 +124,16 @@ class Seat:
             case PlanArrived(plan=plan):
                 return self._plan_arrived(plan)
             case Held(generation=generation):
-                if self.awaited and self.plan is not None and generation == self.plan.generation:
-                    self.work = frozenset(self.plan.leaves_of(self.member))
-                return ()
+                return self._state_held(generation)
             case StateReceived(generation=generation, complete=complete):
                 return self._state_received(generation, complete)
             case Formed(generation=generation, complete=complete):
                 return self._formed(generation, complete)
             case FormFailed(generation=generation) | ExchangeFailed(generation=generation):
                 return self._failed(generation)
+            case Rested():
+                self.at_rest = self.departed > 0
+                return (Report(),)
             case LeafFolded() | Applied() | Rollback() | Finished() if self.restoring:
                 return ()
             case Rollback():
@@ -285,6 +165,8 @@ class Seat:
             return Apply(step=self.step)
         if self.plan is None:
             return Wait(reason="waiting to be seated")
+        if self.departed:
+            return Wait(reason=f"generation {self.departed} goes on without this rank")
         todo = self.work - self.folded
         if todo:
             return Compute(leaf=min(todo))
@@ -308,7 +190,7 @@ class Seat:
     @property
     def settled(self) -> bool:
         """Whether no planned change is under way at this boundary."""
-        if self.plan is None:
+        if self.plan is None or self.departed:
             return False
         return not self.forming or (bool(self.work) and self.plan.kind == "unplanned")
 
@@ -330,11 +212,12 @@ class Seat:
             finished=self.finished,
             waiting=not self.finished and isinstance(self.next(), Reduce),
             rollback=self.rollback,
+            at_rest=self.at_rest,
         )
 
     def _plan_arrived(self, plan: Plan) -> tuple[SeatInstruction, ...]:
         newest = max(self.plan.generation if self.plan else 0, self.proposal.generation if self.proposal else 0)
-        if plan.generation <= newest or self.member not in plan.members:
+        if plan.generation <= newest or (self.member not in plan.ranks and plan.kind != "planned"):
             return ()
         if plan.base < self.formed:
             return (Report(),)
@@ -351,6 +234,7 @@ class Seat:
 
     def _adopt(self, plan: Plan) -> tuple[SeatInstruction, ...]:
         self.plan, self.proposal, self.forming = plan, None, True
+        self.departed, self.at_rest = 0, False
         if plan.kind == "unplanned":
             # Between its base and this plan a retried beginning may have asked this rank to join again.
             self.has_state = self.has_state or self.held_state_in == plan.base
@@ -365,6 +249,11 @@ class Seat:
                 if plan.kind == "planned" and not plan.joiners:
                     self.work = frozenset(plan.leaves_of(self.member))
         return (Form(plan=plan),)
+
+    def _state_held(self, generation: int) -> tuple[SeatInstruction, ...]:
+        if self.awaited and self.plan is not None and generation == self.plan.generation:
+            self.work = frozenset(self.plan.leaves_of(self.member))
+        return ()
 
     def _state_received(self, generation: int, complete: int) -> tuple[SeatInstruction, ...]:
         if self.plan is None or generation != self.plan.generation:
@@ -403,4 +292,7 @@ class Seat:
         if agreed <= generation:
             return ()
         assert self.proposal is not None and self.proposal.generation == agreed, (agreed, self)
+        if self.member not in self.proposal.ranks:
+            self.departed, self.work = agreed, frozenset()
+            return ()
         return self._adopt(self.proposal)

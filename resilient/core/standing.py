@@ -14,7 +14,7 @@ from .events import RankReady
 from .plan import Place
 from .seat import SeatReport
 
-What = Literal["gone", "starting", "ready", "holding", "broken", "left", "waiting", "rollback", "digest"]
+What = Literal["gone", "leaving", "starting", "ready", "holding", "broken", "left", "waiting", "rollback", "digest"]
 Fact = tuple[What, Hashable]
 
 
@@ -25,6 +25,10 @@ class Member:
     number: int
     node: str
     gone: bool = False
+    leaving: bool = False
+    """Asked to leave, by itself or with its node."""
+    leave_by: float = float("inf")
+    """Until when it lives, as far as is known; controller's clock."""
     ready: RankReady | None = None
     report: SeatReport | None = None
     digest: str | None = None
@@ -40,19 +44,20 @@ class Member:
 def standing(member: Member | None) -> tuple[Fact, ...]:
     """How a member stands. Of one that is gone, or was never heard of, nothing else counts.
 
+    leaving: is to leave; then it is not counted as starting or ready, since it will not be seated any more.
     starting: has not reached its loop. ready: has, and holds no state. holding: has seen a generation formed.
     broken: the generation that it is in, if a link of that broke. left, waiting: the step at which it has left the
     loop, or waits for the others. rollback, digest: what it asks for, what it returned with.
     """
     if member is None or member.gone:
         return (("gone", True),)
-    facts: list[Fact] = []
+    facts: list[Fact] = [("leaving", True)] if member.leaving else []
     report = member.report
     if report is not None and report.formed > 0:
         facts.append(("holding", True))
-    elif member.ready is not None:
+    elif member.ready is not None and not member.leaving:
         facts.append(("ready", True))
-    if member.ready is None:
+    if member.ready is None and not member.leaving:
         facts.append(("starting", True))
     if member.digest is not None:
         facts.append(("digest", member.digest))

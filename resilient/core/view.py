@@ -28,6 +28,7 @@ def view(control: Control, detector: Detector) -> dict[str, Any]:
         ],
         "others": [_process(member, detector, "ready") for number, member in alive.items() if number not in seated],
         "nodes": dict(sorted(control.membership.nodes.items())),
+        "leaving": control.leaving.view(),
         "recoveries": [as_values(recovery) for recovery in chronicle.recoveries[-RECENT_RECOVERIES:]],
         "recovering": as_values(chronicle.open) if chronicle.open else None,
     }

@@ -12,9 +12,9 @@ from resilient.core.membership import Membership
 from resilient.core.plan import Address, Place, Plan
 from resilient.core.planner import dealt_anew
 from resilient.core.seat import Rollback, SeatReport
-from resilient.core.standing import Member, Tally
+from resilient.core.standing import Tally
 
-WHATS = ("gone", "starting", "ready", "holding", "broken", "left", "waiting", "rollback", "digest")
+WHATS = ("gone", "leaving", "starting", "ready", "holding", "broken", "left", "waiting", "rollback", "digest")
 NODES = ("a", "b", "c")
 BACK = Rollback(back_to=1, skip_from=None, skip_to=2, why="test")
 
@@ -48,8 +48,8 @@ def reports(draw: st.DrawFn, member: int) -> SeatReport:
 
 
 def change(data: st.DataObject, membership: Membership, number: int) -> None:
-    member = membership.members.setdefault(number, Member(number=number, node=NODES[number % 3]))
-    match data.draw(st.sampled_from(["nothing", "ready", "report", "report", "digest", "gone"])):
+    member = membership.new_member(number, NODES[number % 3])
+    match data.draw(st.sampled_from(["nothing", "ready", "report", "report", "digest", "gone", "leaving"])):
         case "ready":
             at = Address(host="h", port=1)
             member.ready = RankReady(
@@ -61,6 +61,8 @@ def change(data: st.DataObject, membership: Membership, number: int) -> None:
             member.digest = data.draw(st.sampled_from(["d", "e"]))
         case "gone":
             member.gone = True
+        case "leaving":
+            member.leaving = True
     membership.changed(member)
 
 
@@ -69,20 +71,22 @@ def counts(tally: Tally) -> dict[str, tuple[set[object], set[int], int]]:
 
 
 def check(membership: Membership, plans: list[Plan]) -> None:
-    anew = Membership(nodes=dict(membership.nodes), members=membership.members)
+    anew = Membership(nodes=dict(membership.nodes), members=membership.members, leaving=membership.leaving)
     assert counts(membership.everybody) == counts(anew.everybody)
     for plan in plans:
         assert counts(membership.tally(plan)) == counts(anew.tally(plan))
         assert membership.strays(plan) == anew.strays(plan)
         assert membership.count_ready_outside(plan) == len(anew.ready_unseated(plan.members))
     living = membership.alive()
-    assert membership.count_alive() == len(living)
+    assert membership.leavers() == [member for member in living if member.leaving]
+    assert membership.count_staying() == len(living) - len(membership.leavers())
     assert membership.first_ready() == next((member.ready for member in living if member.ready is not None), None)
     room = {}
     for node in NODES:
         assert membership.on_node(node) == [member for member in living if member.node == node]
         room[node] = membership.nodes.get(node, 0) - len(membership.on_node(node))
-    best = min(sorted(membership.nodes), key=lambda node: -room[node], default=None)
+    open_nodes = sorted(set(membership.nodes) - set(membership.leaving))
+    best = min(open_nodes, key=lambda node: -room[node], default=None)
     assert membership.roomiest() == (best if best is not None and room[best] > 0 else None)
 
 
@@ -91,13 +95,17 @@ def check(membership: Membership, plans: list[Plan]) -> None:
 def test_what_is_kept_is_what_counting_anew_would_find(data: st.DataObject) -> None:
     membership, plans = Membership(), list[Plan]()
     for turn in range(data.draw(st.integers(0, 40))):
-        match data.draw(st.sampled_from(["change", "change", "change", "node comes", "node goes", "plan"])):
+        match data.draw(
+            st.sampled_from(["change", "change", "change", "node comes", "node goes", "node leaves", "plan"])
+        ):
             case "change":
                 change(data, membership, data.draw(st.integers(1, 8)))
             case "node comes":
                 membership.node_seen(data.draw(st.sampled_from(NODES)), data.draw(st.integers(0, 3)))
             case "node goes":
                 membership.node_gone(data.draw(st.sampled_from(NODES)))
+            case "node leaves":
+                membership.node_leaves(data.draw(st.sampled_from(NODES)), 1.0)
             case "plan" if membership.members:
                 some = data.draw(st.sets(st.sampled_from(sorted(membership.members)), min_size=1))
                 plans = [*plans[-data.draw(st.integers(0, 1)) :][-1:], plan_of(turn + 1, sorted(some))]

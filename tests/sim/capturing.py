@@ -36,6 +36,10 @@ class Capturing:
         """The newest state that all ranks were seen to hold, or have begun from."""
         self._digest: tuple[Ordinal, int] | None = None
         """What was captured last, and what it comes to."""
+        self.protected_generation = 0
+        """The newest whose members have captured a snapshot that is protected everywhere."""
+        self._captured_in = 0
+        """The generation whose members have captured the last one."""
         self._agreed: tuple[int, Plan, Agreed] | None = None
         """The step at whose start all capture the state, the plan by which they share it, and what was agreed."""
 
@@ -52,6 +56,7 @@ class Capturing:
         if memory.settled is not None:
             self.lifecycle.settled(memory.settled)
         due = (step + 1) % self.world.setting.every == 0
+        due = due or (plan.base > 0 and self._captured_in != plan.generation)  # nobody but these members can read it
         if due and not self.lifecycle.free_for_any:
             self.world.seen["no slot was free"] += 1
         save_due = self._saves is not None and self._saves.is_due(step + 1, self.world.now)
@@ -76,15 +81,15 @@ class Capturing:
     def verified_on(self, branch: int) -> int:
         return self.verified.step if self.verified is not None and self.verified.branch == branch else -1
 
-    def lane_done(self, branch: int, step: int, agreed: Agreed) -> None:
+    def lane_done(self, plan: Plan, step: int, agreed: Agreed) -> None:
         """About the snapshot of the state after `step`."""
         if agreed.verified:
-            self.verified = Ordinal(branch, step)
+            self.verified = Ordinal(plan.branch, step)
         if agreed.save and self._saves is not None:
             self._saves.saved(step + 1, self.world.now)
         everywhere = Ordinal.unpacked(agreed.protected)
         if everywhere is not None:
-            self.everywhere = everywhere
+            self.everywhere, self.protected_generation = everywhere, plan.generation
             self.lifecycle.protected(everywhere)
 
     def agree(self, plan: Plan, step: int, agreed: Agreed) -> None:
@@ -106,6 +111,7 @@ class Capturing:
 
     def _begin(self, plan: Plan, step: int, *, durable: bool) -> None:
         number, member = self.lifecycle.free[0], self.rank.member
+        self._captured_in = plan.generation
         self.lifecycle.begin(number, Ordinal(plan.branch, step), durable=durable)
         self._digest = Ordinal(plan.branch, step), self.rank.state & (1 << DIGEST_BITS) - 1
         memory = self.world.nodes[self.rank.node].memory

@@ -111,6 +111,7 @@ class Faults:
             return
         self._spend()
         rank.stop()
+        self.world.disturbed = True
         self.world.look_for_state()
         self.world.seen["rank stopped"] += 1
         if self.rng.random() < 0.5:
@@ -131,6 +132,7 @@ class Faults:
         if self._may_end(there):
             self._spend()
             duration = self.rng.uniform(0.5, 5.0)
+            self.world.disturbed = True
             self.world.nodes[name].silent_until = self.world.now + duration
             self.world.look_for_state()
             self.world.seen["node silent"] += 1

@@ -255,7 +255,7 @@ class Group:
         """The lane comes first: what it says counts even if the exchange then breaks."""
         if self.within(number):
             rank = self.member(number)
-            rank.run(lambda: rank.capturing.lane_done(self.plan.branch, step, lane))
+            rank.run(lambda: rank.capturing.lane_done(self.plan, step, lane))
 
     def _told_done(self, number: int, step: int, agreed: int, result: int, lane: Agreed) -> None:
         if not self.within(number):
@@ -287,6 +287,7 @@ class Group:
             return
         self.world.tell(f"a link of generation {self.plan.generation} breaks")
         self.world.seen["link broken"] += 1
+        self.world.disturbed = True
         self.broken = True
         self.noticing = {number for number in unfinished if self.world.rng.random() < 0.5}
         if not self.noticing:

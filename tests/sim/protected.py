@@ -38,7 +38,11 @@ class Protected:
     def is_gone(self, name: str) -> bool:
         """Whether a node is dead, or may count as dead because nothing was heard of it."""
         node = self.world.nodes[name]
-        return not node.alive or (node.silent_until > 0 and self.world.now < node.silent_until + UNREACHED_S)
+        return (
+            not node.alive
+            or node.let_go
+            or (node.silent_until > 0 and self.world.now < node.silent_until + UNREACHED_S)
+        )
 
     def must_be_readable(self, also_gone: str = "", known: set[str] | None = None) -> bool:
         """Whether at most as many nodes are gone of every group as it has parity.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from resilient.core.detector import Vital
-from resilient.core.events import RankReady, RankReported, RankReturned
+from resilient.core.events import RankReady, RankReported, RankReturned, SnapshotProtected
 from resilient.core.lane import Agreed
 from resilient.core.plan import Address, Plan, Restore
 from resilient.core.seat import (
@@ -26,6 +26,7 @@ from resilient.core.seat import (
     PlanArrived,
     Reduce,
     Report,
+    Rested,
     Seat,
     SeatInstruction,
     StateReceived,
@@ -203,6 +204,7 @@ class Rank:
         self.world.faults.point("completed", [self.member])
 
     def exchange_failed(self, generation: int, step: int) -> None:
+        self.world.emit("exchange_failed", rank=self, generation=generation, step=step)
         self.world.tell(f"rank {self.member} sees its exchange of step {step} in generation {generation} fail")
         self.tell_seat(ExchangeFailed(generation=generation, step=step))
 
@@ -212,6 +214,7 @@ class Rank:
 
     def _repeat_report(self) -> None:
         self._report()
+        self.world.drains.repeated(self)
         if self.ready:
             self._say_ready()
         if self.returned:
@@ -245,14 +248,19 @@ class Rank:
         if self._busy or not self.ready or self.seat.finished or self.seat.formed == 0 or self.seat.restoring:
             return
         self._work += 1
-        if self.seat.step >= self.world.setting.steps:
+        if self.seat.departed:
+            self._come_to_rest()
+        elif self.seat.step >= self.world.setting.steps:
             if not self.seat.settled:
                 return
             self.tell_seat(Finished(step=self.seat.step))
             self._busy = True
             self.later(self.world.rng.uniform(0.0, 0.5), self._return)
             self.world.faults.point("finished", [self.member])
-            return
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
         match self.seat.next():
             case Compute(leaf=leaf):
                 self._busy = True
@@ -271,6 +279,7 @@ class Rank:
         self._busy = False
         self._work += 1
         self.partial[leaf] = value
+        self.world.emit("folded", rank=self, step=step, leaf=leaf)
         self.tell_seat(LeafFolded(step=step, leaf=leaf))
 
     def _apply(self, step: int) -> None:
@@ -291,7 +300,20 @@ class Rank:
         if self.seat.awaited and self.seat.plan is not None:
             self.held = self.seat.plan.generation, self.state
             self.seat.handle(Held(generation=self.seat.plan.generation))
+        if self.world.drains.active and self.capturing.protected_generation:
+            told = SnapshotProtected(generation=self.capturing.protected_generation)
+            self.world.to_controllers(self.node, lambda shell: shell.take(told))
         self.advance()
+
+    def _come_to_rest(self) -> None:
+        """The others go on without this rank: it applies the step, and its share of the last snapshot is whole."""
+        match self.seat.next():
+            case Apply():
+                self._go_on()
+            case _ if self.capturing.copying:
+                self.later(0.05, self.advance)
+            case _ if not self.seat.at_rest:
+                self.tell_seat(Rested())
 
     def _return(self) -> None:
         self.returned = True

@@ -27,6 +27,7 @@ from resilient.core.instructions import (
     End,
     Instruction,
     Kill,
+    LetGo,
     LookAtStorage,
     Say,
     SendPlan,
@@ -79,7 +80,7 @@ class Shell:
         """Those that answer to their names; whoever died a moment ago may still seem to."""
         if not self.world.setting.limits.snapshots:
             return
-        self.keepers = {name for name, node in self.world.nodes.items() if node.alive}
+        self.keepers = {name for name, node in self.world.nodes.items() if node.alive and not node.let_go}
         for name in sorted(self.keepers):
             self.detector.expect(name, self.world.now)
             if self.world.keeper_of(name) is None:
@@ -107,7 +108,7 @@ class Shell:
                 self._carry_out(instruction)
 
     def beat(self, node: str, number: int, keeper: Keeper | None, vitals: tuple[Vital, ...]) -> None:
-        if not self.alive or number <= self._beats.get(node, 0):
+        if not self.alive or number <= self._beats.get(node, 0) or self.world.nodes[node].let_go:
             return
         self._beats[node] = number
         if keeper is not None and keeper in self._ended_keepers:
@@ -130,6 +131,11 @@ class Shell:
         if self.alive and node in self.detector.nodes:
             self.detector.excuse(node, self.world.now + KEEPER_STARTS_S)
 
+    def forget(self, node: str) -> None:
+        """It was let go."""
+        self.detector.forget_node(node)
+        self.questions.forget(node)
+
     def _tick(self) -> None:
         if not self.alive:
             return
@@ -150,6 +156,15 @@ class Shell:
         match instruction:
             case Spawn(member=member, node=node):
                 self._spawn(member, node)
+            case LetGo(node=node):
+                world.drains.let_go(self, node)
+            case Kill(member=member, node=node, reason=reason, released=True):
+                world.tell(f"controller {self.number} releases rank {member}: {reason}")
+                world.seen["released: " + reason] += 1
+                world.drains.released.add(member)
+                world.emit("released", member=member)
+                self.condemned.add(member)
+                world.at(world.drains.rng.uniform(0.01, 1.0), lambda: self._kill(member, node, reason))
             case Kill(member=member, node=node, reason=reason):
                 world.tell(f"controller {self.number} condemns rank {member}: {reason}")
                 if reason.startswith("left out"):
@@ -217,6 +232,7 @@ class Shell:
                 f"of {plan.members}: {plan.reason}"
             )
             world.emit("created", shell=self, plan=plan)
+            world.drains.planned(self, plan)
             world.look_for_state()
             world.seen[f"{plan.kind} generation"] += 1
             if world.setting.limits.snapshots:

@@ -23,9 +23,9 @@ class Outcome:
     failures: list[tuple[int, str]] = field(default_factory=list)
 
 
-def run_seed(seed: int) -> tuple[int, Counter[str], str]:
+def run_seed(seed: int, *, drained: bool = True) -> tuple[int, Counter[str], str]:
     """The seed, what was seen, and what went wrong (empty when nothing did)."""
-    world = World(seed)
+    world = World(seed, drained=drained)
     try:
         world.run()
     except Exception as error:  # noqa: BLE001 - a failing seed is a finding, whatever it raises

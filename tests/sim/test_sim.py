@@ -58,5 +58,5 @@ def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:
 
 @pytest.mark.parametrize("seed", [562, 745, 995, 3095, 3430, 4866, 9910])
 def test_seeds_that_found_a_mistake(seed: int) -> None:
-    _, _, error = run_seed(seed)
+    _, _, error = run_seed(seed, drained=False)  # they are older than drains
     assert not error

@@ -20,6 +20,7 @@ from resilient.core.plan import Plan
 from snapshot.core.inventory import SnapshotKey
 
 from .checkers import Checker, Violation, all_checkers
+from .drains import Drains
 from .flips import Flips
 from .group import Group
 from .keeper import Keeper
@@ -43,6 +44,8 @@ class Node:
     silent_until: float = 0.0
     """Until then nothing passes between its keeper and the controllers, though its ranks live on."""
     beats: int = 0
+    let_go: bool = False
+    """Drained: nothing of the run is on it any more."""
     memory: Memory = field(init=False)
     keeper: Keeper | None = None
     damaged: set[SnapshotKey] = field(default_factory=set)
@@ -74,6 +77,10 @@ class World:
     end: End | None = None
     ended_by: Shell | None = None
     lost_state_at: float | None = None
+    drained: bool = True
+    """Whether nodes and ranks may be asked to leave."""
+    disturbed: bool = False
+    """Whether something has failed, other than controllers and messages."""
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -81,6 +88,7 @@ class World:
         self.protected = Protected(self)
         self.storage = Storage()
         self.flips = Flips(self)
+        self.drains = Drains(self, wanted=self.drained)
         self.fault_budget = self.setting.fault_budget
         self.story: deque[str] = deque(maxlen=400)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -103,6 +111,7 @@ class World:
         self.at(self.setting.fault_phase_s, self._heal)
         self.faults.begin()
         self.flips.begin()
+        self.drains.begin()
         for _ in range(MOST_EVENTS):
             if self.end is not None or not self._heap:
                 break
@@ -120,12 +129,15 @@ class World:
         for node in self.nodes.values():
             node.silent_until = min(node.silent_until, self.now)
         wanted = self.setting.limits.max_workers + self.setting.limits.spares
-        while sum(node.capacity for node in self.nodes.values() if node.alive) < wanted:
+        while sum(node.capacity for name, node in self.nodes.items() if self._may_hold_ranks(name)) < wanted:
             self.add_node(2)
         while len(living := [shell for shell in self.shells if shell.alive]) > 1:
             living[0].die()
         if not living:
             self.start_controller()
+
+    def _may_hold_ranks(self, name: str) -> bool:
+        return self.nodes[name].alive and name not in self.drains.nodes
 
     # Facts
 
@@ -148,7 +160,7 @@ class World:
     def _beat(self, name: str) -> None:
         """The keeper of a node shows its ranks to the controllers."""
         node = self.nodes[name]
-        if not node.alive:
+        if not node.alive or node.let_go:
             return
         node.beats += 1
         keeper = node.keeper
@@ -190,6 +202,7 @@ class World:
         if sum(shell.alive for shell in self.shells) > 1:
             self.seen["two controllers"] += 1
         shell.begin()
+        self.drains.notices(shell)
 
     def controller_died(self) -> None:
         def restart() -> None:
@@ -199,8 +212,9 @@ class World:
         self.at(self.rng.uniform(0.3, 3.0), restart)
 
     def start_rank(self, member: int, node: str) -> bool:
-        if not self.nodes[node].alive or member in self.ranks:
+        if not self.nodes[node].alive or member in self.ranks or member in self.drains.released:
             return False
+        self.emit("started", name=node)
         self.ranks[member] = Rank(self, member, node)
         self.ranks[member].begin()
         return True
@@ -210,6 +224,7 @@ class World:
         if rank is None or not rank.alive:
             return
         self.tell(f"rank {member} dies: {why}")
+        self.disturbed = self.disturbed or member not in self.drains.released
         rank.alive = False
         for _, group in sorted(self.groups.items()):
             group.member_died(member)
@@ -244,7 +259,7 @@ class World:
             self.at(self.rng.uniform(0.01, 0.5), lambda shell=shell: shell.keeper_ended(name, keeper))
 
         def take_over() -> None:
-            if node.alive:
+            if node.alive and not node.let_go:
                 self.tell(f"another keeper takes over on {name}")
                 node.keeper = Keeper(self, node.memory, keeper.incarnation + 1)
 

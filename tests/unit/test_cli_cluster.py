@@ -34,7 +34,7 @@ GPT: dict[str, Any] = {
     ],
     "others": [{"member": 8, "node": "cccccccccccc", "state": "starting"}],
     "nodes": {"aaaaaaaaaaaa": 1, "bbbbbbbbbbbb": 1, "cccccccccccc": 1},
-    "recoveries": [RECOVERY], "recovering": None, "snapshots": {"protected": 41.0},
+    "leaving": {}, "recoveries": [RECOVERY], "recovering": None, "snapshots": {"protected": 41.0},
     "checkpoints": {"durable": 40, "committed": 4, "failures": 1, "last_failure": "no room"},
     "messages": ["10:00:00 the checkpoint of step 40 is durable"], "outcome": None, "memory": "/dev/shm",
 }  # fmt: skip

@@ -23,7 +23,7 @@ from resilient.core.events import (
     StopAsked,
     Tick,
 )
-from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, Say, SendPlan, Spawn
+from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, LetGo, Say, SendPlan, Spawn
 from resilient.core.plan import Address
 from resilient.core.recovery import Limits
 from resilient.core.seat import SeatReport
@@ -33,8 +33,12 @@ def in_words(instruction: Instruction) -> str:
     match instruction:
         case Spawn(member=member, node=node):
             return f"spawn {member} on {node}"
+        case Kill(member=member, released=True):
+            return f"release {member}"
         case Kill(member=member):
             return f"kill {member}"
+        case LetGo(node=node):
+            return f"let go of {node}"
         case CreateGeneration(plan=plan):
             return f"create {plan.generation} {plan.kind} from {plan.base} of {plan.members}"
         case SendPlan(member=member, plan=plan):
@@ -60,11 +64,11 @@ class Scenario:
         words = [in_words(instruction) for instruction in self.control.handle(event, self.now)]
         return [text for text in words if not text.startswith("say ")]
 
-    def ready(self, member: int, *, micro_batches: int = 4, probe: str = "p") -> list[str]:
+    def ready(self, member: int, node: str = "a", *, micro_batches: int = 4, probe: str = "p") -> list[str]:
         return self.take(
             RankReady(
                 member=member,
-                node="a",
+                node=node,
                 address=Address(host="h", port=member),
                 micro_batches=micro_batches,
                 steps=3,
@@ -84,6 +88,7 @@ class Scenario:
         complete: int = -1,
         finished: bool = False,
         waiting: bool = False,
+        at_rest: bool = False,
         serial: int | None = None,
     ) -> list[str]:
         self.reports += 1
@@ -97,6 +102,7 @@ class Scenario:
             complete=complete,
             finished=finished,
             waiting=waiting,
+            at_rest=at_rest,
         )
         return self.take(RankReported(report=report))
 

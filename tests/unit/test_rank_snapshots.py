@@ -34,14 +34,14 @@ ALONE = Seating(generation=1, rank=0, world=1)
 class Training:
     """A model that trains by itself, and its snapshots."""
 
-    def __init__(self, folder: Path, width: int = 16, saves: Saves | None = None) -> None:
+    def __init__(self, folder: Path, width: int = 16, saves: Saves | None = None, every: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.said: list[str] = []
         self.model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.values: dict[str, Any] = {"seen": 0, "history": torch.zeros(3)}
-        self.saves = saves
+        self.saves, self.every = saves, every
         self.snapshots = self.new(member=1)
         self.steps = 0
 
@@ -52,7 +52,7 @@ class Training:
             folder=self.folder,
             member=member,
             device=torch.device("cpu"),
-            cadence=Cadence(every=1, budget=0.02),
+            cadence=Cadence(every=self.every, budget=0.02),
             say=self.said.append,
             saves=self.saves,
         )
@@ -210,6 +210,18 @@ def test_protected_snapshots_make_room(kept: Training) -> None:
         wait_for(lambda: kept.snapshots.wish(Ordinal(0, kept.steps + 1), 1).protected >= 0)
     assert kept.snapshots.tally.captured >= 10
     assert kept.snapshots.tally.protected >= kept.steps - 4
+
+
+def test_the_first_snapshot_of_a_new_membership_is_due_at_once(tmp_path: Path) -> None:
+    training, later = Training(tmp_path / "run", every=1000), Seating(generation=7, rank=0, world=1)
+    training.ready()
+
+    def is_due(*, renewed: bool) -> bool:
+        return training.snapshots.wish(Ordinal(0, training.steps + 1), 7, renewed=renewed).due
+
+    assert not is_due(renewed=False) and is_due(renewed=True)
+    training.snapshots.boundary(Ordinal(0, training.steps), training.objects, later, wanted=True)
+    assert not is_due(renewed=True)
 
 
 def test_one_slow_keeper_makes_all_skip_the_same_snapshots(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from resilient.core.seat import (
     PlanArrived,
     Reduce,
     Report,
+    Rested,
     Seat,
     SeatEvent,
     StateReceived,
@@ -299,3 +300,56 @@ def test_more_than_one_step_apart_is_a_mistake() -> None:
     seat = seated()
     seat.handle(PlanArrived(plan=plan(2, (1,), base=1, kind="unplanned")))
     unchanged(seat, Formed(generation=2, complete=1))
+
+
+def leaving(step: int = 0) -> Seat:
+    """Member 2 of generation 1 = {1, 2}, which generation 2 = {1} goes on without after `step`."""
+    seat = seated(2, step)
+    seat.handle(PlanArrived(plan=plan(2, (1,), base=1, kind="planned")))
+    assert seat.newest_held == 2, "the others can't switch before it holds the plan"
+    fold_all(seat)
+    assert seat.handle(ExchangeDone(generation=1, step=step, agreed=2)) == ()
+    return seat
+
+
+def test_whoever_the_others_go_on_without_applies_the_step_and_comes_to_rest() -> None:
+    seat = leaving()
+    assert seat.next() == Apply(step=0)
+    seat.handle(Rested())
+    seat = leaving()
+    seat.handle(Applied(step=0))
+    assert seat.next() == Wait(reason="generation 2 goes on without this rank")
+    assert not seat.report().at_rest
+    assert seat.handle(Rested()) == (Report(),)
+    assert seat.report().at_rest and (seat.step, seat.report().generation) == (1, 1)
+    assert seat.handle(PlanArrived(plan=plan(2, (1,), base=1, kind="planned"))) == (), "sent again, changes nothing"
+
+
+def test_whoever_rests_is_called_back_when_the_others_could_not_go_on() -> None:
+    seat = leaving()
+    seat.handle(Applied(step=0))
+    seat.handle(Rested())
+    again = plan(3, (1, 2), base=1, kind="unplanned")
+    assert seat.handle(PlanArrived(plan=again)) == (Form(plan=again),)
+    assert (seat.departed, seat.at_rest, seat.has_state) == (0, False, True)
+    seat.handle(Rested())
+    assert not seat.at_rest, "said too late"
+    seat.handle(Formed(generation=3, complete=0))
+    assert seat.next() == Compute(leaf=2)
+
+
+def test_an_exchange_that_breaks_leaves_nobody_out() -> None:
+    seat = seated(2)
+    seat.handle(PlanArrived(plan=plan(2, (1,), base=1, kind="planned")))
+    fold_all(seat)
+    seat.handle(ExchangeFailed(generation=1, step=0))
+    again = plan(3, (1, 2), base=1, kind="unplanned")
+    assert seat.handle(PlanArrived(plan=again)) == (Form(plan=again),)
+    assert (seat.departed, seat.proposal) == (0, None)
+
+
+def test_an_unplanned_generation_without_this_rank_says_nothing_to_it() -> None:
+    seat = seated(2)
+    before = deepcopy(seat)
+    assert seat.handle(PlanArrived(plan=plan(2, (1,), base=1, kind="unplanned"))) == ()
+    assert seat == before

@@ -29,6 +29,8 @@ class Checker:
 def all_checkers(world: Any) -> list[Checker]:
     from .apply_only_complete import ApplyOnlyComplete
     from .back_only_when_lost import BackOnlyWhenLost
+    from .drain_recomputes_nothing import DrainRecomputesNothing
+    from .drained_is_empty import DrainedIsEmpty
     from .exact_result import ExactResult
     from .fenced_writers import FencedWriters
     from .generations_unique import GenerationsUnique
@@ -48,6 +50,8 @@ def all_checkers(world: Any) -> list[Checker]:
         for checker in (
             ApplyOnlyComplete,
             BackOnlyWhenLost,
+            DrainRecomputesNothing,
+            DrainedIsEmpty,
             ExactResult,
             FencedWriters,
             GenerationsUnique,

@@ -1,0 +1,61 @@
+"""Ranks that are started because there are fewer than wanted, and those that died before they reached their loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from . import recovery
+from .instructions import Spawn
+from .standing import Member
+
+if TYPE_CHECKING:
+    from .control import Control
+
+STARTS_THAT_MAY_FAIL = 3
+"""Ranks that may die in a row before any has reached its loop, on nodes that live."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Starting:
+    """failed: since the last rank that reached its loop. Not counted are those whose node has died, and those that an
+    earlier controller started."""
+
+    control: Control = field(repr=False, compare=False)
+    mine: set[int] = field(default_factory=set)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def reached_loop(self) -> None:
+        self.failed.clear()
+
+    def died(self, member: Member) -> None:
+        if member.ready is None and not member.leaving and member.number in self.mine:
+            self.failed[member.number] = member.node
+
+    def node_gone(self, node: str) -> None:
+        self.failed = {member: on for member, on in self.failed.items() if on != node}
+
+    def spawn_missing(self) -> None:
+        control, limits = self.control, self.control.limits
+        if control.current is not None and recovery.finished(control.membership.tally(control.current)):
+            return
+        if self._fails():
+            return
+        while control.membership.count_staying() < limits.max_workers + limits.spares:
+            node = control.membership.roomiest()
+            if node is None:
+                return
+            member = control.new_member(control.next_member, node)
+            self.mine.add(member.number)
+            control.instruct((Spawn(member=member.number, node=node, reason="fewer ranks than wanted"),))
+
+    def _fails(self) -> bool:
+        """Whether no more ranks are to be started now, because the last ones have not lived long enough."""
+        failed = len(self.failed)
+        failing = failed >= STARTS_THAT_MAY_FAIL
+        # Time for the verdict that their node has died, which would explain it.
+        if self.control.for_s("failing starts", failing) > 4 * self.control.limits.detection_s:
+            self.control.fail(
+                f"{failed} ranks in a row died before they reached the training loop; the workers' logs say why"
+            )
+        return failing
