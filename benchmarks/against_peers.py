@@ -29,10 +29,19 @@ from benchmarks.peer_rank import SAMPLES, read_traces
 RANKS = 3
 QUIET_S = 2.0
 """All ranks commit for so long before a fault."""
+SETTLES_S = 4.0
+"""No fault's effect begins later."""
 START_LIMIT_S = 150.0
 GIVEN_UP_S = 75.0
 """After so long without a step the contestant counts as standing still for good."""
-HEARTBEATS_MS = (5000, 1000)
+TORCHFT = {
+    "torchft, heartbeat 5000 ms": (5000, 10_000),
+    "torchft, heartbeat 1000 ms": (1000, 10_000),
+    "torchft, heartbeat 1000 ms, join 100 ms": (1000, 100),
+}
+"""Heartbeat and join timeout of its lighthouse: its default, with the join timeout of its documentation; tuned; and
+with a join timeout that no replica may be late by."""
+DEFAULTS = ("torchft, heartbeat 5000 ms", "Ray Train")
 
 
 @dataclass(slots=True)
@@ -179,26 +188,32 @@ FAULTS: dict[str, Callable[[int], list[psutil.Process]]] = {
 # What came of it
 
 
-def measured(rows: list[dict[str, Any]], at: float, victims: set[int]) -> dict[str, float] | None:
-    """Of a fault at this time; None while no survivor, or replacement, has committed a step since.
+def measured(rows: list[dict[str, Any]], at: float, victims: set[int]) -> dict[str, float]:
+    """Of a fault at this time, once all is quiet again.
 
-    stood_still_s: from the last commit before it to the first one after it, without the undisturbed time of a step.
+    stood_still_s: the longest time without a commit of anybody's, without the undisturbed time of a step.
     """
     others = [row for row in rows if row["committed"] and row["pid"] not in victims]
     before, after = [row for row in others if row["at"] <= at], [row for row in others if row["at"] > at]
     newest = max(int(row["step"]) for row in before)
-    again = [row for row in after if _again(row, before, newest)]
-    progress = [float(row["at"]) for row in after if row["step"] > newest] + [float(row["at"]) for row in again]
-    if not progress:
-        return None
-    firsts = first_commits(before)
-    step_s = statistics.median(later - earlier for earlier, later in pairwise(firsts[-20:]))
+    step_s = undisturbed_s(before)
     return {
-        "stood_still_s": min(progress) - firsts[-1] - step_s,
+        "stood_still_s": longest_gap_s(others, at) - step_s,
         "step_s": step_s,
-        "recomputed_steps": len({row["step"] for row in again}),
+        "recomputed_steps": len({row["step"] for row in after if _again(row, before, newest)}),
         "lost_samples": sum(int(row["samples"]) for row in rows if not row["committed"] and row["at"] > at),
     }
+
+
+def longest_gap_s(commits: list[dict[str, Any]], at: float) -> float:
+    """Between two commits, of which the later one came after this moment."""
+    moments = [float(row["at"]) for row in commits]
+    return max(later - earlier for earlier, later in pairwise(moments) if later > at)
+
+
+def undisturbed_s(commits: list[dict[str, Any]]) -> float:
+    """Median time of the last steps."""
+    return statistics.median(later - earlier for earlier, later in pairwise(first_commits(commits)[-20:]))
 
 
 def _again(row: dict[str, Any], before: list[dict[str, Any]], newest: int) -> bool:
@@ -229,14 +244,14 @@ def strike(contestant: Contestant, fault: str) -> dict[str, float]:
 
 
 def await_step(contestant: Contestant, at: float, victims: set[int]) -> dict[str, float]:
-    deadline = at + GIVEN_UP_S
-    while time.monotonic() < deadline:
+    """Until steps are committed again as before the fault, whose effect may come a moment later."""
+    while (now := time.monotonic()) < at + GIVEN_UP_S:
         time.sleep(0.5)
-        if measured(read_traces(contestant.trace), at, victims) is not None:
-            time.sleep(QUIET_S)  # a few more steps show what is computed again
-            found = measured(read_traces(contestant.trace), at, victims)
-            assert found is not None
-            return found
+        rows = read_traces(contestant.trace)
+        alive = [row for row in rows if row["committed"] and row["pid"] not in victims and row["at"] > now - QUIET_S]
+        steady = len(alive) > 1 and longest_gap_s(alive, 0.0) < QUIET_S / 2 and alive[-1]["at"] > now - QUIET_S / 2
+        if now > at + SETTLES_S and steady:
+            return measured(rows, at, victims)
     return {"stood_still_s": GIVEN_UP_S, "step_s": 0.0, "recomputed_steps": 0, "lost_samples": 0, "given_up": 1}
 
 
@@ -247,14 +262,14 @@ def planned(contestant: Contestant, command: str, before: int, after: int) -> di
     contestant.tell(f"{command} {pids[-1]}")
     contestant.when_quiet(after)
     rows = read_traces(contestant.trace)
-    firsts = first_commits([row for row in rows if row["committed"]])
-    step_s = statistics.median(later - earlier for earlier, later in pairwise([t for t in firsts if t <= at][-20:]))
-    gaps = [later - earlier for earlier, later in pairwise([t for t in firsts if t > at - 1.0])]
+    commits = [row for row in rows if row["committed"]]
+    step_s = undisturbed_s([row for row in commits if row["at"] <= at])
+    stood_still_s = longest_gap_s(commits, at) - step_s
     return {
-        "stood_still_s": max(gaps) - step_s,
+        "stood_still_s": stood_still_s,
         "step_s": step_s,
-        "steps_lost": (max(gaps) - step_s) / step_s,
-        "recomputed_samples": sum(int(row["samples"]) for row in rows) - SAMPLES * len(firsts),
+        "steps_lost": stood_still_s / step_s,
+        "recomputed_samples": sum(int(row["samples"]) for row in rows) - SAMPLES * len(first_commits(commits)),
     }
 
 
@@ -266,11 +281,11 @@ def contestants(folder: Path, out: Path) -> Iterator[tuple[str, Start, tuple[str
     ours = [sys.executable, "-m", "benchmarks.resilient_run"]
     yield "resilient", lambda name: _ours(folder / name, ours, RANKS + 1), tuple(FAULTS)
     python, why_not = peer_venv.prepare(out / "torchft-venv", peer_venv.TORCHFT)
-    for heartbeat in () if why_not else HEARTBEATS_MS:
-        command = [str(python), "-m", "benchmarks.lighthouse", str(heartbeat)]
+    for variant, timeouts in TORCHFT.items() if not why_not else ():
+        command = [str(python), "-m", "benchmarks.lighthouse", *map(str, timeouts)]
         # A replica is one process; that its host dies with it makes no difference to the others.
         yield (
-            f"torchft, heartbeat {heartbeat} ms",
+            variant,
             lambda name, command=command: Torchft(folder / name, command),
             ("process killed", "process stopped"),
         )
@@ -337,11 +352,8 @@ def targets(outcomes: Outcomes, detection_s: float = 2.0) -> list[Target]:
         recomputed = one["recomputed_samples"]
         found.append(Target(name=f"{change}: samples computed again", value=recomputed, unit="", goal=0.0))
     for name in (name for name in outcomes if name != "resilient"):
-        tuned = name != f"torchft, heartbeat {HEARTBEATS_MS[0]} ms"
         for fault in outcomes[name]:
             ratio = median_s(outcomes, name, fault) / max(ours[fault], 1e-3)
-            default = fault == "process killed" and name != f"torchft, heartbeat {HEARTBEATS_MS[1]} ms"
-            goal = 10.0 if default else 1.0
-            if default or tuned:
-                found.append(Target(name=f"{fault}: {name} / ours", value=ratio, unit="x", goal=goal, at_least=True))
+            goal = 10.0 if fault == "process killed" and name in DEFAULTS else 1.0
+            found.append(Target(name=f"{fault}: {name} / ours", value=ratio, unit="x", goal=goal, at_least=True))
     return found

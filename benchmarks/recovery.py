@@ -1,10 +1,11 @@
 """How long a death stops training, and what exactness costs while nobody dies.
 
-    python -m benchmarks.recovery        writes out/bench/recovery.json
+    python -m benchmarks.recovery                writes out/bench/recovery.json
+    python -m benchmarks.recovery peers          measures this part only: ddp, kills or peers
 
 Recovery: four ranks train; one at a time is SIGKILLed at a random moment, and replaced. From the kill
 to the next committed step, minus what was left of the undisturbed step, minus the time of the
-micro-batches that had to be computed again.
+micro-batches that had to be computed again. Peers: the same faults beside torchft and Ray Train (against_peers.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -29,6 +31,7 @@ from torch.nn import functional
 
 import resilient
 from actors import launch
+from benchmarks import against_peers
 from benchmarks.against_ddp import MICRO_BATCHES, measure
 from benchmarks.outcome import Target, write
 from resilient.demo_model import GPT, SourceText
@@ -38,6 +41,7 @@ RANKS = 4
 QUIET_STEPS = 6
 """Undisturbed steps with all ranks before each kill."""
 LIMIT_S = 900.0
+DDP_GOALS = {2: 1.10, 3: 1.25, 4: 1.10}
 OUT = Path("out/bench/recovery.json")
 
 
@@ -182,27 +186,49 @@ def _step_times(commits: list[dict[str, Any]], at: float) -> list[float]:
     return [later - earlier for earlier, later in pairwise(before)]
 
 
+PARTS = ("ddp", "kills", "peers")
+
+
 def main() -> None:
+    """Parts to measure may be named; what is left out is taken over from the last result."""
+    parts = sys.argv[1:] or list(PARTS)
+    if unknown := sorted(set(parts) - set(PARTS)):
+        sys.exit(f"unknown parts {unknown}: choose from {', '.join(PARTS)}")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(
-        address="local", num_cpus=RANKS + 1, object_store_memory=80 << 20, log_to_driver=False, include_dashboard=False
-    )
-    samples: dict[str, Any] = {}
-    targets = []
+    samples: dict[str, Any] = json.loads(OUT.read_text())["samples"] if OUT.exists() and sys.argv[1:] else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for ranks, goal in ((2, 1.10), (3, 1.25), (4, 1.10)):
-            times = samples[f"ddp_{ranks}"] = measure(ranks, folder)
-            ratio = statistics.median(times["ours"]) / statistics.median(times["theirs"])
-            targets.append(Target(name=f"step time against DDP, {ranks} ranks", value=ratio, unit="x", goal=goal))
-            print(f"{targets[-1].name}: {ratio:.3f}", flush=True)
-        kills, recorded = recoveries(folder)
-    samples["kills"], samples["recoveries"] = kills, recorded
-    overheads = [kill["overhead_s"] for kill in kills]
-    targets.append(Target(name="stand-still, median", value=statistics.median(overheads), unit="s", goal=0.3))
-    targets.append(Target(name="stand-still, worst", value=max(overheads), unit="s", goal=1.0))
-    write(OUT, targets, samples)
-    ray.shutdown()
+        if "ddp" in parts or "kills" in parts:
+            ray.init(
+                address="local",
+                num_cpus=RANKS + 1,
+                object_store_memory=80 << 20,
+                log_to_driver=False,
+                include_dashboard=False,
+            )
+            if "ddp" in parts:
+                samples["ddp"] = {str(ranks): measure(ranks, folder) for ranks in DDP_GOALS}
+            if "kills" in parts:
+                samples["kills"], samples["recoveries"] = recoveries(folder)
+            ray.shutdown()
+        if "peers" in parts:
+            samples["peers"] = against_peers.compare(folder / "peers", OUT.parent.absolute())
+    write(OUT, targets(samples), samples)
+
+
+def targets(samples: dict[str, Any]) -> list[Target]:
+    found = []
+    for ranks, times in samples.get("ddp", {}).items():
+        ratio = statistics.median(times["ours"]) / statistics.median(times["theirs"])
+        goal = DDP_GOALS[int(ranks)]
+        found.append(Target(name=f"step time against DDP, {ranks} ranks", value=ratio, unit="x", goal=goal))
+    if kills := samples.get("kills"):
+        overheads = [kill["overhead_s"] for kill in kills]
+        found.append(Target(name="stand-still, median", value=statistics.median(overheads), unit="s", goal=0.3))
+        found.append(Target(name="stand-still, worst", value=max(overheads), unit="s", goal=1.0))
+    if peers := samples.get("peers"):
+        found += against_peers.targets(peers)
+    return found
 
 
 if __name__ == "__main__":

@@ -10,11 +10,14 @@ import sys
 import threading
 from typing import Any
 
+import ray
 import torch
 
 import resilient
+from actors import launch
 from benchmarks import ray_nodes
 from benchmarks.peer_rank import MICRO_BATCHES, SAMPLES, Trace, loss_of, model, samples
+from resilient.drain import drain
 
 NAME = "against-peers"
 
@@ -65,7 +68,12 @@ def _obey(cluster: Any) -> None:
 
 
 def _drain(pid: int) -> None:
-    """The node of this rank, as Ray's autoscaler would announce that it goes."""
+    """The node of this rank, as `resilient drain` does it."""
+    (controller,) = (launch.find(name) for name in launch.names(f"{NAME}/") if name.endswith("/controller"))
+    for member, node in ray.get(controller.processes.remote())["ranks"]:
+        (rank,) = (launch.find(name) for name in launch.names(f"{NAME}/") if name.endswith(f"/rank/{member}"))
+        if ray.get(rank.process.remote()) == pid:
+            drain(node, NAME, print)
 
 
 if __name__ == "__main__":
