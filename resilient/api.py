@@ -25,6 +25,7 @@ def train(
     snapshot: Snapshot | None = None,
     checkpoint: Checkpoint | None = None,
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore",
+    evict_stragglers: bool = False,
 ) -> Callable[[Callable[..., Any]], TrainFunction]:
     """Make a training function fault-tolerant. The function receives a `Run` as its first argument.
 
@@ -46,6 +47,8 @@ def train(
     on_nonfinite: what to do with a step whose loss or gradient is not finite: "stop" the run, "skip" the step
         (no update, no scheduler step, the next data), or "rollback" to the newest snapshot and leave that
         step's data out. With a GradScaler, which expects such gradients, only the loss counts.
+    evict_stragglers: a rank that takes three times as long as the others for long leaves, and another one is started
+        on another node. Without it that is only said. Micro-batches are dealt in proportion to speed in any case.
 
     Raises ValueError or TypeError naming field, value and what is allowed.
     """
@@ -64,6 +67,7 @@ def train(
             snapshot=snapshot,
             checkpoint=checkpoint,
             on_nonfinite=on_nonfinite,
+            evict_stragglers=evict_stragglers,
         )
         return TrainFunction(function, settings)
 

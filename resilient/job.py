@@ -127,6 +127,7 @@ class Settings:
     snapshot: Snapshot | None = None
     checkpoint: Checkpoint | None = None
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    evict_stragglers: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.workers
@@ -170,6 +171,7 @@ class Settings:
             checkpoints=self.checkpoint is not None,
             wait_for_nodes_s=self.wait_for_nodes_s,
             detection_s=self.detection_s,
+            evict_stragglers=self.evict_stragglers,
         )
 
     @property
@@ -212,6 +214,7 @@ def settings_from(
     snapshot: Any = None,
     checkpoint: Any = None,
     on_nonfinite: Any = "ignore",
+    evict_stragglers: Any = False,
 ) -> Settings:
     """Bring what users write into one form: workers=4 means (4, 4); spares and seed are whole numbers."""
     pair = (workers, workers) if _is_whole(workers) else workers
@@ -224,8 +227,9 @@ def settings_from(
         raise TypeError(f"name={name!r}: is a string")
     if not (resources is None or isinstance(resources, Mapping)):
         raise TypeError(f'resources={resources!r}: is a dict, such as {{"CPU": 2, "GPU": 1}}')
-    if not isinstance(allow_different_bits, bool):
-        raise TypeError(f"allow_different_bits={allow_different_bits!r}: is True or False")
+    for field, value in (("allow_different_bits", allow_different_bits), ("evict_stragglers", evict_stragglers)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{field}={value!r}: is True or False")
     if not (snapshot is None or isinstance(snapshot, Snapshot)):
         raise TypeError(f"snapshot={snapshot!r}: is a resilient.Snapshot(...), or None for none")
     if not (checkpoint is None or isinstance(checkpoint, Checkpoint)):
@@ -245,6 +249,7 @@ def settings_from(
         snapshot=snapshot,
         checkpoint=checkpoint,
         on_nonfinite=on_nonfinite,
+        evict_stragglers=evict_stragglers,
     )
 
 
