@@ -26,6 +26,7 @@ def train(
     checkpoint: Checkpoint | None = None,
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore",
     max_failures: int | None = None,
+    evict_stragglers: bool = False,
 ) -> Callable[[Callable[..., Any]], TrainFunction]:
     """Make a training function fault-tolerant. The function receives a `Run` as its first argument.
 
@@ -49,6 +50,8 @@ def train(
         step's data out. With a GradScaler, which expects such gradients, only the loss counts.
     max_failures: ranks and nodes that may be lost within an hour, before the run ends with an error; None for any
         number. Nodes that leave because they were told to don't count.
+    evict_stragglers: a rank that takes three times as long as the others for long leaves, and another one is started
+        on another node. Without it that is only said. Micro-batches are dealt in proportion to speed in any case.
 
     Raises ValueError or TypeError naming field, value and what is allowed.
     """
@@ -68,6 +71,7 @@ def train(
             checkpoint=checkpoint,
             on_nonfinite=on_nonfinite,
             max_failures=max_failures,
+            evict_stragglers=evict_stragglers,
         )
         return TrainFunction(function, settings)
 

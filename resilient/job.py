@@ -131,6 +131,7 @@ class Settings:
     checkpoint: Checkpoint | None = None
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
     max_failures: int | None = None
+    evict_stragglers: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.workers
@@ -177,6 +178,7 @@ class Settings:
             wait_for_nodes_s=self.wait_for_nodes_s,
             detection_s=self.detection_s,
             max_failures=self.max_failures,
+            evict_stragglers=self.evict_stragglers,
         )
 
     @property
@@ -220,6 +222,7 @@ def settings_from(
     checkpoint: Any = None,
     on_nonfinite: Any = "ignore",
     max_failures: Any = None,
+    evict_stragglers: Any = False,
 ) -> Settings:
     """Bring what users write into one form: workers=4 means (4, 4); spares and seed are whole numbers."""
     pair = (workers, workers) if _is_whole(workers) else workers
@@ -232,8 +235,9 @@ def settings_from(
         raise TypeError(f"name={name!r}: is a string")
     if not (resources is None or isinstance(resources, Mapping)):
         raise TypeError(f'resources={resources!r}: is a dict, such as {{"CPU": 2, "GPU": 1}}')
-    if not isinstance(allow_different_bits, bool):
-        raise TypeError(f"allow_different_bits={allow_different_bits!r}: is True or False")
+    for field, value in (("allow_different_bits", allow_different_bits), ("evict_stragglers", evict_stragglers)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{field}={value!r}: is True or False")
     if not (snapshot is None or isinstance(snapshot, Snapshot)):
         raise TypeError(f"snapshot={snapshot!r}: is a resilient.Snapshot(...), or None for none")
     if not (checkpoint is None or isinstance(checkpoint, Checkpoint)):
@@ -254,6 +258,7 @@ def settings_from(
         checkpoint=checkpoint,
         on_nonfinite=on_nonfinite,
         max_failures=max_failures,
+        evict_stragglers=evict_stragglers,
     )
 
 

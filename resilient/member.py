@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import traceback
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,9 +27,11 @@ from snapshot.core.lifecycle import Ordinal
 from snapshot.load import load
 from snapshot.table import StateTable, still
 
+from .accounts import Accounts
 from .core.difference import rollback_after
 from .core.events import RankCrashed, RankFailed, RankReady, RankReported, RankReturned
 from .core.lane import Agreed, Wish
+from .core.pace import Pace
 from .core.plan import Address, Plan, Restore
 from .core.seat import (
     Applied,
@@ -56,11 +60,10 @@ from .core.seat import (
 from .generation import GenerationThread, Holding, Superseded
 from .payload import Payload
 from .probe import probe
-from .records import RecentLosses, StepValues
 from .restoring import fetch, fetch_stored
 from .snapshots import Seating, Snapshots
 from .sums import StepSums
-from .team import Loop, mean
+from .team import Loop
 
 WAKE_S = 1.0
 """How often waits look around although nothing has woken them."""
@@ -99,9 +102,8 @@ class Member:
         self._held: tuple[int, StateTable] | None = None
         """A generation, and the state at its first boundary, for joiners."""
         self._submitted: tuple[int, int] | None = None
-        self._unrecorded: dict[int, StepValues] = {}
-        self._losses: list[float] = []
-        self._recent = RecentLosses()
+        self._accounts = Accounts()
+        self._pace = Pace()
         self._parked = False
         """The training thread waits outside of the user's code, and keeps its hands off the state."""
         self._loading = threading.Lock()
@@ -173,6 +175,8 @@ class Member:
                 todo = self._seat.next()
                 if isinstance(todo, Compute | Apply | Park):
                     self._host.words.moved("computing", self._seat.step, self.generation)
+                    if isinstance(todo, Compute):
+                        self._pace.handed_out(time.monotonic())
                     return todo
                 self._host.words.moved("waiting", self._seat.step, self.generation)
                 if isinstance(todo, Reduce):
@@ -193,28 +197,24 @@ class Member:
 
     def folded(self, leaf: int) -> None:
         with self._changed:
+            self._pace.folded(time.monotonic())
             self._do(self._seat.handle(LeafFolded(step=self._seat.step, leaf=leaf)))
 
     def committed(self, losses: list[float]) -> None:
-        self._losses = losses
+        self._accounts.committed(losses)
         if self._snapshots is not None:
             self._snapshots.gate()
 
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         with self._changed:
             step = self._seat.step
-            self._recent.add(step, mean(self._losses))
-            self._unrecorded[step] = StepValues(
-                branch=self._seat.plan.branch if self._seat.plan else 0,
-                step=step,
-                losses=tuple(self._losses),
-                values={leaf: dict(row) for leaf, row in values.items()},
-                snapshots=self._snapshots.account() if self._snapshots is not None and self.rank == 0 else {},
-            )
+            branch = self._seat.plan.branch if self._seat.plan else 0
+            snapshots = self._snapshots.account() if self._snapshots is not None and self.rank == 0 else {}
+            account = self._accounts.applied(branch, step, values, snapshots)
             self._do(self._seat.handle(Applied(step=step)))
             self._changed.notify_all()
         if self.rank == 0 or values:
-            self._host.tell(self._unrecorded[step])
+            self._host.tell(account)
         if self._snapshots is not None:
             self._capture(self._snapshots)
         self._hold_for_joiners()
@@ -265,6 +265,7 @@ class Member:
         return True
 
     def pause(self, reason: str | None) -> None:
+        self._pace.paused()
         self._host.words.activity("paused" if reason else "computing")
 
     def _submit(self, todo: Reduce) -> None:
@@ -288,12 +289,13 @@ class Member:
     def recorded_through(self, step: int) -> None:
         """The driver has everything up to this step."""
         with self._changed:
-            self._unrecorded = {number: row for number, row in self._unrecorded.items() if number > step}
+            self._accounts.recorded_through(step)
 
     def report(self) -> None:
         """Say how things stand; repeated from time to time, since any message may be lost."""
         with self._changed:
-            messages: list[Any] = [RankReported(report=self._seat.report())]
+            report = replace(self._seat.report(), leaf_s=self._pace.leaf_s)
+            messages: list[Any] = [RankReported(report=report)]
             for once in (self._ready, self._failed, self._returned):
                 if once is not None:
                     messages.insert(0, once)
@@ -301,7 +303,7 @@ class Member:
 
     def repeat_records(self) -> None:
         with self._changed:
-            rows = list(self._unrecorded.values())
+            rows = self._accounts.unrecorded()
         self._host.tell(*rows)
 
     def crashed_here(self, text: str) -> None:
@@ -349,11 +351,7 @@ class Member:
     def _tell_recent(self, plan: Plan) -> None:
         """Whoever was rank 0 before may have died with the last rows untold."""
         with self._changed:
-            rows = [
-                StepValues(step=step, branch=plan.branch, losses=(loss,), values={})
-                for step, loss in self._recent.means.items()
-                if step not in self._unrecorded
-            ]
+            rows = self._accounts.others(plan.branch)
         if plan.restore is not None:
             self._host.tell(*rows)
         self.repeat_records()
@@ -481,7 +479,7 @@ class Member:
 
     def objects(self) -> Mapping[str, object]:
         assert self._loop is not None
-        return {**self._loop.objects(), "run.losses": self._recent}
+        return {**self._loop.objects(), "run.losses": self._accounts.recent}
 
     def _is_current(self, plan: Plan) -> bool:
         return self.generation == plan.generation

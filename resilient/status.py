@@ -85,8 +85,11 @@ def _describe(answer: Answer, view: RunView) -> None:
     if view["ranks"] or view["others"]:
         answer.say("")
         processes = [(seat["rank"], seat) for seat in view["ranks"]] + [("-", other) for other in view["others"]]
-        rows = [(rank, process["member"], process["node"][:8], process["state"]) for rank, process in processes]
-        answer.table(("rank", "member", "node", "state"), rows, right=("rank", "member"))
+        rows = [
+            (rank, process["member"], process["node"][:8], process["state"], _speed(process.get("speed")))
+            for rank, process in processes
+        ]
+        answer.table(("rank", "member", "node", "state", "speed"), rows, right=("rank", "member", "speed"))
     if view["recoveries"]:
         answer.say("")
         recovered = [
@@ -99,6 +102,10 @@ def _describe(answer: Answer, view: RunView) -> None:
         answer.say("")
         for message in view["messages"]:
             answer.say(message)
+
+
+def _speed(relative: float | None) -> str:
+    return "-" if relative is None else f"{relative:.2f}"
 
 
 def in_words(leaving: dict[str, Any]) -> str:

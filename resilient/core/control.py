@@ -57,6 +57,7 @@ from .membership import Membership
 from .plan import Plan
 from .restoring import Restoring
 from .seat import Rollback
+from .speeds import Speeds
 from .standing import Member
 from .starting import Starting
 from .storage import Storage
@@ -81,6 +82,7 @@ class Control:
     restoring: Restoring = field(init=False)
     going_back: GoingBack = field(init=False)
     leaving: Leaving = field(init=False)
+    speeds: Speeds = field(init=False)
     ended: bool = False
     now: float = 0.0
     _out: list[Instruction] = field(default_factory=list)
@@ -95,7 +97,7 @@ class Control:
         detection_s = self.limits.detection_s
         self.failures = Failures(per_hour=self.limits.max_failures)
         self.restoring = Restoring(ask_again_s=detection_s / 4, answer_limit_s=15 * detection_s)
-        self.leaving, self._starting = Leaving(control=self), Starting(control=self)
+        self.leaving, self.speeds, self._starting = Leaving(control=self), Speeds(control=self), Starting(control=self)
         earlier = self.limits.snapshots and self.attempt > 1
         self.going_back = GoingBack(
             control=self,
@@ -305,6 +307,7 @@ class Control:
         self.leaving.release()
         if self._check_end():
             return
+        self.speeds.look()
         rollback = self._rollback_wanted()
         if rollback is not None:
             if rollback.back_to < 0:
@@ -382,6 +385,8 @@ class Control:
             broken_for_s=self.for_s("broken", broken),
             waited_s=self.for_s("enough", enough),
             may_wait_s=self.leaving.may_wait_s(self.current),
+            leaf_s=self.speeds.known,
+            uneven=self.speeds.uneven,
         )
 
     def _kill_orphans(self) -> None:

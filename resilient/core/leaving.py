@@ -135,7 +135,9 @@ class Leaving:
             self.control.instruct((Kill(member=member.number, node=member.node, reason=why, released=True),))
 
     def _has_nothing(self, member: Member) -> bool:
-        return member.report is None or member.report.generation == 0 or member.report.at_rest
+        """Nothing to do or to tell: also if the others completed its last exchange, and it did not."""
+        report = member.report
+        return report is None or report.generation == 0 or report.at_rest or report.broken == report.generation
 
     def let_go(self) -> tuple[Instruction, ...]:
         """Keepers of nodes on which nobody is left."""

@@ -22,6 +22,8 @@ class Membership:
     members: dict[int, Member] = field(default_factory=dict)
     leaving: dict[str, float] = field(default_factory=dict)
     """Nodes that were asked to leave, and until when each lives, as far as is known: no rank is placed there."""
+    avoided: set[str] = field(default_factory=set)
+    """Nodes where a rank is placed only if there is no other."""
     everybody: Tally = field(default_factory=Tally, compare=False)
     _tallies: dict[int, tuple[Plan, Tally]] = field(default_factory=dict, compare=False)
     """Of the plans that are kept, by generation."""
@@ -57,6 +59,9 @@ class Membership:
     def member_leaves(self, member: Member, by: float) -> None:
         member.leaving, member.leave_by = True, min(by, member.leave_by)
         self.changed(member)
+
+    def avoid(self, node: str) -> None:
+        self.avoided.add(node)
 
     def new_member(self, number: int, node: str) -> Member:
         """Of one that is known already, what is known."""
@@ -154,10 +159,15 @@ class Membership:
         """The node with most free room for a rank, by name among equals; None when all are full."""
         while self._room and -self._room[0][0] != self._free(self._room[0][1]):
             heappop(self._room)
-        return self._room[0][1] if self._room and self._room[0][0] < 0 else None
+        if self._room and self._room[0][0] < 0:
+            return self._room[0][1]
+        room = {node: self.nodes[node] - len(self._living.get(node, ())) for node in self.avoided & self.nodes.keys()}
+        best = max(sorted(room.keys() - self.leaving.keys()), key=room.__getitem__, default=None)
+        return best if best is not None and room[best] > 0 else None
 
     def _free(self, node: str) -> int | None:
-        capacity = self.nodes.get(node) if node not in self.leaving else None
+        kept_free = node in self.leaving or node in self.avoided
+        capacity = None if kept_free else self.nodes.get(node)
         return None if capacity is None else capacity - len(self._living.get(node, ()))
 
     def _room_changed(self, node: str) -> None:

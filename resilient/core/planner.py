@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
+from heapq import heapify, heapreplace
+from itertools import accumulate
 
 from snapshot.core.branches import Branch
 
@@ -28,6 +30,33 @@ def even_runs(micro_batches: int, ranks: int) -> tuple[tuple[int, ...], ...]:
         runs.append(tuple(range(start, stop)))
         start = stop
     return tuple(runs)
+
+
+SMALL_GAIN = 0.05
+
+
+def in_proportion(micro_batches: int, leaf_s: Sequence[float]) -> tuple[tuple[int, ...], ...]:
+    """Contiguous runs, at least one micro-batch each, with which the slowest rank is done as early as can be.
+
+    leaf_s: what each rank takes for one. Even runs are taken where they cost hardly more: they exchange less.
+    """
+    assert 1 <= len(leaf_s) <= micro_batches and min(leaf_s) > 0, (micro_batches, leaf_s)
+    counts = [1] * len(leaf_s)
+    done_s = [(2 * each, rank) for rank, each in enumerate(leaf_s)]  # with one more
+    heapify(done_s)
+    for _ in range(micro_batches - len(leaf_s)):
+        _, rank = done_s[0]
+        counts[rank] += 1
+        heapreplace(done_s, ((counts[rank] + 1) * leaf_s[rank], rank))
+    stops = list(accumulate(counts))
+    runs = tuple(tuple(range(stop - count, stop)) for stop, count in zip(stops, counts, strict=True))
+    even = even_runs(micro_batches, len(leaf_s))
+    return even if slowest_s(even, leaf_s) <= (1 + SMALL_GAIN) * slowest_s(runs, leaf_s) else runs
+
+
+def slowest_s(leaves: Sequence[Sequence[int]], leaf_s: Sequence[float]) -> float:
+    """How long the slowest rank computes."""
+    return max(len(owned) * each for owned, each in zip(leaves, leaf_s, strict=True))
 
 
 def deal_lost(plan: Plan, survivors: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -83,14 +112,18 @@ def dealt_anew(
     reason: str,
     branches: tuple[Branch, ...] = (Branch(number=0),),
     restore: Restore | None = None,
+    leaf_s: Sequence[float] = (),
 ) -> Plan:
-    """An initial, planned or restored generation: all leaves dealt evenly in contiguous runs."""
+    """An initial, planned or restored generation: all leaves dealt in contiguous runs.
+
+    leaf_s: by rank, what each takes for a micro-batch, to deal in proportion; evenly without it.
+    """
     return Plan(
         generation=generation,
         base=base,
         kind=kind,
         places=tuple(places),
-        leaves=even_runs(micro_batches, len(places)),
+        leaves=in_proportion(micro_batches, leaf_s) if leaf_s else even_runs(micro_batches, len(places)),
         micro_batches=micro_batches,
         joiners=tuple(joiners),
         reason=reason,

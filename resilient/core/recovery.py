@@ -8,12 +8,12 @@ A joiner, whoever is to leave, or uneven dealing after a loss asks for a planned
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from snapshot.core.branches import Lineage
 
-from . import draining, planner
+from . import draining, planner, speeds
 from .membership import Membership
 from .plan import Plan, Restore, first_branch
 from .standing import Member, Tally
@@ -35,6 +35,7 @@ class Limits:
     detection_s: float = 2.0
     max_failures: int | None = None
     """Ranks and nodes that may be lost within an hour."""
+    evict_stragglers: bool = False
 
     @property
     def settle_s(self) -> float:
@@ -104,6 +105,10 @@ class Situation:
     """For how long enough ranks to begin have been ready."""
     may_wait_s: float = 0.0
     """How long those who are to leave may still wait for others to take their place."""
+    leaf_s: Mapping[int, float] = field(default_factory=dict)
+    """By member that has measured it, what it takes for a micro-batch."""
+    uneven: bool = False
+    """Whether dealing in proportion to that would have been worth it for long enough."""
 
 
 def decide(now: Situation) -> Decision:
@@ -226,8 +231,10 @@ def _improve(now: Situation, current: Plan) -> Decision:
         joiners = now.membership.ready_unseated(current.ranks)[:room]
         nodes = ", ".join(sorted({member.node[:8] for member in joiners}))
         return _dealt(now, joiners, current, f"{len(joiners)} joined (node {nodes})")
-    if planner.unbalanced(current):
+    if current.kind == "unplanned" and planner.unbalanced(current):
         return _dealt(now, [], current, "micro-batches dealt evenly again")
+    if now.uneven:
+        return _dealt(now, [], current, "micro-batches dealt in proportion to the ranks' speed")
     return Stay(reason="all is well")
 
 
@@ -256,6 +263,7 @@ def _dealt(
         seated = tuple(place for place in seated if place.member in staying)
     numbers = [member.number for member in members]
     micro_batches = current.micro_batches if current else _micro_batches(members)
+    all_of_them = [*(place.member for place in seated), *numbers]
     return Make(
         plan=planner.dealt_anew(
             generation=now.newest + 1,
@@ -266,6 +274,7 @@ def _dealt(
             micro_batches=micro_batches,
             reason=reason,
             branches=current.branches if current else first_branch().branches,
+            leaf_s=speeds.filled(all_of_them, now.leaf_s) if current and now.leaf_s else (),
         )
     )
 

@@ -194,5 +194,7 @@ class SeatReport:
     rollback: Rollback | None = None
     at_rest: bool = False
     """The others go on without this rank, and it has nothing more to do or to tell."""
+    leaf_s: float = field(default=0.0, compare=False)
+    """What a micro-batch takes here, as it was measured; 0 while that is not known."""
     serial: int = field(default=0, compare=False)
     """Grows with everything that happens to the seat: of two reports the greater is the later one."""

@@ -22,7 +22,7 @@ def view(control: Control, detector: Detector) -> dict[str, Any]:
         "generation": current.generation if current else 0,
         "formed": control.formed.generation if control.formed else 0,
         "ranks": [
-            {"rank": rank, **_process(alive[number], detector, "connecting")}
+            {"rank": rank, **_process(alive[number], detector, "connecting"), "speed": control.speeds.relative(number)}
             for rank, number in enumerate(seated)
             if number in alive
         ],

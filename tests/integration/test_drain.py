@@ -70,7 +70,7 @@ def check(run: Watched, undisturbed: Any, audit: str) -> Any:
     return result
 
 
-def node_ends(cluster: Any, node: str, in_s: float) -> None:
+def node_ends(cluster: Any, node: str, in_s: int) -> None:
     """As an autoscaler or a cloud's preemption notice says it."""
     told = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", node]
     told += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
@@ -104,7 +104,7 @@ def test_a_node_that_the_cluster_drains_ends_by_itself(cluster: Any, undisturbed
         run = Watched(main, steps=STEPS, hold=str(tmp_path / "go"), dataset=Audited(audit))
         run.at_step(3, ranks=2)
         node = run.ranks()[1][1]
-        node_ends(cluster, node, 90.0)
+        node_ends(cluster, node, 90)
         run.until_said("is drained: nothing of the run is on it")
         assert gone(run, node)
         until(lambda: not [one for one in ray.nodes() if one["NodeID"] == node and one["Alive"]], "the raylet ends")

@@ -71,7 +71,8 @@ def counts(tally: Tally) -> dict[str, tuple[set[object], set[int], int]]:
 
 
 def check(membership: Membership, plans: list[Plan]) -> None:
-    anew = Membership(nodes=dict(membership.nodes), members=membership.members, leaving=membership.leaving)
+    nodes, leaving, avoided = dict(membership.nodes), membership.leaving, membership.avoided
+    anew = Membership(nodes=nodes, members=membership.members, leaving=leaving, avoided=avoided)
     assert counts(membership.everybody) == counts(anew.everybody)
     for plan in plans:
         assert counts(membership.tally(plan)) == counts(anew.tally(plan))
@@ -85,9 +86,9 @@ def check(membership: Membership, plans: list[Plan]) -> None:
     for node in NODES:
         assert membership.on_node(node) == [member for member in living if member.node == node]
         room[node] = membership.nodes.get(node, 0) - len(membership.on_node(node))
-    open_nodes = sorted(set(membership.nodes) - set(membership.leaving))
-    best = min(open_nodes, key=lambda node: -room[node], default=None)
-    assert membership.roomiest() == (best if best is not None and room[best] > 0 else None)
+    usable = {node: room[node] for node in sorted(membership.nodes.keys() - leaving.keys()) if room[node] > 0}
+    preferred = {node: free for node, free in usable.items() if node not in avoided} or usable
+    assert membership.roomiest() == max(preferred, key=preferred.__getitem__, default=None)
 
 
 @settings(deadline=None)  # a busy machine is no finding
@@ -96,7 +97,9 @@ def test_what_is_kept_is_what_counting_anew_would_find(data: st.DataObject) -> N
     membership, plans = Membership(), list[Plan]()
     for turn in range(data.draw(st.integers(0, 40))):
         match data.draw(
-            st.sampled_from(["change", "change", "change", "node comes", "node goes", "node leaves", "plan"])
+            st.sampled_from(
+                ["change", "change", "change", "node comes", "node goes", "node leaves", "node is avoided", "plan"]
+            )
         ):
             case "change":
                 change(data, membership, data.draw(st.integers(1, 8)))
@@ -106,6 +109,8 @@ def test_what_is_kept_is_what_counting_anew_would_find(data: st.DataObject) -> N
                 membership.node_gone(data.draw(st.sampled_from(NODES)))
             case "node leaves":
                 membership.node_leaves(data.draw(st.sampled_from(NODES)), 1.0)
+            case "node is avoided":
+                membership.avoid(data.draw(st.sampled_from(NODES)))
             case "plan" if membership.members:
                 some = data.draw(st.sets(st.sampled_from(sorted(membership.members)), min_size=1))
                 plans = [*plans[-data.draw(st.integers(0, 1)) :][-1:], plan_of(turn + 1, sorted(some))]

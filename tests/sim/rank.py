@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from resilient.core.detector import Vital
 from resilient.core.events import RankReady, RankReported, RankReturned, SnapshotProtected
 from resilient.core.lane import Agreed
+from resilient.core.pace import Pace
 from resilient.core.plan import Address, Plan, Restore
 from resilient.core.seat import (
     Applied,
@@ -65,6 +67,7 @@ class Rank:
         self._waiting_room: list[Callable[[], None]] = []
         self._submitted: tuple[int, int] | None = None
         self._work = 0
+        self._pace = Pace()
 
     def begin(self) -> None:
         self.world.tell(f"rank {self.member} starts on {self.node}")
@@ -209,7 +212,8 @@ class Rank:
         self.tell_seat(ExchangeFailed(generation=generation, step=step))
 
     def _report(self) -> None:
-        report = RankReported(report=self.seat.report())
+        measured_s = self._pace.leaf_s if self.world.speeds.active else 0.0
+        report = RankReported(report=replace(self.seat.report(), leaf_s=measured_s))
         self.world.to_controllers(self.node, lambda shell: shell.take(report))
 
     def _repeat_report(self) -> None:
@@ -265,7 +269,9 @@ class Rank:
             case Compute(leaf=leaf):
                 self._busy = True
                 step, value = self.seat.step, leaf_value(self.state, self.seat.step, leaf)
-                self.later(self.world.rng.uniform(0.03, 0.15), lambda: self._fold(step, leaf, value))
+                self._pace.handed_out(self.world.now)
+                takes_s = self.world.rng.uniform(0.03, 0.15) * self.world.speeds.factor(self.node, self.world.now)
+                self.later(takes_s, lambda: self._fold(step, leaf, value))
             case Apply(step=step):
                 self._busy = True
                 self.later(self.world.rng.uniform(0.01, 0.1), lambda: self._apply(step))
@@ -278,6 +284,7 @@ class Rank:
     def _fold(self, step: int, leaf: int, value: int) -> None:
         self._busy = False
         self._work += 1
+        self._pace.folded(self.world.now)
         self.partial[leaf] = value
         self.world.emit("folded", rank=self, step=step, leaf=leaf)
         self.tell_seat(LeafFolded(step=step, leaf=leaf))

@@ -186,6 +186,9 @@ class Shell:
                 self.questions.decode(asked, elected)
             case LookAtStorage(asked=asked):
                 self._look_at_storage(asked)
+            case Say(text=text) if "is a straggler" in text:
+                world.tell(f"controller {self.number}: {text}")
+                world.seen["straggler evicted" if "it leaves" in text else "straggler reported"] += 1
             case Say(text=text):
                 world.tell(f"controller {self.number}: {text}")
             case End(outcome="superseded", reason=reason):
@@ -235,6 +238,8 @@ class Shell:
             world.drains.planned(self, plan)
             world.look_for_state()
             world.seen[f"{plan.kind} generation"] += 1
+            if "in proportion" in plan.reason:
+                world.seen["dealt in proportion"] += 1
             if world.setting.limits.snapshots:
                 self.questions.planned(plan)
             answer = GenerationCreated(generation=plan.generation)

@@ -29,6 +29,7 @@ from .protected import Protected
 from .rank import Rank
 from .setting import Setting
 from .shell import Shell
+from .speeds import Speeds
 from .storage import Storage
 
 MOST_EVENTS = 200_000
@@ -78,13 +79,15 @@ class World:
     ended_by: Shell | None = None
     lost_state_at: float | None = None
     drained: bool = True
-    """Whether nodes and ranks may be asked to leave."""
+    """Whether nodes and ranks may be asked to leave, or be slow."""
     disturbed: bool = False
     """Whether something has failed, other than controllers and messages."""
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.setting = Setting.drawn(self.rng).with_snapshots(random.Random(f"snapshots {self.seed}"))
+        setting = Setting.drawn(self.rng).with_snapshots(random.Random(f"snapshots {self.seed}"))
+        self.speeds = Speeds(self.seed, wanted=self.drained)
+        self.setting = self.speeds.changed(setting)
         self.protected = Protected(self)
         self.storage = Storage()
         self.flips = Flips(self)
@@ -116,8 +119,8 @@ class World:
             if self.end is not None or not self._heap:
                 break
             self.now, _, action = heapq.heappop(self._heap)
-            if self.healing and self.now > self.setting.fault_phase_s + LIVENESS_S:
-                raise Violation("liveness", f"not ended after {LIVENESS_S:.0f} s without faults")
+            if self.healing and self.now > self.setting.fault_phase_s + LIVENESS_S + self.speeds.more_time_s:
+                raise Violation("liveness", f"not ended after {self.now:.0f} s, the last of them without faults")
             action()
         else:
             raise Violation("liveness", f"{MOST_EVENTS} events without an end")

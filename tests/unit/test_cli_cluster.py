@@ -29,8 +29,8 @@ RECOVERY = {
 GPT: dict[str, Any] = {
     "run": "gpt", "attempt": 2, "step": 42, "generation": 5, "formed": 5,
     "ranks": [
-        {"rank": 0, "member": 3, "node": "aaaaaaaaaaaa", "state": "computing"},
-        {"rank": 1, "member": 7, "node": "bbbbbbbbbbbb", "state": "stopped"},
+        {"rank": 0, "member": 3, "node": "aaaaaaaaaaaa", "state": "computing", "speed": 1.0},
+        {"rank": 1, "member": 7, "node": "bbbbbbbbbbbb", "state": "stopped", "speed": None},
     ],
     "others": [{"member": 8, "node": "cccccccccccc", "state": "starting"}],
     "nodes": {"aaaaaaaaaaaa": 1, "bbbbbbbbbbbb": 1, "cccccccccccc": 1},
@@ -55,10 +55,10 @@ def test_a_run_is_described(capsys: pytest.CaptureFixture[str]) -> None:
         "snapshots: step 41 is protected everywhere\n"
         "checkpoints: step 40 is durable, 4 were written, 1 failed, the last: no room\n"
         "\n"
-        "rank  member  node      state\n"
-        "   0       3  aaaaaaaa  computing\n"
-        "   1       7  bbbbbbbb  stopped\n"
-        "   -       8  cccccccc  starting\n"
+        "rank  member  node      state      speed\n"
+        "   0       3  aaaaaaaa  computing   1.00\n"
+        "   1       7  bbbbbbbb  stopped        -\n"
+        "   -       8  cccccccc  starting       -\n"
         "\n"
         "step  recovery   ranks  from             seconds  why\n"
         "  41  rank lost      2  memory, step 40     1.25  lost rank 1 (node bbbbbbbb)\n"

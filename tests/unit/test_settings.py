@@ -57,6 +57,7 @@ from resilient.job import settings_from
         ({"detection_s": True}, ValueError, "detection_s=True"),
         ({"wait_for_nodes_s": math.nan}, ValueError, "wait_for_nodes_s=nan"),
         ({"allow_different_bits": "no"}, TypeError, "allow_different_bits='no': is True or False"),
+        ({"evict_stragglers": 1}, TypeError, "evict_stragglers=1: is True or False"),
         ({"snapshot": 5}, TypeError, r"snapshot=5: is a resilient\.Snapshot"),
         ({"on_nonfinite": "explode"}, ValueError, 'on_nonfinite=\'explode\': is "ignore", "stop"'),
     ],
