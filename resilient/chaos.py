@@ -25,6 +25,7 @@ from actors.folders import process_stat, recorded_process
 from actors.keeper import is_stopped
 from snapshot.arena import SlotError, SlotView, find_slots
 
+from .cutting import cut_between
 from .faults import Act, Seat, Seen
 
 ANSWER_LIMIT_S = 10.0
@@ -93,6 +94,9 @@ class Victim:
                 return f"processes {self._kill([self._pid(f'{key}/rank/{seat.member}', 'Rank') for seat in act.seats])}"
             case "stop":
                 return self._stop(self._pid(f"{key}/rank/{act.seats[0].member}", "Rank"), act.stop_s)
+            case "cut":
+                pid, *others = (self._pid(f"{key}/rank/{seat.member}", "Rank") for seat in act.seats)
+                return self._cut(pid, others)
             case "keeper":
                 name = self._keepers(key).get(act.node)
                 if name is None:
@@ -155,6 +159,15 @@ class Victim:
         timer.daemon = True
         timer.start()
         return f"process {pid} for {stop_s:.1f} s"
+
+    def _cut(self, pid: int, others: list[int]) -> str:
+        try:
+            count = cut_between(pid, others)
+        except (PermissionError, ProcessLookupError) as error:
+            raise NotNow(f"the connections of process {pid} can't be cut: {error}") from error
+        if not count:
+            raise NotNow(f"process {pid} has no connection with the others")
+        return f"{count} connections of process {pid}"
 
     def _continue(self, pidfd: int) -> None:
         """Once, whoever comes first."""

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["kill", "stop", "all", "node", "keeper", "controller", "corrupt"]
+Kind = Literal["kill", "stop", "cut", "all", "node", "keeper", "controller", "corrupt"]
 
 KINDS: Mapping[Kind, str] = {
     "kill": "SIGKILL to one rank",
     "stop": "SIGSTOP to one rank, and SIGCONT a few seconds later",
+    "cut": "the connections of one rank with all others broken, though everybody lives",
     "all": "SIGKILL to all ranks at once",
     "node": "SIGKILL to a raylet with all its processes, and the node's memory removed",
     "keeper": "SIGKILL to a node's keeper",
@@ -68,7 +69,7 @@ class Act:
     @property
     def target(self) -> str:
         match self.kind:
-            case "kill" | "stop" | "all":
+            case "kill" | "stop" | "cut" | "all":
                 return ", ".join(str(seat) for seat in self.seats)
             case "node":
                 return f"node {self.node[:8]}"
@@ -94,6 +95,8 @@ def possible(kind: Kind, seen: Seen) -> bool:
     match kind:
         case "kill" | "stop" | "all":
             return bool(seen.seats)
+        case "cut":
+            return len(seen.seats) > 1
         case "node":
             return bool(seen.nodes)
         case "keeper":
@@ -127,6 +130,10 @@ def _aimed(kind: Kind, seen: Seen, source: random.Random, why: str) -> Act:
         case "stop":
             seat, stop_s = source.choice(seen.seats), source.uniform(SHORTEST_STOP_S, LONGEST_STOP_S)
             return Act(kind=kind, seats=(seat,), stop_s=stop_s, why=f"{why}; {_one_of(seen.seats, 'rank')}")
+        case "cut":
+            seat = source.choice(seen.seats)
+            others = tuple(other for other in seen.seats if other != seat)
+            return Act(kind=kind, seats=(seat, *others), why=f"{why}; {_one_of(seen.seats, 'rank')}")
         case "all":
             return Act(kind=kind, seats=seen.seats, why=f"{why}; all {len(seen.seats)} there are")
         case "node":

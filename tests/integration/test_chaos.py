@@ -44,7 +44,7 @@ def test_a_run_is_shown_and_survives_chaos(cluster: Any, tmp_path: Path) -> None
 
     done = command(
         cluster,
-        *("chaos", "broken", "--kind", "kill,corrupt,keeper,controller", "--every", "2s", "--for", "10s"),
+        *("chaos", "broken", "--kind", "kill,cut,corrupt,keeper,controller", "--every", "2s", "--for", "10s"),
         *("--seed", "1", "--yes-break-it"),
     )
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done

@@ -15,6 +15,7 @@ from resilient.faults import Act, Kind
 WEIGHTS: Mapping[Kind, float] = {
     "kill": 10.0,
     "stop": 3.0,
+    "cut": 3.0,
     "all": 2.0,
     "node": 2.0,
     "keeper": 2.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 from actors.folders import record_process
 from actors.keeper import is_stopped
 from resilient.chaos import NotNow, corrupt, end_at_once
+from resilient.cutting import cut_between
 from resilient.faults import KINDS, Kind, Seat, Seen, choose, kinds_from, possible
 from snapshot.arena import Slot, SlotView, required_bytes
 from snapshot.slot import SlotHead
@@ -63,8 +65,35 @@ def test_every_act_names_its_target_and_why(kind: Kind) -> None:
 
 def test_kinds_are_read_and_checked() -> None:
     assert kinds_from("node, kill,node") == ("kill", "node")
-    with pytest.raises(ValueError, match="kind 'burn': is one of kill, stop, all, node"):
+    with pytest.raises(ValueError, match="kind 'burn': is one of kill, stop, cut, all, node"):
         kinds_from("kill,burn")
+
+
+TALKER = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+accepted = [server.accept()[0] for _ in range(2)]
+print(*(peer.recv(10) for peer in accepted), flush=True)
+input()
+"""
+
+
+def test_only_connections_between_these_processes_are_cut() -> None:
+    with subprocess.Popen([sys.executable, "-c", TALKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        port = int(other.stdout.readline())
+        ours, too = (socket.create_connection(("127.0.0.1", port)) for _ in range(2))
+        stranger = socket.create_server(("127.0.0.1", 0))
+        apart = socket.create_connection(stranger.getsockname())
+        assert cut_between(os.getpid(), [other.pid]) == 2
+        assert other.stdout.readline() == b"b'' b''\n" and other.poll() is None
+        assert ours.recv(1) == too.recv(1) == b""
+        apart.sendall(b"still there")
+        assert cut_between(os.getpid(), [other.pid]) == 0
+        for each in (ours, too, stranger, apart):
+            each.close()
+        other.kill()
 
 
 def slot_of(folder: Path, *, seal: bool = True) -> Path:
