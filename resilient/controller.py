@@ -55,7 +55,7 @@ from .core.view import as_values, view
 from .job import Job
 from .ledger import Ledger
 from .protection import Protection
-from .records import Records, ReturnValue, StepValues
+from .records import Known, Records, ReturnValue, StepValues
 from .workers import Workers
 
 TICK_S = 0.05
@@ -158,29 +158,37 @@ class Controller:
     def renew(self) -> None:
         self._driver.renew()
 
-    def poll(self, fetched: int, known: tuple[int, int, int]) -> dict[str, Any]:
-        """What is new: `fetched` is the last step whose row of metrics the driver has, `known` the process
-        id of the controller it last heard, with the numbers of recoveries and of rewinds it has from it."""
+    def poll(self, fetched: int, known: Known) -> dict[str, Any]:
+        """What is new: `fetched` is the last step whose row of metrics the driver has, `known` what came with the last
+        answer that it has heard."""
         self._driver.renew()
         with self._lock:
-            return self._news(fetched, *(known[1:] if known[0] == os.getpid() else (0, 0)))
+            return self._news(fetched, known)
 
-    def _news(self, fetched: int, known: int, rewound: int) -> dict[str, Any]:
-        back_to = min(self._records.rewinds[rewound:], default=None)
+    def _news(self, fetched: int, known: Known) -> dict[str, Any]:
+        chronicle = self._control.chronicle
+        heard_me = known.controller == os.getpid()
+        if not heard_me and known.rewound_in == self._records.last_rewind:
+            chronicle.was_committed(known.step - 1)
+        back_to = self._records.back_to(known.rewound_in)
         if back_to is not None:
             fetched = min(fetched, back_to - 1)
-        chronicle = self._control.chronicle
         current = self._control.current
         return {
             "rows": self._records.after(fetched, all_of_them=self._outcome is not None),
             "step": self._records.newest + 1,
             "generation": current.generation if current else 0,
             "ranks": self._control.formed.size if self._control.formed else 0,
-            "recoveries": [as_values(item) for item in chronicle.recoveries[known:]],
+            "recoveries": [as_values(item) for item in chronicle.recoveries[known.recoveries if heard_me else 0 :]],
             "back_to": back_to,
             "snapshots": dict(self._snapshots),
             "checkpoints": self._saved.summary() if self._job.settings.checkpoint else {},
-            "known": (os.getpid(), len(chronicle.recoveries), len(self._records.rewinds)),
+            "known": Known(
+                controller=os.getpid(),
+                recoveries=len(chronicle.recoveries),
+                rewound_in=self._records.last_rewind,
+                step=self._records.newest + 1,
+            ),
             "messages": list(self._messages),
             "outcome": None if self._outcome is None else asdict(self._outcome),
             "value": self._return_value() if self._outcome is not None else None,
@@ -379,7 +387,7 @@ class Controller:
             return
         if plan.restore is not None:
             of_earlier_attempt = plan.restore.key.attempt != self._job.attempt
-            self._records.rewind(plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
+            self._records.rewind(plan.generation, plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
         self._protect(plan)
         self._handle(GenerationCreated(generation=plan.generation))
 
@@ -494,6 +502,7 @@ class Controller:
             return
         plans, spawned = self._ledger.plans(), self._workers.find()
         self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items()))))
+        self._records.resume(plans)
         if plans:
             self._protect(plans[-1])
         for node in sorted({*spawned.values(), *self._workers.keepers}):

@@ -237,6 +237,7 @@ class Control:
             self.newest = self._inherited = current.generation
             self.restoring.lineage = Lineage(branches=current.branches)
             self.going_back.resumed(event.plans)
+            self.chronicle.resumed(event.plans)
             self._rule(formed=self.plans.get(current.base), current=current)  # plans come only from what has formed
         self._unheard = set(self.membership.members)
 
