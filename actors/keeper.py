@@ -137,9 +137,20 @@ class Keeper:
             if watched is not None and watched.alive:
                 signal.pidfd_send_signal(watched.pidfd, signal.SIGKILL)
 
-    def renew(self, lifeline: tuple[str, int]) -> None:
+    def renew(self, lifeline: tuple[str, int], known_dead: tuple[int, ...] = ()) -> None:
+        """The controller lives, and has on record that these ranks have ended: nobody will ask for them again."""
         self._lease.renew()
         self._lifeline.hold(lifeline)
+        for member in known_dead:
+            self._forget(member)
+
+    def _forget(self, member: int) -> None:
+        with self._lock:
+            if member not in self._watched or self._watched[member].alive:
+                return
+            del self._watched[member]
+        for what in ("process", "words"):
+            (Path(self._spec.folder) / f"rank-{member}.{what}").unlink(missing_ok=True)
 
     def linger(self) -> None:
         """The run is over, and has not finished: end its ranks, and keep the snapshots for a while."""

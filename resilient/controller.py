@@ -52,6 +52,7 @@ from .core.instructions import (
 )
 from .core.plan import Plan
 from .core.view import as_values, view
+from .errands import Done, Errands
 from .job import Job
 from .ledger import Ledger
 from .protection import Protection
@@ -119,7 +120,9 @@ class Controller:
         self._driver = Lease(settings.driver_lease_s)
         self._me = ray.get_runtime_context().current_actor
         self._ledger = Ledger(job)
-        self._workers = Workers(job, self._me)
+        self._errands = Errands(self._events.put)
+        self._head_is_away = False
+        self._workers = Workers(job, self._me, self._errands)
         self._saved = Saved()
         self._finishing: End | None = None
         """What the run ends with, once its last checkpoint is durable."""
@@ -279,6 +282,8 @@ class Controller:
                 self._lost(name, now)
             case _Nodes(capacities=capacities, gone=gone):
                 self._nodes(capacities, gone)
+            case Done():
+                fact.finish()
             case _:
                 self._handle(fact)
 
@@ -305,8 +310,19 @@ class Controller:
         if now - self._renewed_at > RENEW_EVERY_S:
             self._renewed_at = now
             self._renew()
+            self._mind_the_head()
             if self._finishing is not None and self._outcome is None:
                 self._finish_saving()
+
+    def _mind_the_head(self) -> None:
+        waiting_s = self._errands.waiting_s()
+        if self._head_is_away != (waiting_s > self._job.settings.detection_s):
+            self._head_is_away = not self._head_is_away
+            self._say(
+                f"the cluster's head has not answered for {waiting_s:.1f} s: until it does, nobody can be replaced"
+                if self._head_is_away
+                else "the cluster's head answers again"
+            )
 
     def _handle(self, event: Event) -> None:
         for instruction in self._control.handle(event, time.monotonic()):
@@ -314,7 +330,7 @@ class Controller:
 
     def _beaten(self, node: str, pulses: tuple[Pulse, ...], now: float) -> None:
         self._workers.heard(node)
-        self._workers.confirmed_dead(pulse.member for pulse in pulses if not pulse.alive)
+        self._workers.shown(node, pulses, self._control.membership.is_gone)
         vitals = tuple(
             Vital(
                 member=pulse.member,
@@ -358,8 +374,8 @@ class Controller:
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case Spawn(member=member, node=node):
-                if not self._workers.spawn(member, node):
-                    self._end(End(outcome="superseded", reason=f"member {member} was started by another controller"))
+                taken = End(outcome="superseded", reason=f"member {member} was started by another controller")
+                self._workers.spawn(member, node, lambda: self._end(taken), self._control.membership.is_gone)
             case Kill(member=member, node=node, reason=reason):
                 self._say(f"member {member} on node {node[:8]} is gone: {reason}")
                 self._detector.forget_rank(member)
@@ -380,20 +396,26 @@ class Controller:
                 self._end(instruction)
 
     def _create(self, plan: Plan) -> None:
-        created = self._ledger.create(plan)
         self._say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")
+
+        def create() -> tuple[bool, dict[str, str]]:
+            return self._ledger.create(plan), launch.domains() if self._job.settings.snapshot else {}
+
+        self._errands.run(create, lambda done: self._created(plan, *done))
+
+    def _created(self, plan: Plan, created: bool, domains: dict[str, str]) -> None:
         if not created:
             self._handle(GenerationTaken(generation=plan.generation))
             return
         if plan.restore is not None:
             of_earlier_attempt = plan.restore.key.attempt != self._job.attempt
             self._records.rewind(plan.generation, plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
-        self._protect(plan)
+        self._protect(plan, domains)
         self._handle(GenerationCreated(generation=plan.generation))
 
-    def _protect(self, plan: Plan) -> None:
+    def _protect(self, plan: Plan, domains: dict[str, str]) -> None:
         if self._job.settings.snapshot is not None:
-            self._protection.planned(plan, launch.domains(), self._workers.keepers)
+            self._protection.planned(plan, domains, self._workers.keepers)
 
     def _ask_keepers(self, instruction: TakeInventory | DecodeImages) -> None:
         keepers, now, limit_s = self._workers.keepers, time.monotonic(), self._answer_limit_s
@@ -479,8 +501,7 @@ class Controller:
         for node, capacity in sorted(capacities.items()):
             if capacity == 0 and node not in self._workers.keepers:
                 continue
-            if node not in self._workers.keepers:
-                self._workers.start_keeper(node)
+            self._workers.start_keeper(node)
             news = self._control.membership.nodes.get(node) != capacity
             if news and node in self._detector.nodes:
                 self._handle(NodeSeen(node=node, capacity=capacity))
@@ -500,14 +521,14 @@ class Controller:
             if (lineage := self._ledger.lineage()) is not None:
                 self._control.restoring.lineage, self._control.going_back.lineage_known = lineage, True
             return
-        plans, spawned = self._ledger.plans(), self._workers.find()
-        self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items()))))
+        plans, (spawned, gone) = self._ledger.plans(), self._workers.find()
+        self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items())), gone=tuple(sorted(gone))))
         self._records.resume(plans)
         if plans:
-            self._protect(plans[-1])
+            self._protect(plans[-1], launch.domains())
         for node in sorted({*spawned.values(), *self._workers.keepers}):
             self._detector.expect(node, time.monotonic())
-        for member in sorted(set(spawned) - set(self._workers.ranks)):
+        for member in sorted(gone | set(spawned) - set(self._workers.ranks)):
             self._events.put(RankGone(member=member, why="it was gone when the controller came back"))
         self._say("the controller was restarted and has taken up where it was")
 
