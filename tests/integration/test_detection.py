@@ -156,31 +156,44 @@ def test_a_controller_that_was_stopped_blames_nobody(cluster: Any, undisturbed: 
     assert nobody_was_blamed(run, identical(run, undisturbed)), run.news["messages"]
 
 
-def test_of_two_controllers_the_one_that_wakes_up_neither_kills_nor_rules(
+def test_a_stopped_controller_that_ray_gives_up_never_runs_again(
     cluster: Any, undisturbed: Any, tmp_path: Path
 ) -> None:
-    """The first is stopped, and taken for dead by Ray, which starts another. A rank dies, the second makes a new
-    generation, and then the first goes on."""
+    """Ray starts another one, and has then ended the first, so that what that had begun has no end."""
     run = Watched(train("usurped", workers=(1, 3), detection_s=DETECTION_S), steps=LONG, hold=str(tmp_path / "go"))
     run.at_step(4, ranks=3)
-    first = ray.get(run.controller.process.remote(), timeout=30)
-    os.kill(first, signal.SIGSTOP)
+    first = psutil.Process(ray.get(run.controller.process.remote(), timeout=30))
+    first.suspend()
     try:
+        run.signal_rank(1)
         ray.kill(run.controller, no_restart=False)
         run.until_said("restarted")
-        assert ray.get(run.controller.process.remote(), timeout=30) != first
-        run.signal_rank(1)
-        run.until(lambda news: len(news["recoveries"]) >= 2 and news["ranks"] == 3, "the second one rules")
-        pids = [run.pid_of_rank(rank) for rank in range(3)]
-        still_there = psutil.pid_exists(first)
+        assert not first.is_running()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(first, signal.SIGCONT)
-    until(lambda: not psutil.pid_exists(first), "the first one has ended", 30)
-    assert [run.pid_of_rank(rank) for rank in range(3)] == pids, "it has killed nobody"
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first.resume()
+    run.until(lambda news: len(news["recoveries"]) >= 2 and news["ranks"] == 3, "the second one rules")
     result = identical(run, undisturbed)
-    assert len(result.recoveries) == 2 and why_lost(result) == ["the process has ended"], result.recoveries
-    assert still_there, "it ended before it could go on"
+    assert len(why_lost(result)) == 1, result.recoveries
+
+
+def test_a_controller_whose_generation_another_has_made_yields_and_kills_nobody(cluster: Any, tmp_path: Path) -> None:
+    """The other one is this test: it takes the number of the next generation, as a controller would."""
+    run = Watched(
+        train("yielding", workers=(1, 3), detection_s=DETECTION_S), steps=100_000, hold=str(tmp_path / "never")
+    )
+    try:
+        run.at_step(4, ranks=3)
+        assert launch.create_key(f"{run.name}/1/generation/{run.news['generation'] + 1:09d}", b"{}")
+        pids = [run.pid_of_rank(rank) for rank in range(3)]
+        run.signal_rank(1)
+        until(lambda: f"{run.name}/1/controller" not in launch.names(run.name), "it has ended")
+        assert [psutil.pid_exists(pid) for pid in pids] == [True, False, True]
+        with pytest.raises(resilient.RunStopped, match="was created by another controller"):
+            run.result()
+        until(lambda: not left_behind(run.name), f"they end by their leases: {left_behind(run.name)}", 60)
+    finally:
+        launch.delete_keys(f"{run.name}/1/")
 
 
 # Fencing
