@@ -76,14 +76,23 @@ def kill_host(*nodes: Any, also: tuple[int, ...] = ()) -> None:
 
 
 @contextlib.contextmanager
-def another_cluster(head: str = "127.0.0.1", **settings: Any) -> Iterator[Any]:
-    """A cluster of its own, with a head that has no room for ranks, instead of the one that is connected to."""
+def another_cluster(head: str | None = None, **settings: Any) -> Iterator[Any]:
+    """A cluster of its own, with a head that has no room for ranks, instead of the one that is connected to.
+
+    head: its address, if it is not to be the machine's.
+    """
     former = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
     ray.shutdown()
     cluster = Cluster()
     try:
-        options = {"num_cpus": 0, "object_store_memory": 80 << 20, "node_ip_address": head}
-        add_node(cluster, **options, _system_config={"prestart_worker_first_driver": False, **settings})
+        options = {} if head is None else {"node_ip_address": head}
+        add_node(
+            cluster,
+            num_cpus=0,
+            object_store_memory=80 << 20,
+            **options,
+            _system_config={"prestart_worker_first_driver": False, **settings},
+        )
         ray.init(address=cluster.address, log_to_driver=False, _node_ip_address=head)
         yield cluster
     finally:

@@ -72,7 +72,7 @@ class Hang(Fault):
 @pytest.mark.long
 def test_code_that_hangs_in_python_and_in_c_with_the_lock_held(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     faults = tuple(
-        Hang(marker=str(tmp_path / f"hang-{rank}"), rank=rank, step=4, phase="forward", in_c=rank == 2)
+        Hang(marker=str(tmp_path / f"hang-{rank}"), rank=rank, step=15, phase="forward", in_c=rank == 2)
         for rank in (1, 2)
     )
     run = Watched(train("hung", workers=(1, 3)), steps=LONG, hold=str(tmp_path / "go"), faults=faults)
@@ -81,7 +81,8 @@ def test_code_that_hangs_in_python_and_in_c_with_the_lock_held(cluster: Any, und
     run.until(lambda news: news["ranks"] == 3 and len(news["recoveries"]) >= 2, "both are replaced")
     assert not any(map(psutil.pid_exists, pids))
     result = identical(run, undisturbed)
-    assert sorted(why_lost(result))[:2] == ["no progress for 60 s while computing"] * 2, result.recoveries
+    hung = [why for why in why_lost(result) if why.startswith("no progress for 6") and "while computing" in why]
+    assert len(hung) == len(why_lost(result)) == 2, result.recoveries
 
 
 # Slow
