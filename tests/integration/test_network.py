@@ -39,6 +39,7 @@ class Nodes:
         self._starters: list[subprocess.Popen[bytes]] = []
 
     def add(self, port: int) -> None:
+        """One after the other: two that start at once choose the same sockets in the file system that they share."""
         ray_program = str(Path(sys.executable).with_name("ray"))
         options = ["--num-cpus=2", "--object-store-memory=80000000", '--resources={"wired":1}', "--block"]
         self._starters.append(
@@ -52,6 +53,7 @@ class Nodes:
                 start_new_session=True,
             )
         )
+        until(lambda: self.at(port), f"node {port} is there", 60)
 
     def at(self, port: int) -> list[str]:
         """Live nodes, as Ray lists them, with this port's address."""
@@ -65,7 +67,6 @@ class Nodes:
             if not self.at(port):
                 self.end(port)
                 self.add(port)
-        until(lambda: all(self.at(port) for port in range(1, len(WORKERS) + 1)), "all nodes are there")
 
     def port_of(self, run: Watched, rank: int) -> int:
         _, node = run.ranks()[rank]
