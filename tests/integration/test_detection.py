@@ -24,7 +24,7 @@ from tests.integration.loops import Fault, claim, fault, train
 from tests.integration.nodes import only_spots, raylet_of
 from tests.integration.processes import Watched, is_training, left_behind, until
 
-LONG = 150
+LONG = 300
 """Steps; at the pace that `hold` keeps, long enough for new processes to start and join."""
 DETECTION_S = 1.0
 PACE_S = 0.3

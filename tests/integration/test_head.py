@@ -21,7 +21,7 @@ from tests.integration.test_detection import PACE_S, identical, newest_step, why
 
 pytestmark = pytest.mark.long
 
-LONG = 150
+LONG = 400
 DETECTION_S = 1.0
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import ray
 
+from actors import launch
 from tests.integration.loops import train
 from tests.integration.nodes import another_cluster
 from tests.integration.processes import Watched, is_training, until
@@ -24,7 +25,9 @@ from tests.integration.test_detection import identical, nobody_was_blamed, why_l
 
 pytestmark = pytest.mark.long
 
-LONG = 150
+LONG = 400
+"""Steps; at the pace that `hold` keeps, two minutes."""
+SLOW = 60
 HEAD = "10.77.0.1"
 WORKERS = ("10.77.0.2", "10.77.0.3", "10.77.0.4")
 PATIENT_HEAD = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 5}
@@ -107,9 +110,9 @@ def wired(name: str, workers: int | tuple[int, int] = (1, 3)) -> Any:
     return train(name, workers=workers, resources={"CPU": 1, "wired": 1})
 
 
-def begun(nodes: Nodes, name: str, tmp_path: Path) -> Watched:
+def begun(nodes: Nodes, name: str, tmp_path: Path, steps: int = LONG) -> Watched:
     nodes.all_there()
-    run = Watched(wired(name), steps=LONG, hold=str(tmp_path / "go"))
+    run = Watched(wired(name), steps=steps, hold=str(tmp_path / "go"))
     run.at_step(4, ranks=3)
     return run
 
@@ -132,18 +135,19 @@ def test_a_cut_node_is_dead_and_one_that_comes_back_is_fenced(nodes: Nodes, undi
     run.until(lambda news: news["ranks"] == 3, "the node has a rank again")
     result = identical(run, undisturbed)
     assert "silent" in why_lost(result)[0] and len(why_lost(result)) == 1, result.recoveries
-    assert result.recoveries[0]["total_s"] < 10
 
 
 def test_a_node_that_was_cut_for_long_comes_back_too_late(nodes: Nodes, undisturbed: Any, tmp_path: Path) -> None:
-    """Ray has given it up: all its processes end themselves."""
+    """Ray has given it up: all its processes end themselves, and other keepers of this machine sweep its memory."""
     run = begun(nodes, "cut-off", tmp_path)
     port = nodes.port_of(run, 1)
+    (node,) = nodes.at(port)
     nodes.network.cut(port)
     run.until_recovered(1)
     until(lambda: not nodes.at(port), "Ray has noticed", 60)
     nodes.network.mend(port)
     until(lambda: not training_processes(nodes, port), "its processes have ended", 60)
+    until(lambda: not Path(launch.folder_of(f"{run.name}/1", node)).exists(), "its memory has been swept", 90)
     identical(run, undisturbed)
 
 
@@ -156,13 +160,14 @@ def test_a_cable_that_carries_one_way_only(nodes: Nodes, undisturbed: Any, tmp_p
     result = run.result()
     assert result.digest == undisturbed.digest, run.news["messages"]
     assert len(why_lost(result)) == 1, result.recoveries
+    until(lambda: not training_processes(nodes, port), "without a controller they end by their leases", 90)
 
 
-def test_a_slow_cable_is_no_death(nodes: Nodes, undisturbed: Any, tmp_path: Path) -> None:
-    run = begun(nodes, "slow-cable", tmp_path)
+def test_a_slow_cable_is_no_death(nodes: Nodes, tmp_path: Path) -> None:
+    alone = train("alone").local(steps=SLOW)
+    run = begun(nodes, "slow-cable", tmp_path, SLOW)
     for port in range(1, len(WORKERS) + 1):
         nodes.network.slow(port, delay_s=0.02, bits_per_s=200e6)
-    run.at_step(run.news["step"] + 20)
     result = run.result()
-    assert result.digest == undisturbed.digest
+    assert result.digest == alone.digest
     assert nobody_was_blamed(run, result), (result.recoveries, run.news["messages"])
