@@ -52,7 +52,11 @@ def recorded_process(path: Path) -> int | None:
 
 
 def own(folder: Path, linger_s: float) -> None:
+    """Take the folder over for good: a former owner that nobody could reach, and that was taken for dead, would remove
+    it when its lease ends."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if recorded_process(folder / OWNER) != os.getpid():
+        _end_process(folder / OWNER)
     (folder / LINGERS).write_text(str(linger_s))
     record_process(folder / OWNER, os.getpid())
 
@@ -82,22 +86,29 @@ def earlier_attempts(folder: Path, run: str, attempt: int, node: str) -> tuple[P
 def end_processes(folder: Path) -> None:
     """Kill everything that is on record in this folder, and wait until it has ended."""
     for record in [*folder.glob("rank-*.process"), folder / OWNER]:
-        pid = recorded_process(record)
-        if pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                pidfd = os.pidfd_open(pid)
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                select.select([pidfd], [], [], END_LIMIT_S)
-                os.close(pidfd)
+        _end_process(record)
 
 
-def sweep(folders: Path, keep: tuple[Path, ...]) -> None:
-    """Remove what keepers have left that were killed together with their host's processes."""
+def _end_process(record: Path) -> None:
+    pid = recorded_process(record)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [], END_LIMIT_S)
+            os.close(pidfd)
+
+
+def sweep(folders: Path, keep: tuple[Path, ...], at_least_s: float = 0.0) -> None:
+    """Remove what keepers have left that were killed together with their host's processes.
+
+    at_least_s: so long it is left for another keeper to take over in any case.
+    """
     for owner in folders.glob(f"*/{OWNER}"):
         records = [owner, *owner.parent.glob("rank-*.process")]
         if owner.parent in keep or any(recorded_process(record) is not None for record in records):
             continue  # of a keeper that died alone the ranks live on, and the next one needs what it left
         with contextlib.suppress(OSError, ValueError):  # another keeper sweeps too, or it is not ours to read
             lingers_s = float((owner.parent / LINGERS).read_text())
-            if time.time() - owner.stat().st_mtime > lingers_s:
+            if time.time() - owner.stat().st_mtime > max(lingers_s, at_least_s):
                 shutil.rmtree(owner.parent, ignore_errors=True)

@@ -97,7 +97,7 @@ class Keeper:
         own(folder, spec.linger_s)
         self._adopt()
         self._keeping: Any = self._keep_snapshots(folder) if spec.snapshots else None
-        sweep(folder.parent, self._keeping.folders if self._keeping else (folder,))
+        self._sweep_others()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def watch(self, member: int, pid: int) -> None:
@@ -132,6 +132,10 @@ class Keeper:
             self._watched[member] = _Watched(pid, pidfd)
             self._poll.register(pidfd, select.POLLIN)
 
+    def _sweep_others(self, at_least_s: float = 0.0) -> None:
+        folder = Path(self._spec.folder)
+        sweep(folder.parent, self._keeping.folders if self._keeping else (folder,), at_least_s)
+
     def kill(self, member: int) -> None:
         """End a rank for good. SIGKILL also ends what is stopped."""
         with self._lock, contextlib.suppress(ProcessLookupError):  # its descriptor is closed under the lock, too
@@ -139,9 +143,20 @@ class Keeper:
             if watched is not None and watched.alive:
                 signal.pidfd_send_signal(watched.pidfd, signal.SIGKILL)
 
-    def renew(self, lifeline: tuple[str, int]) -> None:
+    def renew(self, lifeline: tuple[str, int], known_dead: tuple[int, ...] = ()) -> None:
+        """The controller lives, and has on record that these ranks have ended: nobody will ask for them again."""
         self._lease.renew()
         self._lifeline.hold(lifeline)
+        for member in known_dead:
+            self._forget(member)
+
+    def _forget(self, member: int) -> None:
+        with self._lock:
+            if member not in self._watched or self._watched[member].alive:
+                return
+            del self._watched[member]
+        for what in ("process", "words"):
+            (Path(self._spec.folder) / f"rank-{member}.{what}").unlink(missing_ok=True)
 
     def linger(self) -> None:
         """The run is over, and has not finished: end its ranks, and keep the snapshots for a while."""
@@ -213,6 +228,7 @@ class Keeper:
                 still_owned(Path(self._spec.folder))
                 if self._keeping is not None:
                     self._keeping.sweep(self._is_alive)
+                self._sweep_others(self._spec.lease_s)  # of raylets that have died on this machine
             vault = self._keeping.address if self._keeping is not None else None
             saved = self._keeping.save_news if self._keeping is not None else None
             self._controller.beat.remote(self._spec.node, self._spec.incarnation, self._pulses(), vault, saved)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -127,19 +128,24 @@ def domains() -> dict[str, str]:
 
 
 def create_key(key: str, value: bytes) -> bool:
-    """Create a key; False, and nothing changed, if it exists."""
-    existed = internal_kv._internal_kv_put(_full(key), value, overwrite=False, namespace=_NAMESPACE)
-    return not existed
+    """Create a key; False, and nothing changed, if it exists.
+
+    A call whose answer is lost with the cluster's head is repeated by Ray, and then finds what it has itself created:
+    what is stored says which call that was.
+    """
+    stored = value + _END + uuid.uuid4().hex.encode()
+    existed = internal_kv._internal_kv_put(_full(key), stored, overwrite=False, namespace=_NAMESPACE)
+    return not existed or internal_kv._internal_kv_get(_full(key), namespace=_NAMESPACE) == stored
 
 
 def write_key(key: str, value: bytes) -> None:
     """Create a key, or overwrite it."""
-    internal_kv._internal_kv_put(_full(key), value, overwrite=True, namespace=_NAMESPACE)
+    internal_kv._internal_kv_put(_full(key), value + _END, overwrite=True, namespace=_NAMESPACE)
 
 
 def read_key(key: str) -> bytes | None:
-    value: bytes | None = internal_kv._internal_kv_get(_full(key), namespace=_NAMESPACE)
-    return value
+    stored: bytes | None = internal_kv._internal_kv_get(_full(key), namespace=_NAMESPACE)
+    return None if stored is None else stored.rpartition(_END)[0]
 
 
 def list_keys(prefix: str) -> list[str]:
@@ -152,6 +158,8 @@ def delete_keys(prefix: str) -> None:
 
 
 _NAMESPACE = b"resilient"
+_END = b"\n"
+"""Of a key's value; what follows says who has created it."""
 
 
 def _full(key: str) -> str:

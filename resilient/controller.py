@@ -55,10 +55,11 @@ from .core.instructions import (
 )
 from .core.plan import Plan
 from .departures import Departures, drain
+from .errands import Done, Errands
 from .job import Job
 from .ledger import Ledger
 from .protection import Protection
-from .records import ReturnValue, StepValues
+from .records import Known, ReturnValue, StepValues
 from .told import Told
 from .workers import Workers
 
@@ -119,7 +120,8 @@ class Controller:
         self._driver = Lease(settings.driver_lease_s)
         self._me = ray.get_runtime_context().current_actor
         self._ledger = Ledger(job)
-        self._workers = Workers(job, self._me)
+        self._errands = Errands(self._events.put)
+        self._workers = Workers(job, self._me, self._errands)
         self._finishing: End | None = None
         """What the run ends with, once its last checkpoint is durable."""
         self._finishing_since = 0.0
@@ -127,7 +129,7 @@ class Controller:
         """Nodes that have not said that they are done, with the keepers' incarnations that were asked."""
         saves = settings.checkpoint is not None
         self._departures = Departures(
-            self._ledger, self._workers, saves=saves, put=self._events.put, forget=self._forget_keeper
+            self._ledger, self._workers, self._errands, saves=saves, put=self._events.put, forget=self._forget_keeper
         )
         self._protection = Protection(settings.snapshot.parity if settings.snapshot else 0)
         self._answer_limit_s = ANSWER_LIMIT_DETECTIONS * settings.detection_s
@@ -161,12 +163,12 @@ class Controller:
     def renew(self) -> None:
         self._driver.renew()
 
-    def poll(self, fetched: int, known: tuple[int, int, int]) -> dict[str, Any]:
-        """What is new: `fetched` is the last step whose row of metrics the driver has, `known` the process
-        id of the controller it last heard, with the numbers of recoveries and of rewinds it has from it."""
+    def poll(self, fetched: int, known: Known) -> dict[str, Any]:
+        """What is new: `fetched` is the last step whose row of metrics the driver has, `known` what came with the last
+        answer that it has heard."""
         self._driver.renew()
         with self._lock:
-            return self._told.news(self._outcome, fetched, *(known[1:] if known[0] == os.getpid() else (0, 0)))
+            return self._told.news(self._outcome, fetched, known)
 
     def look(self) -> dict[str, Any]:
         """All that is known, without a say in anything."""
@@ -219,10 +221,10 @@ class Controller:
                 if (generation := self._told.protected_generation) > self._control.leaving.protected:
                     self._handle(SnapshotProtected(generation=generation))
             case LeaveAsked():
-                self._handle(self._departures.asked(fact))
+                self._departures.asked(fact)
             case _Beat(node=node, incarnation=incarnation, pulses=pulses, vault=vault, saved=saved):
-                for text in self._told.saved.heard(node, incarnation, saved) if saved is not None else ():
-                    self._told.say(text)
+                if saved is not None:
+                    self._save_news(f"{node}/{incarnation}", saved)
                 if self._workers.is_present(node, incarnation):
                     self._protection.heard(node, vault, self._workers.keepers)
                     self._beaten(node, pulses, now)
@@ -234,8 +236,17 @@ class Controller:
                 for event in self._departures.noticed(fact.draining):
                     self._handle(event)
                 self._nodes(fact.capacities, fact.gone)
+            case Done():
+                fact.finish()
             case _:
                 self._handle(fact)
+
+    def _save_news(self, keeper: str, news: SaveNews) -> None:
+        said = self._told.saved.heard(keeper, news)
+        for text in said:
+            self._told.say(text)
+        if said:
+            self._errands.run(lambda: self._ledger.has_said(keeper, news))
 
     def _answered(self, answer: KeeperAnswer) -> None:
         if answer.phase == "saved":
@@ -261,6 +272,8 @@ class Controller:
         if now - self._renewed_at > RENEW_EVERY_S:
             self._renewed_at = now
             self._renew()
+            if (remark := self._errands.remark(self._job.settings.detection_s)) is not None:
+                self._told.say(remark)
             if self._finishing is not None and self._outcome is None:
                 self._finish_saving()
 
@@ -270,7 +283,7 @@ class Controller:
 
     def _beaten(self, node: str, pulses: tuple[Pulse, ...], now: float) -> None:
         self._workers.heard(node)
-        self._workers.confirmed_dead(pulse.member for pulse in pulses if not pulse.alive)
+        self._workers.shown(node, pulses, self._control.membership.is_gone)
         vitals = tuple(
             Vital(
                 member=pulse.member,
@@ -319,8 +332,8 @@ class Controller:
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case Spawn(member=member, node=node):
-                if not self._workers.spawn(member, node):
-                    self._end(End(outcome="superseded", reason=f"member {member} was started by another controller"))
+                taken = End(outcome="superseded", reason=f"member {member} was started by another controller")
+                self._workers.spawn(member, node, lambda: self._end(taken), self._control.membership.is_gone)
             case Kill(member=member, node=node, reason=reason, released=released):
                 self._told.say(f"member {member} on node {node[:8]} {'has left' if released else 'is gone'}: {reason}")
                 self._detector.forget_rank(member)
@@ -343,20 +356,26 @@ class Controller:
                 self._end(instruction)
 
     def _create(self, plan: Plan) -> None:
-        created = self._ledger.create(plan)
         self._told.say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")
+
+        def create() -> tuple[bool, dict[str, str]]:
+            return self._ledger.create(plan), launch.domains() if self._job.settings.snapshot else {}
+
+        self._errands.run(create, lambda done: self._created(plan, *done))
+
+    def _created(self, plan: Plan, created: bool, domains: dict[str, str]) -> None:
         if not created:
             self._handle(GenerationTaken(generation=plan.generation))
             return
         if plan.restore is not None:
             of_earlier_attempt = plan.restore.key.attempt != self._job.attempt
-            self._told.records.rewind(plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
-        self._protect(plan)
+            self._told.records.rewind(plan.generation, plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
+        self._protect(plan, domains)
         self._handle(GenerationCreated(generation=plan.generation))
 
-    def _protect(self, plan: Plan) -> None:
+    def _protect(self, plan: Plan, domains: dict[str, str]) -> None:
         if self._job.settings.snapshot is not None:
-            self._protection.planned(plan, launch.domains(), self._workers.keepers)
+            self._protection.planned(plan, domains, self._workers.keepers)
 
     def _ask_keepers(self, instruction: TakeInventory | DecodeImages) -> None:
         keepers, now, limit_s = self._workers.keepers, time.monotonic(), self._answer_limit_s
@@ -403,9 +422,16 @@ class Controller:
             self._workers.end(linger=lingers)
         while time.monotonic() - self._ended_at < OUTCOME_KEPT_S and not self._driver.expired():
             time.sleep(TICK_S)
-        if not superseded:
-            self._ledger.close(keep_lineage=lingers)
-        launch.end(self._me)
+        self._errands.run(
+            lambda: self._leave(None if superseded else lingers)
+        )  # after whatever is still to be recorded
+
+    def _leave(self, keep_lineage: bool | None) -> None:
+        try:
+            if keep_lineage is not None:
+                self._ledger.close(keep_lineage=keep_lineage)
+        finally:
+            launch.end(self._me)
 
     def _lingers(self) -> bool:
         """Whether the run may be submitted again and go on from memory: it has neither finished, nor did its
@@ -438,9 +464,7 @@ class Controller:
         for node, capacity in sorted(capacities.items()):
             if capacity == 0 and node not in self._workers.keepers:
                 continue
-            if node not in self._workers.keepers:
-                if node in self._control.membership.leaving:
-                    continue
+            if node not in self._control.membership.leaving:
                 self._workers.start_keeper(node)
             news = self._control.membership.nodes.get(node) != capacity
             if news and node in self._detector.nodes:
@@ -461,14 +485,16 @@ class Controller:
             if (lineage := self._ledger.lineage()) is not None:
                 self._control.restoring.lineage, self._control.going_back.lineage_known = lineage, True
             return
-        plans, spawned = self._ledger.plans(), self._workers.find()
-        self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items()))))
+        plans, (spawned, gone) = self._ledger.plans(), self._workers.find()
+        self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items())), gone=tuple(sorted(gone))))
         for event in self._departures.on_record():
             self._events.put(event)
+        self._told.records.resume(plans)
+        self._told.saved.news = self._ledger.said()
         if plans:
-            self._protect(plans[-1])
+            self._protect(plans[-1], launch.domains())
         for node in sorted({*spawned.values(), *self._workers.keepers}):
             self._detector.expect(node, time.monotonic())
-        for member in sorted(set(spawned) - set(self._workers.ranks)):
+        for member in sorted(gone | set(spawned) - set(self._workers.ranks)):
             self._events.put(RankGone(member=member, why="it was gone when the controller came back"))
         self._told.say("the controller was restarted and has taken up where it was")

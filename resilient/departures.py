@@ -16,6 +16,7 @@ from actors import launch
 from actors.notice import LeaveAsked
 
 from .core.events import Event, NodeDrained, NodeLeaving, RankLeaving
+from .errands import Errands
 from .ledger import Ledger
 from .workers import Workers
 
@@ -27,6 +28,7 @@ class Departures:
         self,
         ledger: Ledger,
         workers: Workers,
+        errands: Errands,
         *,
         saves: bool,
         put: Callable[[Event], None],
@@ -34,7 +36,7 @@ class Departures:
     ) -> None:
         """saves: whether keepers make snapshots durable. put: takes in what happens later. forget: called when the
         keeper of a node is not counted with any more."""
-        self._ledger, self._workers, self._saves = ledger, workers, saves
+        self._ledger, self._workers, self._errands, self._saves = ledger, workers, errands, saves
         self._put, self._forget = put, forget
         self._saving: set[str] = set()
         """Nodes whose keepers are let go as soon as they have saved what they are to save."""
@@ -43,9 +45,9 @@ class Departures:
 
     # Who is to leave
 
-    def asked(self, ask: LeaveAsked) -> Event:
-        self._ledger.leaves(ask, time.time() + ask.left_s)
-        return _event(ask)
+    def asked(self, ask: LeaveAsked) -> None:
+        by = time.time() + ask.left_s
+        self._errands.run(lambda: self._ledger.leaves(ask, by), lambda _: self._put(_event(ask)))
 
     def on_record(self) -> list[Event]:
         now = time.time()

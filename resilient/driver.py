@@ -20,6 +20,7 @@ from .checkpoints import first_attempt
 from .controller import Controller
 from .errors import ResilientError, RunLost, RunStopped, TrainingFailed
 from .job import Job, Settings
+from .records import Known
 from .result import Result
 
 POLL_EVERY_S = 0.1
@@ -108,7 +109,7 @@ def _keep_lease(controller: Any, ended: threading.Event, settings: Settings) -> 
 def _follow(controller: Any, progress: Progress) -> Result:
     rows: list[dict[str, float]] = []
     recoveries: list[dict[str, Any]] = []
-    known = (0, 0, 0)
+    known = Known()
     answered_at, limit_s = time.monotonic(), CONTROLLER_START_LIMIT_S
     while True:
         try:
@@ -161,7 +162,7 @@ def _await_end(controller: Any) -> None:
     deadline = time.monotonic() + 10.0
     while time.monotonic() < deadline:
         try:
-            if ray.get(controller.poll.remote(-1, (0, 0, 0)), timeout=5.0)["outcome"] is not None:
+            if ray.get(controller.poll.remote(-1, Known()), timeout=5.0)["outcome"] is not None:
                 return
         except (RayActorError, GetTimeoutError):
             return

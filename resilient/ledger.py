@@ -11,6 +11,7 @@ import math
 
 from actors import launch
 from actors.notice import LeaveAsked
+from actors.saving import SaveNews
 from snapshot.core.branches import Lineage
 
 from .core.plan import Plan
@@ -54,6 +55,19 @@ class Ledger:
             for record in records
             for by in (record.pop("by"),)
         ]
+
+    def has_said(self, keeper: str, news: SaveNews) -> None:
+        """What the user has been told of the checkpoints that this keeper writes."""
+        launch.write_key(f"{self._prefix}saved/{keeper}", f"{news.committed} {news.failures}".encode())
+
+    def said(self) -> dict[str, SaveNews]:
+        """The counts of what the user has been told, by keeper."""
+        found = {}
+        for key in launch.list_keys(f"{self._prefix}saved/"):
+            committed, failures = (launch.read_key(key) or b"0 0").split()
+            keeper = key.removeprefix(f"{self._prefix}saved/")
+            found[keeper] = SaveNews(committed=int(committed), failures=int(failures))
+        return found
 
     def lineage(self) -> Lineage | None:
         """The lines of steps of earlier attempts, if there is more than one."""

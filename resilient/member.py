@@ -27,7 +27,6 @@ from snapshot.core.lifecycle import Ordinal
 from snapshot.load import load
 from snapshot.table import StateTable, still
 
-from .accounts import Accounts
 from .core.difference import rollback_after
 from .core.events import RankCrashed, RankFailed, RankReady, RankReported, RankReturned
 from .core.lane import Agreed, Wish
@@ -60,6 +59,7 @@ from .core.seat import (
 from .generation import GenerationThread, Holding, Superseded
 from .payload import Payload
 from .probe import probe
+from .records import StepValues, Untold
 from .restoring import fetch, fetch_stored
 from .snapshots import Seating, Snapshots
 from .sums import StepSums
@@ -102,7 +102,8 @@ class Member:
         self._held: tuple[int, StateTable] | None = None
         """A generation, and the state at its first boundary, for joiners."""
         self._submitted: tuple[int, int] | None = None
-        self._accounts = Accounts()
+        self._untold = Untold()
+        self._losses: list[float] = []
         self._pace = Pace()
         self._parked = False
         """The training thread waits outside of the user's code, and keeps its hands off the state."""
@@ -201,16 +202,21 @@ class Member:
             self._do(self._seat.handle(LeafFolded(step=self._seat.step, leaf=leaf)))
 
     def committed(self, losses: list[float]) -> None:
-        self._accounts.committed(losses)
+        self._losses = losses
         if self._snapshots is not None:
             self._snapshots.gate()
 
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         with self._changed:
             step = self._seat.step
-            branch = self._seat.plan.branch if self._seat.plan else 0
-            snapshots = self._snapshots.account() if self._snapshots is not None and self.rank == 0 else {}
-            account = self._accounts.applied(branch, step, values, snapshots)
+            account = StepValues(
+                branch=self._seat.plan.branch if self._seat.plan else 0,
+                step=step,
+                losses=tuple(self._losses),
+                values={leaf: dict(row) for leaf, row in values.items()},
+                snapshots=self._snapshots.account() if self._snapshots is not None and self.rank == 0 else {},
+            )
+            self._untold.committed(account)
             self._do(self._seat.handle(Applied(step=step)))
             self._changed.notify_all()
         if self.rank == 0 or values:
@@ -287,9 +293,21 @@ class Member:
                 self._changed.notify_all()
 
     def recorded_through(self, step: int) -> None:
-        """The driver has everything up to this step."""
+        """The driver has everything up to this step. What it should have by now, and has not, is told again."""
         with self._changed:
-            self._accounts.recorded_through(step)
+            self._untold.acknowledged(step)
+            rows = self._rows(overdue=True)
+        if rows:
+            self._host.tell(*rows)
+
+    def _rows(self, *, overdue: bool = False) -> tuple[StepValues, ...]:
+        """None while the state is not that of the plan: what a snapshot brings may not be there yet."""
+        plan = self._seat.plan
+        if plan is None or self._seat.formed != plan.generation:
+            return ()
+        if overdue:
+            return self._untold.overdue(plan.branch, speaks_for_all=plan.rank_of(self.number) == 0)
+        return self._untold.rows(plan.branch)
 
     def report(self) -> None:
         """Say how things stand; repeated from time to time, since any message may be lost."""
@@ -299,12 +317,15 @@ class Member:
             for once in (self._ready, self._failed, self._returned):
                 if once is not None:
                     messages.insert(0, once)
+            if self._returned is not None:  # the run may end with this message: rows go before it
+                messages[:0] = self._rows()
         self._host.tell(*messages)
 
     def repeat_records(self) -> None:
         with self._changed:
-            rows = self._accounts.unrecorded()
-        self._host.tell(*rows)
+            rows = self._rows()
+        if rows:
+            self._host.tell(*rows)
 
     def crashed_here(self, text: str) -> None:
         """An error of the machine: another process takes this one's place."""
@@ -315,7 +336,6 @@ class Member:
         self.report()
 
     def returned(self, digest: str) -> None:
-        self.repeat_records()
         self._returned = RankReturned(member=self.number, step=self._seat.step, digest=digest)
         self.report()
 
@@ -346,15 +366,7 @@ class Member:
             self._do(self._seat.handle(Formed(generation=plan.generation, complete=complete)))
             self._changed.notify_all()
         if plan.rank_of(self.number) == 0:
-            self._tell_recent(plan)
-
-    def _tell_recent(self, plan: Plan) -> None:
-        """Whoever was rank 0 before may have died with the last rows untold."""
-        with self._changed:
-            rows = self._accounts.others(plan.branch)
-        if plan.restore is not None:
-            self._host.tell(*rows)
-        self.repeat_records()
+            self.repeat_records()  # whoever was rank 0 before may have died with the last rows untold
 
     def exchanged(self, plan: Plan, step: int, agreed: int, snapshot: Agreed, result: Payload) -> None:
         with self._changed:
@@ -479,7 +491,7 @@ class Member:
 
     def objects(self) -> Mapping[str, object]:
         assert self._loop is not None
-        return {**self._loop.objects(), "run.losses": self._accounts.recent}
+        return {**self._loop.objects(), "run.losses": self._untold.recent}
 
     def _is_current(self, plan: Plan) -> bool:
         return self.generation == plan.generation

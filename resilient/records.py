@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from .core.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +24,24 @@ class StepValues:
 
 
 REMEMBERED_STEPS = 64
+MOST_AT_ONCE = 256
+"""Rows that are told again together."""
 LATE_STEPS = 2
 """A row is final when so many further steps are committed: what ranks logged comes a little later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the driver has heard so far: it gives this back with every question."""
+
+    controller: int = 0
+    """Process id of the one that has answered last."""
+    recoveries: int = 0
+    """How many it has told."""
+    rewound_in: int = 0
+    """The generation of the last rewind."""
+    step: int = 0
+    """The step that the run was at."""
 
 
 @dataclass(slots=True)
@@ -35,17 +53,32 @@ class Records:
     newest: int = -1
     fetched: int = -1
     """The driver has all rows up to this step."""
-    rewinds: list[int] = field(default_factory=list)
-    """Steps that the run has gone back to: rows from there on are to be had anew."""
+    rewinds: dict[int, int] = field(default_factory=dict)
+    """Steps that the run has gone back to, by the generation that did: rows from there on are to be had anew."""
     branch: int = 0
 
-    def rewind(self, step: int, branch: int, *, anew: bool) -> None:
+    def rewind(self, generation: int, step: int, branch: int, *, anew: bool) -> None:
         """The run goes on from the start of this step; if anew, it has no rows before it."""
         for later in [other for other in self._losses if other >= step]:
             del self._losses[later], self._values[later]
         self.fetched = step - 1 if anew else min(self.fetched, step - 1)
         self.newest, self.branch = step - 1, branch
-        self.rewinds.append(step)
+        self.rewinds[generation] = step
+
+    def resume(self, plans: Sequence[Plan]) -> None:
+        """After a restart of the controller: the lines of steps are on record, the rows will be told again."""
+        self.rewinds = {plan.generation: plan.restore.key.step for plan in plans if plan.restore is not None}
+        self.branch = plans[-1].branch if plans else 0
+
+    @property
+    def last_rewind(self) -> int:
+        """The generation of the last one; 0 if there was none."""
+        return max(self.rewinds, default=0)
+
+    def back_to(self, heard: int) -> int | None:
+        """How far rewinds have gone back of which the driver, who has `heard` of those up to this generation, does
+        not know."""
+        return min((step for generation, step in self.rewinds.items() if generation > heard), default=None)
 
     def add(self, account: StepValues) -> None:
         if account.step <= self.fetched or account.branch != self.branch:
@@ -61,7 +94,7 @@ class Records:
             del self._losses[step], self._values[step]
         rows = []
         step = self.fetched + 1
-        back_to = self.rewinds[-1] if self.rewinds else 0
+        back_to = self.rewinds.get(self.last_rewind, 0)
         # Whoever goes on tells what it knows of the steps before, first of all.
         told = all_of_them or self.newest >= back_to + LATE_STEPS
         while told and step not in self._losses and step < back_to:
@@ -89,6 +122,51 @@ class RecentLosses:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.means = dict(state["means"])
+
+
+@dataclass(slots=True, kw_only=True)
+class Untold:
+    """What a rank has to say of committed steps until the driver has it. Any message may be lost, with the controller
+    that it was meant for or on its way: what is not acknowledged in time is told again."""
+
+    recent: RecentLosses = field(default_factory=RecentLosses)
+    _rows: dict[int, StepValues] = field(default_factory=dict)
+    _acknowledged: int = -1
+    _newest: int = -1
+    """As the last acknowledgement came."""
+    _overdue: int = -1
+    """The same, one acknowledgement before."""
+
+    def committed(self, account: StepValues) -> None:
+        self._rows[account.step] = account
+        self.recent.add(account.step, mean_loss(account))
+
+    def acknowledged(self, through: int) -> None:
+        """The driver has all rows up to this step. To be told from time to time, also when that is nothing new."""
+        self._acknowledged = through
+        self._rows = {step: row for step, row in self._rows.items() if step > through}
+        self._overdue, self._newest = self._newest, max(self._rows, default=through)
+
+    def rows(self, branch: int) -> tuple[StepValues, ...]:
+        """All that the driver lacks of this branch, the oldest `MOST_AT_ONCE`. Whoever had more to say of a step that
+        this rank has not seen may have died; its mean loss is in the state."""
+        means = {
+            step: StepValues(step=step, branch=branch, losses=(loss,), values={})
+            for step, loss in self.recent.means.items()
+            if step > self._acknowledged
+        }
+        found = {**means, **{step: row for step, row in self._rows.items() if row.branch == branch}}
+        return tuple(found[step] for step in sorted(found)[:MOST_AT_ONCE])
+
+    def overdue(self, branch: int, *, speaks_for_all: bool) -> tuple[StepValues, ...]:
+        """Those of them that should have been acknowledged by now. Of losses one rank speaks for all; what its own
+        micro-batches have logged only each rank itself can tell."""
+        rows = self.rows(branch) if speaks_for_all else tuple(row for row in self.rows(branch) if row.values)
+        return tuple(row for row in rows if row.step <= self._overdue)
+
+
+def mean_loss(account: StepValues) -> float:
+    return sum(account.losses) / len(account.losses)
 
 
 def mean_values(values: Mapping[int, Mapping[str, float]]) -> dict[str, float]:

@@ -15,9 +15,9 @@ from .checkpoints import Saved
 from .core.control import Control
 from .core.detector import Detector
 from .core.instructions import End
-from .core.view import as_values, view
+from .core.view import as_values, processes, view
 from .job import Job
-from .records import Records, ReturnValue, StepValues
+from .records import Known, Records, ReturnValue, StepValues
 
 RECENT_MESSAGES = 10
 MOST_MESSAGES = 200
@@ -57,22 +57,30 @@ class Told:
         """The newest of which a snapshot is protected everywhere."""
         return int(self.snapshots.get("protected_generation", 0))
 
-    def news(self, outcome: End | None, fetched: int, known: int, rewound: int) -> dict[str, Any]:
-        """For the driver: rows after step `fetched`, recoveries and rewinds after so many."""
-        back_to = min(self.records.rewinds[rewound:], default=None)
+    def news(self, outcome: End | None, fetched: int, known: Known) -> dict[str, Any]:
+        """For the driver, who has rows up to step `fetched`, and otherwise what it knows."""
+        chronicle, current, formed = self.control.chronicle, self.control.current, self.control.formed
+        heard_me = known.controller == os.getpid()
+        if not heard_me and known.rewound_in == self.records.last_rewind:
+            chronicle.was_committed(known.step - 1)
+        back_to = self.records.back_to(known.rewound_in)
         if back_to is not None:
             fetched = min(fetched, back_to - 1)
-        chronicle, current, formed = self.control.chronicle, self.control.current, self.control.formed
         return {
             "rows": self.records.after(fetched, all_of_them=outcome is not None),
             "step": self.records.newest + 1,
             "generation": current.generation if current else 0,
             "ranks": formed.size if formed else 0,
-            "recoveries": [as_values(item) for item in chronicle.recoveries[known:]],
+            "recoveries": [as_values(item) for item in chronicle.recoveries[known.recoveries if heard_me else 0 :]],
             "back_to": back_to,
             "snapshots": dict(self.snapshots),
             "checkpoints": self.saved.summary() if self.job.settings.checkpoint else {},
-            "known": (os.getpid(), len(chronicle.recoveries), len(self.records.rewinds)),
+            "known": Known(
+                controller=os.getpid(),
+                recoveries=len(chronicle.recoveries),
+                rewound_in=self.records.last_rewind,
+                step=self.records.newest + 1,
+            ),
             "messages": list(self.messages),
             "outcome": None if outcome is None else asdict(outcome),
             "value": self._return_value() if outcome is not None else None,
@@ -95,16 +103,7 @@ class Told:
 
     def processes(self) -> dict[str, Any]:
         """Live processes by rank, for tests and chaos: member and node of each."""
-        current, formed = self.control.current, self.control.formed
-        members = current.members if current else ()
-        alive = {member.number: member.node for member in self.control.membership.alive()}
-        return {
-            "generation": current.generation if current else 0,
-            "formed": formed.generation if formed else 0,
-            "step": self.records.newest + 1,
-            "ranks": [(number, alive[number]) for number in members if number in alive],
-            "others": sorted(set(alive) - set(members)),
-        }
+        return {"step": self.records.newest + 1, **processes(self.control)}
 
     def _return_value(self) -> bytes | None:
         current = self.control.current

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from actors import launch
-from actors.keeper import KeeperSpec
+from actors.keeper import KeeperSpec, Pulse
 from actors.rank import RankSpec
 
 from .checkpoints import save_spec
+from .errands import Errands
 from .job import Job
 from .worker import RankBody
 
 
 class Workers:
-    def __init__(self, job: Job, controller: Any) -> None:
+    def __init__(self, job: Job, controller: Any, errands: Errands) -> None:
         self._job = job
         self._controller = controller
+        self._errands = errands
         self.ranks: dict[int, Any] = {}
         self.keepers: dict[str, Any] = {}
         self._incarnations: dict[str, int] = {}
@@ -32,16 +34,21 @@ class Workers:
         """Closed lifelines by node."""
         self._keeper_lost_at: dict[str, float] = {}
         """Nodes whose keeper has ended, while not all of their ranks have."""
-        self._doomed: dict[int, str] = {}
-        """Members to be killed whose end no keeper has confirmed yet, with their nodes."""
+        self._starting: set[str] = set()
+        """Nodes whose keeper has been ordered."""
+        self._started: dict[str, Any] = {}
+        """The newest keeper of each node; only for the thread of the errands."""
+        self._over = False
+        self._gone: set[int] = set()
+        """Members that are on record as gone."""
+        self._known_dead: dict[str, tuple[int, ...]] = {}
+        """Those of them that each node's keeper has shown last as ended: it may forget them."""
 
     # Ranks
 
-    def spawn(self, member: int, node: str) -> bool:
-        """False, and nothing started, if another controller has used this number."""
+    def spawn(self, member: int, node: str, taken: Callable[[], None], is_gone: Callable[[int], bool]) -> None:
+        """taken: called, and nothing started, if another controller has used this number. Both are called later."""
         settings, key = self._job.settings, self._job.key
-        if not launch.create_key(f"{key}/rank/{member:09d}", node.encode()):
-            return False
         spec = RankSpec(
             key=key,
             member=member,
@@ -50,29 +57,51 @@ class Workers:
             secret=self._job.secret,
             lease_s=settings.lease_s,
         )
-        self.ranks[member] = launch.start_rank(
-            spec,
-            resources=dict(settings.resources),
-            controller=self._controller,
-            keeper=self.keepers[node],
-            make_body=functools.partial(RankBody, self._job),
-        )
-        return True
+
+        def start() -> Any:
+            if self._over or not launch.create_key(f"{key}/rank/{member:09d}", node.encode()):
+                return None
+            return launch.start_rank(
+                spec,
+                resources=dict(settings.resources),
+                controller=self._controller,
+                keeper=self._started[node],
+                make_body=functools.partial(RankBody, self._job),
+            )
+
+        def started(rank: Any) -> None:
+            if self._over or is_gone(member):  # its node has died before it was started
+                if rank is not None:
+                    launch.end(rank)
+            elif rank is None:
+                taken()
+            else:
+                self.ranks[member] = rank
+
+        self._errands.run(start, started)
 
     def _folder(self, node: str) -> str:
         snapshot = self._job.settings.snapshot
         return launch.folder_of(self._job.key, node, snapshot.directory if snapshot else launch.MEMORY)
 
     def kill(self, member: int, node: str) -> None:
-        self._doomed[member] = node
         if node in self.keepers:
             self.keepers[node].kill.remote(member)
         if member in self.ranks:
             launch.end(self.ranks.pop(member))
+        key = f"{self._job.key}/gone/{member:09d}"
+        self._errands.run(lambda: launch.write_key(key, b""), lambda _: self._gone.add(member))
 
-    def confirmed_dead(self, members: Iterable[int]) -> None:
-        for member in members:
-            self._doomed.pop(member, None)
+    def shown(self, node: str, pulses: Iterable[Pulse], is_gone: Callable[[int], bool]) -> None:
+        """A keeper's heartbeat. What was to be killed and still lives, since its keeper was away or a controller ended
+        before it had said so, is killed again."""
+        ended = []
+        for pulse in pulses:
+            if not pulse.alive:
+                ended.append(pulse.member)
+            elif is_gone(pulse.member):
+                self.keepers[node].kill.remote(pulse.member)
+        self._known_dead[node] = tuple(member for member in ended if member in self._gone)
 
     # Keepers
 
@@ -83,6 +112,9 @@ class Workers:
         return node in self.keepers and self._incarnations.get(node) == incarnation
 
     def start_keeper(self, node: str) -> None:
+        """Unless it has one, or one has been ordered."""
+        if node in self.keepers or node in self._starting:
+            return
         settings, key = self._job.settings, self._job.key
         checkpoint = settings.checkpoint
         incarnation = max(time.time_ns() // 1_000_000, self._incarnations.get(node, 0) + 1)
@@ -98,10 +130,26 @@ class Workers:
             linger_s=settings.snapshot.linger_s if settings.snapshot else 0.0,
             save=save_spec(checkpoint, settings.name, node, self._job.secret) if checkpoint is not None else None,
         )
-        self._incarnations[node] = incarnation
         # That the former one has ended says nothing more about the node: its ranks may end, and it may live.
         self._closed.get(node, set()).discard(("keeper", 0))
-        self.keepers[node] = launch.start_keeper(spec, controller=self._controller)
+        self._incarnations[node] = incarnation
+        self._starting.add(node)
+
+        def start() -> Any:
+            self._started[node] = launch.start_keeper(spec, controller=self._controller)
+            return self._started[node]
+
+        def started(keeper: Any) -> None:
+            if self._over:
+                launch.wait([keeper.clean_up.remote()], self._job.settings.detection_s)
+                launch.end(keeper)
+            elif node in self._starting and self._incarnations[node] == incarnation:
+                self._starting.discard(node)
+                self.keepers[node] = keeper
+            else:  # the node was taken for dead meanwhile
+                launch.end(keeper)
+
+        self._errands.run(start, started)
 
     def heard(self, node: str) -> None:
         """Its keeper beats."""
@@ -127,6 +175,7 @@ class Workers:
 
     def forget_keeper(self, node: str) -> None:
         self._keeper_lost_at.pop(node, None)
+        self._starting.discard(node)
         keeper = self.keepers.pop(node, None)
         if keeper is not None:
             launch.end(keeper)
@@ -134,22 +183,20 @@ class Workers:
     def forget_node(self, node: str) -> None:
         self.forget_keeper(node)
         self._closed.pop(node, None)
-        self._doomed = {member: at for member, at in self._doomed.items() if at != node}
+        self._known_dead.pop(node, None)
 
     # All of them
 
     def renew(self, lifelines: tuple[str, int], acknowledged: int) -> None:
-        """The controller lives. What has to be killed is killed again, in case a keeper was away."""
+        """The controller lives."""
         for rank in self.ranks.values():
             rank.renew.remote(lifelines, acknowledged)
-        for keeper in self.keepers.values():
-            keeper.renew.remote(lifelines)
-        for member, node in self._doomed.items():
-            if node in self.keepers:
-                self.keepers[node].kill.remote(member)
+        for node, keeper in self.keepers.items():
+            keeper.renew.remote(lifelines, self._known_dead.get(node, ()))
 
-    def find(self) -> dict[int, str]:
-        """After a restart: take hold of what lives. All ranks on record, with their nodes."""
+    def find(self) -> tuple[dict[int, str], set[int]]:
+        """After a restart: take hold of what lives. All ranks on record, with their nodes; and those that are on
+        record as gone."""
         prefix = f"{self._job.key}/"
         for name in launch.names(prefix):
             kind, _, rest = name.removeprefix(prefix).partition("/")
@@ -157,16 +204,19 @@ class Workers:
             if kind == "keeper" and handle is not None:
                 node, _, incarnation = rest.partition("/")
                 self.keepers[node], self._incarnations[node] = handle, int(incarnation)
+                self._started[node] = handle
             elif kind == "rank" and handle is not None:
                 self.ranks[int(rest)] = handle
-        return {
-            int(key.rpartition("/")[2]): (launch.read_key(key) or b"").decode()
-            for key in launch.list_keys(f"{prefix}rank/")
+        self._gone = {_member_of(key) for key in launch.list_keys(f"{prefix}gone/")}
+        started = {
+            _member_of(key): (launch.read_key(key) or b"").decode() for key in launch.list_keys(f"{prefix}rank/")
         }
+        return started, set(self._gone)
 
     def end(self, *, linger: bool) -> None:
         """End every process; keepers a while later, if they are to linger. Ranks may end by themselves first:
         then Ray reports no failure of theirs."""
+        self._over = True
         patience_s = self._job.settings.detection_s / 2
         for rank in self.ranks.values():
             launch.end(rank)
@@ -176,3 +226,7 @@ class Workers:
         launch.wait([keeper.clean_up.remote(patience_s) for keeper in self.keepers.values()], 2 * patience_s + 1.0)
         for keeper in self.keepers.values():
             launch.end(keeper)
+
+
+def _member_of(key: str) -> int:
+    return int(key.rpartition("/")[2])

@@ -6,6 +6,7 @@ committed afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,10 +61,14 @@ class Chronicle:
     _formed_at: float = -1.0
     _complete: int = -1
     _newest: int = -1
-    """Newest step ever known to be committed."""
+    """Newest step known to be committed on the line that the run is on."""
+    _line_since: int = 0
+    """The generation in which the run went back to the last snapshot: what earlier ones did counts no more."""
     _newest_at: float = 0.0
     step_s: float = 0.0
     """What the last steps took, as far as is known."""
+    _went_back: bool = False
+    """While this controller ran."""
 
     def lost(self, rank: int, node: str, why: str, silent_s: float, now: float, *, node_lost: bool) -> None:
         kind: RecoveryKind = "node lost" if node_lost else "rank lost"
@@ -81,15 +86,25 @@ class Chronicle:
         if self.open is None:
             self.open = Recovery(kind="drained" if drained else _kind_of(plan), began_at=now)
         if plan.restore is not None:
-            self._going_back(self.open, plan.restore)
+            self._going_back(self.open, plan, plan.restore)
         self.open.generation, self.open.reason, self.open.ranks = plan.generation, plan.reason, plan.size
         self.open.decide_s = now - self.open.began_at
         self._created_at, self._formed_at = now, -1.0
 
-    def _going_back(self, record: Recovery, restore: Restore) -> None:
+    def _going_back(self, record: Recovery, plan: Plan, restore: Restore) -> None:
         record.source = "storage" if restore.folder else "parity" if restore.decoded else "memory"
         record.restored_step = restore.key.step
-        record.replayed = max(0, self._newest + 1 - restore.key.step)
+        record.replayed += max(0, self._newest + 1 - restore.key.step)
+        self._newest, self._line_since, self._went_back = restore.key.step - 1, plan.generation, True
+
+    def resumed(self, plans: Sequence[Plan]) -> None:
+        """A controller that came back; what was committed it learns from ranks, keepers and the driver."""
+        self._line_since = max((plan.generation for plan in plans if plan.restore is not None), default=0)
+
+    def was_committed(self, complete: int) -> None:
+        """The driver has heard so from the controller before this one."""
+        if not self._went_back:
+            self._newest = max(self._newest, complete)
 
     def formed(self, generation: int, complete: int, now: float) -> None:
         if self.open is None or self.open.generation != generation:
@@ -99,7 +114,7 @@ class Chronicle:
 
     def committed(self, generation: int, complete: int, now: float) -> None:
         """A rank of this generation has the complete result of step `complete`."""
-        if complete > self._newest:
+        if generation >= self._line_since and complete > self._newest:
             if self._newest >= 0:
                 self.step_s = (now - self._newest_at) / (complete - self._newest)
             self._newest, self._newest_at = complete, now

@@ -285,8 +285,13 @@ class Control:
             self.newest = self._inherited = current.generation
             self.restoring.lineage = Lineage(branches=current.branches)
             self.going_back.resumed(event.plans)
+            self.chronicle.resumed(event.plans)
             self._rule(formed=self.plans.get(current.base), current=current)  # plans come only from what has formed
-        self._unheard = set(self.membership.members)
+        for number in set(event.gone) - set(event.plans[-1].members if event.plans else ()):
+            # Those of the newest generation are news: nobody has made one without them yet.
+            self.membership.members[number].gone = True
+            self.membership.changed(self.membership.members[number])
+        self._unheard = {member.number for member in self.membership.alive()}
 
     def _rule(self, *, formed: Plan | None, current: Plan | None) -> None:
         self.formed, self.current = formed, current

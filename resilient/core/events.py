@@ -168,6 +168,8 @@ class Resumed:
     """All generations on record, ascending."""
     spawned: tuple[tuple[int, str], ...]
     """(member, node) of every rank ever started in this attempt."""
+    gone: tuple[int, ...] = ()
+    """Those of them that are on record as gone: to be killed, should they be seen again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,6 +131,9 @@ class Membership:
     def is_alive(self, number: int) -> bool:
         return number in self.members and not self.members[number].gone
 
+    def is_gone(self, number: int) -> bool:
+        return number in self.members and self.members[number].gone
+
     def first_ready(self) -> RankReady | None:
         """What the oldest living rank in its loop has said of that."""
         if self._first_ready is None or self._first_ready.gone:

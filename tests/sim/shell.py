@@ -65,13 +65,14 @@ class Shell:
         if world.spawned_on_record or world.plans_on_record:
             self._find_keepers()
             plans = tuple(world.plans_on_record[number] for number in sorted(world.plans_on_record))
-            self.take(Resumed(plans=plans, spawned=tuple(sorted(world.spawned_on_record.items()))))
+            gone = tuple(sorted(world.gone_on_record))
+            self.take(Resumed(plans=plans, spawned=tuple(sorted(world.spawned_on_record.items())), gone=gone))
             for member in sorted(world.spawned_on_record):
                 rank = world.ranks.get(member)
                 self.detector.expect(world.spawned_on_record[member], world.now)
-                if rank is None or not rank.alive:
-                    gone = RankGone(member=member, why="its process is not there")
-                    world.at(world.rng.uniform(0.01, 1.0), lambda gone=gone: self.take(gone))
+                if rank is None or not rank.alive or member in gone:
+                    lost = RankGone(member=member, why="its process is not there")
+                    world.at(world.rng.uniform(0.01, 1.0), lambda lost=lost: self.take(lost))
         world.at(0.0, self._tick)
         if world.setting.limits.snapshots:
             world.at(0.0, self.questions.tell_again)
@@ -115,6 +116,9 @@ class Shell:
             return
         self.keepers.add(node)
         self.take(NodeSeen(node=node, capacity=self.world.nodes[node].capacity))
+        for vital in vitals:
+            if vital.alive and self.control.membership.is_gone(vital.member):
+                self._kill(vital.member, node, "was seen alive")
         for verdict in self.detector.beat(node, vitals, self.world.now):
             self._pass_on(verdict)
 
@@ -171,7 +175,8 @@ class Shell:
                     world.seen["orphan killed"] += 1
                 self.condemned.add(member)
                 world.condemned.setdefault(member, world.now)
-                world.at(self.world.rng.uniform(0.01, 1.0), lambda: self._kill(member, node, reason))
+                world.at(world.rng.uniform(0.01, 1.0), lambda: self._kill(member, node, reason))
+                world.at(world.rng.uniform(0.0005, 0.05), lambda: self.alive and world.gone_on_record.add(member))
             case CreateGeneration(plan=plan):
                 world.emit("decided", shell=self, plan=plan)
                 world.at(world.rng.uniform(0.0005, 0.05), lambda: self._create(plan))
@@ -247,11 +252,7 @@ class Shell:
         world.faults.controller_point()
 
     def _kill(self, member: int, node: str, reason: str) -> None:
-        """Ends the process once its node can be reached; somebody repeats it, whoever asked first."""
+        """Ends the process if its node can be reached; if not, whoever sees it alive in a heartbeat kills it."""
         rank = self.world.ranks.get(member)
-        if rank is None or rank.node != node:
-            return
-        if self.world.now < self.world.nodes[node].silent_until:
-            self.world.at(0.3, lambda: self._kill(member, node, reason))
-        else:
+        if rank is not None and rank.node == node and self.world.now >= self.world.nodes[node].silent_until:
             self.world.kill_rank(member, f"killed ({reason})")

@@ -69,6 +69,7 @@ class World:
     shells: list[Shell] = field(default_factory=list)
     plans_on_record: dict[int, Plan] = field(default_factory=dict)
     spawned_on_record: dict[int, str] = field(default_factory=dict)
+    gone_on_record: set[int] = field(default_factory=set)
     condemned: dict[int, float] = field(default_factory=dict)
     """Members that some controller has decided to kill, and when the first one did."""
     newest_formed: int = 0

@@ -259,6 +259,18 @@ def test_a_restarted_controller_waits_for_a_word_about_every_rank() -> None:
     assert "create 2 unplanned from 1 of (1,)" in run.take(RankGone(member=2, why="killed"))
 
 
+def test_a_restarted_controller_says_and_kills_nothing_that_is_on_record_as_gone() -> None:
+    """It said every death again, and waited for a word about each."""
+    plan = Scenario().begun().control.plans[1]
+    run = Scenario()
+    run.take(Resumed(plans=(plan,), spawned=((1, "a"), (2, "a"), (3, "a"), (4, "a")), gone=(2, 3, 4)))
+    run.take(NodeSeen(node="a", capacity=4))
+    for member in (3, 4):
+        assert run.take(RankGone(member=member, why="it was gone")) == []
+    assert run.report(1, 1) == [], "nobody has gone on without rank 2 yet: that is news"
+    assert "create 2 unplanned from 1 of (1,)" in run.take(RankGone(member=2, why="it was gone"))
+
+
 def test_a_restarted_controller_knows_what_must_have_formed() -> None:
     first = Scenario().begun()
     plan = first.control.plans[1]

@@ -58,6 +58,9 @@ def hold_and_lose_ranks(folder: str) -> None:
         controller.until_all_ended()
         keeper.kill(member)  # of what has ended nothing else is hit
     assert [pulse.member for pulse in controller.pulses] == list(range(1, 9))
+    keeper.renew(("127.0.0.1", 1), tuple(range(1, 8)))
+    assert [pulse.member for pulse in keeper._pulses()] == [8], "what is on record is not shown for ever"
+    assert [path.name for path in Path(folder).glob("rank-*")] == ["rank-8.process"]
     assert descriptors() <= before, (descriptors(), before)
 
 
