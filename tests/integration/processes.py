@@ -132,7 +132,7 @@ def is_training(pid: int) -> bool:
         title = " ".join(psutil.Process(pid).cmdline())
     except psutil.NoSuchProcess:
         return False
-    return "ray::Rank" in title or "ray::Keeper" in title
+    return title.startswith("ray::") and any(name in title for name in ("Rank", "Keeper"))
 
 
 def left_behind(name: str) -> list[str]:

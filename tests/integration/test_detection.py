@@ -164,9 +164,10 @@ def test_a_stopped_controller_that_ray_gives_up_never_runs_again(
     run = Watched(train("usurped", workers=(1, 3), detection_s=DETECTION_S), steps=LONG, hold=str(tmp_path / "go"))
     run.at_step(4, ranks=3)
     first = psutil.Process(ray.get(run.controller.process.remote(), timeout=30))
+    victim = run.pid_of_rank(1)
     first.suspend()
     try:
-        run.signal_rank(1)
+        os.kill(victim, signal.SIGKILL)
         ray.kill(run.controller, no_restart=False)
         run.until_said("restarted")
         assert not first.is_running()

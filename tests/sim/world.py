@@ -89,6 +89,7 @@ class World:
         setting = Setting.drawn(self.rng).with_snapshots(random.Random(f"snapshots {self.seed}"))
         self.speeds = Speeds(self.seed, wanted=self.drained)
         self.setting = self.speeds.changed(setting)
+        self.records_rng = random.Random(f"records {self.seed}")
         self.protected = Protected(self)
         self.storage = Storage()
         self.flips = Flips(self)
