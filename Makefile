@@ -12,6 +12,7 @@ MINUTES ?= 10
 
 # A new local Ray otherwise asks every process for a token.
 TEST_ENV := RAY_AUTH_MODE=disabled
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
@@ -30,13 +31,20 @@ $(VENV)/.lint-stamp: $(VENV)/.test-stamp
 	$(PIP) -e ".[test,lint]" -c constraints.txt
 	touch $@
 
+# For tests of a lost cluster head. The system's own service is not used, and need not run.
+$(VENV)/.redis-stamp: $(VENV)/.test-stamp
+	@command -v redis-server >/dev/null || { $(AS_ROOT) apt-get update -qq && \
+	  $(AS_ROOT) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server; } || \
+	  { echo "some long tests need redis-server, and it could not be installed: install it, and make sure that it is in PATH"; exit 1; }
+	touch $@
+
 demo: $(VENV)/.test-stamp ## train, kill processes on the way, compare the bits
 	$(BIN)/resilient demo
 
 test: $(VENV)/.test-stamp ## all tests but the long ones and those that need a GPU
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not long"
 
-test-long: $(VENV)/.test-stamp ## tests that take minutes
+test-long: $(VENV)/.redis-stamp ## tests that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu" $(NONE_IS_FINE)
 
 test-gpu: $(VENV)/.test-stamp ## tests that need an NVIDIA GPU

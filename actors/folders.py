@@ -91,13 +91,16 @@ def end_processes(folder: Path) -> None:
                 os.close(pidfd)
 
 
-def sweep(folders: Path, keep: tuple[Path, ...]) -> None:
-    """Remove what keepers have left that were killed together with their host's processes."""
+def sweep(folders: Path, keep: tuple[Path, ...], at_least_s: float = 0.0) -> None:
+    """Remove what keepers have left that were killed together with their host's processes.
+
+    at_least_s: so long it is left for another keeper to take over in any case.
+    """
     for owner in folders.glob(f"*/{OWNER}"):
         records = [owner, *owner.parent.glob("rank-*.process")]
         if owner.parent in keep or any(recorded_process(record) is not None for record in records):
             continue  # of a keeper that died alone the ranks live on, and the next one needs what it left
         with contextlib.suppress(OSError, ValueError):  # another keeper sweeps too, or it is not ours to read
             lingers_s = float((owner.parent / LINGERS).read_text())
-            if time.time() - owner.stat().st_mtime > lingers_s:
+            if time.time() - owner.stat().st_mtime > max(lingers_s, at_least_s):
                 shutil.rmtree(owner.parent, ignore_errors=True)

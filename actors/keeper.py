@@ -95,7 +95,7 @@ class Keeper:
         own(folder, spec.linger_s)
         self._adopt()
         self._keeping: Any = self._keep_snapshots(folder) if spec.snapshots else None
-        sweep(folder.parent, self._keeping.folders if self._keeping else (folder,))
+        self._sweep_others()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def watch(self, member: int, pid: int) -> None:
@@ -129,6 +129,10 @@ class Keeper:
         with self._lock:
             self._watched[member] = _Watched(pid, pidfd)
             self._poll.register(pidfd, select.POLLIN)
+
+    def _sweep_others(self, at_least_s: float = 0.0) -> None:
+        folder = Path(self._spec.folder)
+        sweep(folder.parent, self._keeping.folders if self._keeping else (folder,), at_least_s)
 
     def kill(self, member: int) -> None:
         """End a rank for good. SIGKILL also ends what is stopped."""
@@ -217,6 +221,7 @@ class Keeper:
                 still_owned(Path(self._spec.folder))
                 if self._keeping is not None:
                     self._keeping.sweep(self._is_alive)
+                self._sweep_others(self._spec.lease_s)  # of raylets that have died on this machine
             vault = self._keeping.address if self._keeping is not None else None
             saved = self._keeping.save_news if self._keeping is not None else None
             self._controller.beat.remote(self._spec.node, self._spec.incarnation, self._pulses(), vault, saved)

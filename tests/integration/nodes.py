@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.cluster_utils import Cluster
 
 from actors import launch
 from tests.integration.processes import until
@@ -52,12 +53,16 @@ def _spots() -> float:
     return float(sum(node["Resources"].get("spot", 0.0) for node in ray.nodes() if node["Alive"]))
 
 
+def raylet_of(node: Any) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
 def kill_host(*nodes: Any, also: tuple[int, ...] = ()) -> None:
     """All that a power cut would end: raylets and their children, in the same instant, and their memory.
 
     also: further processes that are to end with them.
     """
-    raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
+    raylets = [raylet_of(node) for node in nodes]
     processes = [psutil.Process(pid) for pid in also]
     # The raylets last: the kernel wakes stopped children whose parent dies, and a keeper could still say something.
     processes += [process for raylet in raylets for process in [*raylet.children(recursive=True), raylet]]
@@ -68,3 +73,30 @@ def kill_host(*nodes: Any, also: tuple[int, ...] = ()) -> None:
     for node in nodes:
         for folder in Path(launch.FOLDER).glob(f"*-{node.node_id[:12]}"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def another_cluster(head: str | None = None, **settings: Any) -> Iterator[Any]:
+    """A cluster of its own, with a head that has no room for ranks, instead of the one that is connected to.
+
+    head: its address, if it is not to be the machine's.
+    """
+    former = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
+    ray.shutdown()
+    cluster = Cluster()
+    try:
+        options = {} if head is None else {"node_ip_address": head}
+        add_node(
+            cluster,
+            num_cpus=0,
+            object_store_memory=80 << 20,
+            **options,
+            _system_config={"prestart_worker_first_driver": False, **settings},
+        )
+        ray.init(address=cluster.address, log_to_driver=False, _node_ip_address=head)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        if former is not None:
+            ray.init(address=former, log_to_driver=False)

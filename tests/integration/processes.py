@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from actors import launch
@@ -118,6 +119,15 @@ class Watched:
 
     def kill_controller(self) -> None:
         os.kill(ray.get(self.controller.process.remote(), timeout=30), signal.SIGKILL)
+
+
+def is_training(pid: int) -> bool:
+    """Whether this is a rank or a keeper."""
+    try:
+        title = " ".join(psutil.Process(pid).cmdline())
+    except psutil.NoSuchProcess:
+        return False
+    return title.startswith("ray::") and any(name in title for name in ("Rank", "Keeper"))
 
 
 def left_behind(name: str) -> list[str]:
