@@ -52,7 +52,11 @@ def recorded_process(path: Path) -> int | None:
 
 
 def own(folder: Path, linger_s: float) -> None:
+    """Take the folder over for good: a former owner that nobody could reach, and that was taken for dead, would remove
+    it when its lease ends."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if recorded_process(folder / OWNER) != os.getpid():
+        _end_process(folder / OWNER)
     (folder / LINGERS).write_text(str(linger_s))
     record_process(folder / OWNER, os.getpid())
 
@@ -82,13 +86,17 @@ def earlier_attempts(folder: Path, run: str, attempt: int, node: str) -> tuple[P
 def end_processes(folder: Path) -> None:
     """Kill everything that is on record in this folder, and wait until it has ended."""
     for record in [*folder.glob("rank-*.process"), folder / OWNER]:
-        pid = recorded_process(record)
-        if pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                pidfd = os.pidfd_open(pid)
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                select.select([pidfd], [], [], END_LIMIT_S)
-                os.close(pidfd)
+        _end_process(record)
+
+
+def _end_process(record: Path) -> None:
+    pid = recorded_process(record)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [], END_LIMIT_S)
+            os.close(pidfd)
 
 
 def sweep(folders: Path, keep: tuple[Path, ...], at_least_s: float = 0.0) -> None:

@@ -462,9 +462,16 @@ class Controller:
             self._workers.end(linger=lingers)
         while time.monotonic() - self._ended_at < OUTCOME_KEPT_S and not self._driver.expired():
             time.sleep(TICK_S)
-        if not superseded:
-            self._ledger.close(keep_lineage=lingers)
-        launch.end(self._me)
+        self._errands.run(
+            lambda: self._leave(None if superseded else lingers)
+        )  # after whatever is still to be recorded
+
+    def _leave(self, keep_lineage: bool | None) -> None:
+        try:
+            if keep_lineage is not None:
+                self._ledger.close(keep_lineage=keep_lineage)
+        finally:
+            launch.end(self._me)
 
     def _lingers(self) -> bool:
         """Whether the run may be submitted again and go on from memory: it has neither finished, nor did its

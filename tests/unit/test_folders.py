@@ -66,3 +66,23 @@ def test_earlier_attempts_are_taken_over_and_their_processes_ended(
     taken = earlier_attempts(tmp_path / "run-3-aaaa", "run", 3, "aaaaaaaa")
     assert taken == (mine,)
     assert process.wait(10) == -9
+
+
+def test_a_folder_that_is_taken_over_has_lost_its_former_owner(
+    tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    """A keeper that had been cut off removed the folder of the one that had taken its place, when its lease ended."""
+    record_process(tmp_path / OWNER, process.pid)
+    own(tmp_path, 0.0)
+    assert process.wait(10) == -9
+    assert recorded_process(tmp_path / OWNER) == os.getpid()
+    own(tmp_path, 0.0)
+
+
+def test_what_may_still_be_taken_over_is_not_swept_in_passing(tmp_path: Path) -> None:
+    folder = abandoned(tmp_path / "run-1-aa")
+    still_owned(folder)
+    sweep(tmp_path, (), at_least_s=60.0)
+    assert folder.exists()
+    sweep(tmp_path, ())
+    assert not folder.exists()
