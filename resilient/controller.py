@@ -51,7 +51,7 @@ from .core.instructions import (
     TakeInventory,
 )
 from .core.plan import Plan
-from .core.view import as_values, view
+from .core.view import as_values, processes, view
 from .errands import Done, Errands
 from .job import Job
 from .ledger import Ledger
@@ -121,7 +121,6 @@ class Controller:
         self._me = ray.get_runtime_context().current_actor
         self._ledger = Ledger(job)
         self._errands = Errands(self._events.put)
-        self._head_is_away = False
         self._workers = Workers(job, self._me, self._errands)
         self._saved = Saved()
         self._finishing: End | None = None
@@ -229,19 +228,7 @@ class Controller:
     def processes(self) -> dict[str, Any]:
         """Live processes by rank, for tests and chaos: member, node and Ray actor of each."""
         with self._lock:
-            return self._processes()
-
-    def _processes(self) -> dict[str, Any]:
-        current = self._control.current
-        members = current.members if current else ()
-        alive = {member.number: member.node for member in self._control.membership.alive()}
-        return {
-            "generation": current.generation if current else 0,
-            "formed": self._control.formed.generation if self._control.formed else 0,
-            "step": self._records.newest + 1,
-            "ranks": [(number, alive[number]) for number in members if number in alive],
-            "others": sorted(set(alive) - set(members)),
-        }
+            return {"step": self._records.newest + 1, **processes(self._control)}
 
     # The loop
 
@@ -310,19 +297,10 @@ class Controller:
         if now - self._renewed_at > RENEW_EVERY_S:
             self._renewed_at = now
             self._renew()
-            self._mind_the_head()
+            if (remark := self._errands.remark(self._job.settings.detection_s)) is not None:
+                self._say(remark)
             if self._finishing is not None and self._outcome is None:
                 self._finish_saving()
-
-    def _mind_the_head(self) -> None:
-        waiting_s = self._errands.waiting_s()
-        if self._head_is_away != (waiting_s > self._job.settings.detection_s):
-            self._head_is_away = not self._head_is_away
-            self._say(
-                f"the cluster's head has not answered for {waiting_s:.1f} s: until it does, nobody can be replaced"
-                if self._head_is_away
-                else "the cluster's head answers again"
-            )
 
     def _handle(self, event: Event) -> None:
         for instruction in self._control.handle(event, time.monotonic()):

@@ -40,6 +40,8 @@ class Errands:
         self._orders: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]]] = queue.SimpleQueue()
         self._since: float | None = None
         """When the one that is under way was begun."""
+        self._said = False
+        """That the head is away."""
         threading.Thread(target=self._loop, name="errands", daemon=True).start()
 
     def run(self, work: Callable[[], Any], then: Callable[[Any], None] = lambda _: None) -> None:
@@ -47,10 +49,16 @@ class Errands:
         repeated."""
         self._orders.put((work, then))
 
-    def waiting_s(self) -> float:
-        """How long the one that is under way has taken so far."""
+    def remark(self, limit_s: float) -> str | None:
+        """A sentence for the user when one has begun to take longer than this, and when that is over."""
         since = self._since
-        return 0.0 if since is None else time.monotonic() - since
+        waiting_s = 0.0 if since is None else time.monotonic() - since
+        if self._said == (waiting_s > limit_s):
+            return None
+        self._said = not self._said
+        if not self._said:
+            return "the cluster's head answers again"
+        return f"the cluster's head has not answered for {waiting_s:.1f} s: until it does, nobody can be replaced"
 
     def _loop(self) -> None:
         while True:

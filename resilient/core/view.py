@@ -33,6 +33,19 @@ def view(control: Control, detector: Detector) -> dict[str, Any]:
     }
 
 
+def processes(control: Control) -> dict[str, Any]:
+    """Members with their nodes by rank, and those without a seat."""
+    current = control.current
+    members = current.members if current else ()
+    alive = {member.number: member.node for member in control.membership.alive()}
+    return {
+        "generation": current.generation if current else 0,
+        "formed": control.formed.generation if control.formed else 0,
+        "ranks": [(number, alive[number]) for number in members if number in alive],
+        "others": sorted(set(alive) - set(members)),
+    }
+
+
 def as_values(recovery: Recovery) -> dict[str, Any]:
     return {**asdict(recovery), "total_s": recovery.total_s}
 

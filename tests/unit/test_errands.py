@@ -19,10 +19,12 @@ def test_errands_are_done_in_order_and_nobody_waits_for_them() -> None:
     errands.run(lambda: head.wait(10.0), results.append)
     errands.run(lambda: "second", results.append)
     assert done.empty()
+    assert "has not answered" in (errands.remark(-1.0) or "") and errands.remark(-1.0) is None
     head.set()
     for _ in range(2):
         done.get(timeout=10.0).finish()
     assert results == [True, "second"]
+    assert errands.remark(1e9) == "the cluster's head answers again"
 
 
 def test_what_an_errand_raises_is_raised_where_it_was_ordered() -> None:
