@@ -60,12 +60,13 @@ class Saved:
     """What keepers say of the checkpoints that they write."""
 
     news: dict[str, SaveNews] = field(default_factory=dict)
-    """By node and incarnation of its keeper: what a keeper that died has counted stays counted."""
+    """By keeper, as node/incarnation: what one that died alone has counted stays counted. After a restart of the
+    controller it begins with what is on record as said."""
 
-    def heard(self, node: str, incarnation: int, news: SaveNews) -> list[str]:
-        """Sentences for the user."""
-        name = f"{node}/{incarnation}"
-        former, self.news[name] = self.news.get(name, SaveNews()), news
+    def heard(self, keeper: str, news: SaveNews) -> list[str]:
+        """Sentences for the user; what they are about is then to be put on record."""
+        node = keeper.partition("/")[0]
+        former, self.news[keeper] = self.news.get(keeper, SaveNews()), news
         said = []
         if news.committed > former.committed and news.durable is not None:
             said.append(

@@ -258,8 +258,8 @@ class Controller:
             case ReturnValue(member=member, value=value):
                 self._values[member] = value
             case _Beat(node=node, incarnation=incarnation, pulses=pulses, vault=vault, saved=saved):
-                for text in self._saved.heard(node, incarnation, saved) if saved is not None else ():
-                    self._say(text)
+                if saved is not None:
+                    self._save_news(f"{node}/{incarnation}", saved)
                 if self._workers.is_present(node, incarnation):
                     self._protection.heard(node, vault, self._workers.keepers)
                     self._beaten(node, pulses, now)
@@ -273,6 +273,13 @@ class Controller:
                 fact.finish()
             case _:
                 self._handle(fact)
+
+    def _save_news(self, keeper: str, news: SaveNews) -> None:
+        said = self._saved.heard(keeper, news)
+        for text in said:
+            self._say(text)
+        if said:
+            self._errands.run(lambda: self._ledger.has_said(keeper, news))
 
     def _answered(self, answer: KeeperAnswer) -> None:
         if answer.phase == "saved":
@@ -509,6 +516,7 @@ class Controller:
         plans, (spawned, gone) = self._ledger.plans(), self._workers.find()
         self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items())), gone=tuple(sorted(gone))))
         self._records.resume(plans)
+        self._saved.news = self._ledger.said()
         if plans:
             self._protect(plans[-1], launch.domains())
         for node in sorted({*spawned.values(), *self._workers.keepers}):

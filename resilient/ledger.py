@@ -7,6 +7,7 @@ steps alone outlive the attempt: the next one goes on with them.
 from __future__ import annotations
 
 from actors import launch
+from actors.saving import SaveNews
 from snapshot.core.branches import Lineage
 
 from .core.plan import Plan
@@ -34,6 +35,19 @@ class Ledger:
         """All generations on record, ascending."""
         found = [launch.read_key(key) for key in launch.list_keys(f"{self._prefix}generation/")]
         return tuple(Plan.from_json(text.decode()) for text in found if text is not None)
+
+    def has_said(self, keeper: str, news: SaveNews) -> None:
+        """What the user has been told of the checkpoints that this keeper writes."""
+        launch.write_key(f"{self._prefix}saved/{keeper}", f"{news.committed} {news.failures}".encode())
+
+    def said(self) -> dict[str, SaveNews]:
+        """The counts of what the user has been told, by keeper."""
+        found = {}
+        for key in launch.list_keys(f"{self._prefix}saved/"):
+            committed, failures = (launch.read_key(key) or b"0 0").split()
+            keeper = key.removeprefix(f"{self._prefix}saved/")
+            found[keeper] = SaveNews(committed=int(committed), failures=int(failures))
+        return found
 
     def lineage(self) -> Lineage | None:
         """The lines of steps of earlier attempts, if there is more than one."""
