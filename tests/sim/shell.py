@@ -69,9 +69,10 @@ class Shell:
             for member in sorted(world.spawned_on_record):
                 rank = world.ranks.get(member)
                 self.detector.expect(world.spawned_on_record[member], world.now)
-                if rank is None or not rank.alive or member in gone:
+                rng = world.rng if rank is None or not rank.alive else world.records_rng if member in gone else None
+                if rng is not None:
                     lost = RankGone(member=member, why="its process is not there")
-                    world.at(world.rng.uniform(0.01, 1.0), lambda lost=lost: self.take(lost))
+                    world.at(rng.uniform(0.01, 1.0), lambda lost=lost: self.take(lost))
         world.at(0.0, self._tick)
         if world.setting.limits.snapshots:
             world.at(0.0, self.questions.tell_again)
@@ -161,7 +162,7 @@ class Shell:
                 self.condemned.add(member)
                 world.condemned.setdefault(member, world.now)
                 world.at(world.rng.uniform(0.01, 1.0), lambda: self._kill(member, node, reason))
-                world.at(world.rng.uniform(0.0005, 0.05), lambda: self.alive and world.gone_on_record.add(member))
+                world.at(world.records_rng.uniform(0.0005, 0.05), lambda: self._on_record(member))
             case CreateGeneration(plan=plan):
                 world.emit("decided", shell=self, plan=plan)
                 world.at(world.rng.uniform(0.0005, 0.05), lambda: self._create(plan))
@@ -229,6 +230,10 @@ class Shell:
             answer = GenerationCreated(generation=plan.generation)
         world.at(world.rng.uniform(0.0005, 0.05), lambda: self.take(answer))
         world.faults.controller_point()
+
+    def _on_record(self, member: int) -> None:
+        if self.alive:
+            self.world.gone_on_record.add(member)
 
     def _kill(self, member: int, node: str, reason: str) -> None:
         """Ends the process if its node can be reached; if not, whoever sees it alive in a heartbeat kills it."""

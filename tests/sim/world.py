@@ -77,6 +77,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
+        self.records_rng = random.Random(f"records {self.seed}")
         self.setting = Setting.drawn(self.rng).with_snapshots(random.Random(f"snapshots {self.seed}"))
         self.protected = Protected(self)
         self.storage = Storage()
