@@ -124,9 +124,12 @@ class Leaving:
 
     def release(self) -> None:
         """Ranks that no generation which may still form has a seat for."""
+        control = self.control
+        first = control.current if control.formed is None else None
+        hopeless = first is not None and bool(self._membership.tally(first).values("gone"))  # it will not form any more
         for member in self._membership.leavers():
-            planned = any(member.number in plan.ranks for plan in self.control.plans.values())
-            waited_s = self.control.for_s(f"release {member.number}", not planned)
+            planned = not hopeless and any(member.number in plan.ranks for plan in control.plans.values())
+            waited_s = control.for_s(f"release {member.number}", not planned)
             if planned or not (self._has_nothing(member) or waited_s >= self._limits.start_together_s):
                 continue
             member.gone = True
