@@ -77,7 +77,7 @@ def test_seeds_that_found_a_mistake(seed: int) -> None:
     assert not error
 
 
-@pytest.mark.parametrize("seed", [174, 342, 11284, 13033, 17764])
+@pytest.mark.parametrize("seed", [174, 342, 11284, 13033, 17764, 42015])
 def test_seeds_that_found_a_mistake_in_drains(seed: int) -> None:
     _, _, error = run_seed(seed)
     assert not error
