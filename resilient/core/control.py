@@ -228,7 +228,7 @@ class Control:
         """The rank of a member that is still needed."""
         if self.current is None or member.number in self.current.ranks:
             return None if self.current is None else self.current.ranks[member.number]
-        if self.formed is None or not recovery.needs_base(self.membership, self.formed, self.current):
+        if self.formed is None or self._unheard or not recovery.needs_base(self.membership, self.formed, self.current):
             return None
         return self.formed.ranks.get(member.number)
 

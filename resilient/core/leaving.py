@@ -124,15 +124,20 @@ class Leaving:
 
     def release(self) -> None:
         """Ranks that no generation which may still form has a seat for."""
+        control = self.control
+        first = control.current if control.formed is None else None
+        hopeless = first is not None and bool(self._membership.tally(first).values("gone"))
         for member in self._membership.leavers():
-            planned = any(member.number in plan.ranks for plan in self.control.plans.values())
-            waited_s = self.control.for_s(f"release {member.number}", not planned)
-            if planned or not (self._has_nothing(member) or waited_s >= self._limits.start_together_s):
+            planned = any(member.number in plan.ranks for plan in control.plans.values())
+            # A beginning that has lost somebody will not form any more; it may have, which would be told by then.
+            waited_s = control.for_s(f"release {member.number}", hopeless or not planned)
+            ready = not planned and self._has_nothing(member)
+            if not ready and waited_s < self._limits.start_together_s:
                 continue
             member.gone = True
             self._membership.changed(member)
-            why = "nobody needs it any more" if self._has_nothing(member) else "it did not come to rest in time"
-            self.control.instruct((Kill(member=member.number, node=member.node, reason=why, released=True),))
+            why = "nobody needs it any more" if ready else "it did not come to rest in time"
+            control.instruct((Kill(member=member.number, node=member.node, reason=why, released=True),))
 
     def _has_nothing(self, member: Member) -> bool:
         """Nothing to do or to tell: also if the others completed its last exchange, and it did not."""

@@ -64,11 +64,11 @@ def test_two_spares_join_at_once_while_the_step_goes_on(cluster: Any, undisturbe
     until(lambda: run.ready_outside() == 2, "both spares are ready")
     for pid in [run.pid_of_rank(rank) for rank in (1, 2)]:
         psutil.Process(pid).kill()
-    run.until(lambda news: any(item["kind"] == "joined" for item in news["recoveries"]), "they have joined")
+    run.until(lambda news: any(item["ranks"] == 3 for item in news["recoveries"]), "they have joined")
     result = run.result()
     assert result.digest == undisturbed.digest
-    joined = next(item for item in result.recoveries if item["kind"] == "joined")
-    assert joined["ranks"] == 3 and "2 joined" in joined["reason"]
+    promoted = next(item for item in result.recoveries if item["ranks"] == 3)
+    assert "2 joined" in promoted["reason"], result.recoveries
 
 
 @pytest.mark.long

@@ -56,7 +56,8 @@ class Capturing:
         if memory.settled is not None:
             self.lifecycle.settled(memory.settled)
         due = (step + 1) % self.world.setting.every == 0
-        due = due or (plan.base > 0 and self._captured_in != plan.generation)  # nobody but these members can read it
+        # The first of a new membership is due at once.
+        due = due or (self.world.drained and plan.base > 0 and self._captured_in != plan.generation)
         if due and not self.lifecycle.free_for_any:
             self.world.seen["no slot was free"] += 1
         save_due = self._saves is not None and self._saves.is_due(step + 1, self.world.now)

@@ -145,6 +145,10 @@ class Drains:
             self.world.tell(f"the keeper of {name} is let go")
             self.world.seen["node drained"] += 1
             node.let_go, node.memory = True, Memory(name)
+            for member, rank in sorted(self.world.ranks.items()):
+                if rank.node == name and rank.alive:  # of another controller, perhaps, that does not rule any more
+                    self.released.add(member)
+                    self.world.kill_rank(member, "its keeper is let go")
             if node.keeper is not None:
                 node.keeper.alive = False
         shell.forget(name)

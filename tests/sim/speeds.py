@@ -14,7 +14,7 @@ MORE_TIME_S = 500.0
 class Speeds:
     def __init__(self, seed: int, *, wanted: bool) -> None:
         self._rng = random.Random(f"speed {seed}")
-        self.active = wanted and self._rng.random() < 0.3
+        self.active = wanted and self._rng.random() < 0.15
         self._evict = self._rng.random() < 0.5
         self._factors: dict[str, tuple[float, float]] = {}
         """By node, how many times as long as usual everything takes, and until when."""

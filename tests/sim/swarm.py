@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import traceback
@@ -36,10 +37,12 @@ def run_seed(seed: int, *, drained: bool = True) -> tuple[int, Counter[str], str
     return seed, world.seen, ""
 
 
-def swarm(seeds: Iterable[int], *, keep_going: bool) -> Outcome:
+def swarm(seeds: Iterable[int], *, keep_going: bool, drained: bool = True) -> Outcome:
+    """drained: nodes and ranks may be asked to leave, or be slow."""
     outcome = Outcome()
+    run = functools.partial(run_seed, drained=drained)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        for seed, seen, error in pool.imap(run_seed, seeds, chunksize=CHUNK):
+        for seed, seen, error in pool.imap(run, seeds, chunksize=CHUNK):
             outcome.seeds += 1
             outcome.seen.update(seen)
             if error:

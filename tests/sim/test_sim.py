@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from tests.sim.swarm import run_seed, swarm
@@ -60,13 +62,22 @@ IMPORTANT = (
 
 
 def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:
-    outcome = swarm(range(SEEDS), keep_going=True)
-    assert not outcome.failures, f"replay with python -m tests.sim --seed {outcome.failures[0][0]}: {outcome.failures}"
-    missed = [name for name in IMPORTANT if not outcome.seen[name]]
+    seen: Counter[str] = Counter()
+    for drained in (False, True):
+        outcome = swarm(range(SEEDS), keep_going=True, drained=drained)
+        assert not outcome.failures, f"{drained=}; replay with python -m tests.sim --seed: {outcome.failures}"
+        seen += outcome.seen
+    missed = [name for name in IMPORTANT if not seen[name]]
     assert not missed, f"no seed reached: {missed}"
 
 
 @pytest.mark.parametrize("seed", [562, 745, 995, 3095, 3430, 4866, 9910])
 def test_seeds_that_found_a_mistake(seed: int) -> None:
     _, _, error = run_seed(seed, drained=False)  # they are older than drains
+    assert not error
+
+
+@pytest.mark.parametrize("seed", [174, 342, 11284, 13033, 17764, 42015])
+def test_seeds_that_found_a_mistake_in_drains(seed: int) -> None:
+    _, _, error = run_seed(seed)
     assert not error

@@ -80,7 +80,7 @@ class World:
     ended_by: Shell | None = None
     lost_state_at: float | None = None
     drained: bool = True
-    """Whether nodes and ranks may be asked to leave, or be slow."""
+    """Whether nodes and ranks may be asked to leave, or be slow; without that older seeds keep their stories."""
     disturbed: bool = False
     """Whether something has failed, other than controllers and messages."""
 
@@ -88,12 +88,12 @@ class World:
         self.rng = random.Random(self.seed)
         setting = Setting.drawn(self.rng).with_snapshots(random.Random(f"snapshots {self.seed}"))
         self.speeds = Speeds(self.seed, wanted=self.drained)
+        self.drains = Drains(self, wanted=self.drained)
         self.setting = self.speeds.changed(setting)
         self.records_rng = random.Random(f"records {self.seed}")
         self.protected = Protected(self)
         self.storage = Storage()
         self.flips = Flips(self)
-        self.drains = Drains(self, wanted=self.drained)
         self.fault_budget = self.setting.fault_budget
         self.story: deque[str] = deque(maxlen=400)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []

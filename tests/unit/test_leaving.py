@@ -205,6 +205,18 @@ def test_a_restarted_controller_goes_on_with_it() -> None:
     assert rested(run, 2) == ["release 2", "let go of b"]
 
 
+def test_a_controller_that_comes_back_does_not_take_who_was_released_for_lost() -> None:
+    first = on_two_nodes()
+    first.take(B_LEAVES)
+    first.take(GenerationCreated(generation=2))
+    run = Scenario(limits=LIMITS)
+    run.take(Resumed(plans=tuple(first.control.plans.values()), spawned=((1, "a"), (2, "b"))))
+    run.take(B_LEAVES)
+    assert run.take(RankGone(member=2, why="it was gone when the controller came back")) == ["kill 2"]
+    assert run.report(1, 2) == ["let go of b"]
+    assert run.control.chronicle.open is None
+
+
 def test_a_node_that_dies_in_the_middle_is_lost_as_any_other() -> None:
     run = on_two_nodes()
     run.take(B_LEAVES)

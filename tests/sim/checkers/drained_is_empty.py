@@ -11,7 +11,8 @@ class DrainedIsEmpty(Checker):
     def on_let_go(self, name: str) -> None:
         there = [member for member, rank in sorted(self.world.ranks.items()) if rank.node == name and rank.alive]
         condemned = self.world.condemned.keys() | self.world.drains.released
-        self.require(not set(there) - condemned, f"{name} was let go with ranks {there} on it")
+        needed = [member for member in there if member not in condemned and self.world.ranks[member].seat.plan]
+        self.require(not needed, f"{name} was let go with ranks {needed} on it")
         plan = self.world.plans_on_record[self.world.newest_formed]
         seated = [place.member for place in plan.places if place.node == name]
         self.require(not seated, f"{name} was let go, though ranks {seated} of {plan} are there")
