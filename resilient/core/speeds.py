@@ -29,6 +29,8 @@ STRAGGLES = 3.0
 """Times the median from which on a rank is a straggler."""
 LONG_WHILES = 3
 LOOKS_PER_DETECTION = 4
+MANY_RANKS = 200
+"""With more of them one looks less often, so that what a look costs stays the same share of the time."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,9 +56,10 @@ class Speeds:
         if plan is None or plan is not control.current:
             return
         if plan.generation != self._generation:
-            self._generation, self._looked_at, self.uneven = plan.generation, float("-inf"), False
+            self._generation, self._looked_at, self.uneven = plan.generation, control.now, False
             control.for_s("uneven", False)
-        if control.now - self._looked_at < control.limits.detection_s / LOOKS_PER_DETECTION:
+        often_s = control.limits.detection_s / LOOKS_PER_DETECTION
+        if control.now - self._looked_at < often_s * max(1.0, plan.size / MANY_RANKS):
             return
         self._looked_at = control.now
         members = (control.membership.members[number] for number in plan.members)
