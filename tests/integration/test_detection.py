@@ -157,6 +157,7 @@ def test_a_controller_that_was_stopped_blames_nobody(cluster: Any, undisturbed: 
     assert nobody_was_blamed(run, identical(run, undisturbed)), run.news["messages"]
 
 
+@pytest.mark.long
 def test_a_stopped_controller_that_ray_gives_up_never_runs_again(
     cluster: Any, undisturbed: Any, tmp_path: Path
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_stopped_controller_that_ray_gives_up_never_runs_again(
     assert len(why_lost(result)) == 1, result.recoveries
 
 
+@pytest.mark.long
 def test_a_controller_whose_generation_another_has_made_yields_and_kills_nobody(cluster: Any, tmp_path: Path) -> None:
     """The other one is this test: it takes the number of the next generation, as a controller would."""
     run = Watched(

@@ -153,6 +153,7 @@ def test_a_machine_error_that_comes_back_on_other_nodes_ends_the_run(cluster: An
     assert not left_behind("crash-loop")
 
 
+@pytest.mark.long
 def test_more_failures_than_allowed_end_the_run(cluster: Any, tmp_path: Path) -> None:
     run = Watched(train("budget", workers=(1, 2), max_failures=0), steps=500, hold=str(tmp_path / "go"))
     run.at_step(3, ranks=2)

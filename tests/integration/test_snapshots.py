@@ -170,7 +170,7 @@ def test_a_killed_job_submitted_again_goes_on_from_memory(cluster: Any, undistur
     until(lambda: not list(Path(launch.FOLDER).glob("again-*")), "nothing is left", 30)
 
 
-@pytest.mark.parametrize(("workers", "blamed"), [(3, 1), (2, 0)])
+@pytest.mark.parametrize(("workers", "blamed"), [(3, 1), pytest.param(2, 0, marks=pytest.mark.long)])
 def test_a_bit_that_flips_in_a_rank_is_found_and_undone(
     cluster: Any, undisturbed: Any, tmp_path: Path, workers: int, blamed: int
 ) -> None:
