@@ -1,4 +1,4 @@
-"""One replica of a torchft run: `python -m benchmarks.torchft_rank LIGHTHOUSE TRACE NAME RANKS STOP`."""
+"""One replica of a torchft run: `python -m benchmarks.torchft_rank LIGHTHOUSE TRACE NAME RANKS STOP LIMIT_S`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 
 from benchmarks.peer_rank import SAMPLES, Trace, loss_of, model, samples
 
-LIMIT = datetime.timedelta(seconds=60)
-
 
 def main() -> None:
     from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 
-    lighthouse, folder, name, ranks, stop = sys.argv[1:]
+    lighthouse, folder, name, ranks, stop, limit_s = sys.argv[1:]
+    limit = datetime.timedelta(seconds=int(limit_s))
     logging.disable(logging.INFO)
     trained = model()
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
@@ -32,7 +31,7 @@ def main() -> None:
         optimizer.load_state_dict(found["optimizer"])
 
     manager = Manager(
-        pg=ProcessGroupGloo(timeout=LIMIT),
+        pg=ProcessGroupGloo(timeout=limit),
         min_replica_size=2,
         load_state_dict=load,
         state_dict=state,
@@ -42,7 +41,7 @@ def main() -> None:
         store_port=store.port,
         rank=0,
         world_size=1,
-        timeout=LIMIT,
+        timeout=limit,
         hostname="127.0.0.1",
     )
     distributed = DistributedDataParallel(manager, trained)
