@@ -6,6 +6,7 @@ the node on which that process runs.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from typing import Any
@@ -54,11 +55,13 @@ def main() -> None:
     train = resilient.train(
         name=NAME, workers=(1, ranks), resources={"CPU": 1, "place": 1}, snapshot=resilient.Snapshot(every=1)
     )(body)
-    threading.Thread(target=_obey, args=(cluster,), daemon=True).start()
-    train.watched(lambda news: None, folder=folder)
+    training = functools.partial(train.watched, lambda news: None, folder=folder)
+    threading.Thread(target=training, daemon=True).start()
+    _obey(cluster)
 
 
 def _obey(cluster: Any) -> None:
+    """In the main thread, where alone nodes can be added."""
     for line in sys.stdin:
         command, _, pid = line.strip().partition(" ")
         if command == "join":
