@@ -358,8 +358,10 @@ class Controller:
     def _create(self, plan: Plan) -> None:
         self._told.say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")
 
+        creator = launch.new_creator()
+
         def create() -> tuple[bool, dict[str, str]]:
-            return self._ledger.create(plan), launch.domains() if self._job.settings.snapshot else {}
+            return self._ledger.create(plan, creator), launch.domains() if self._job.settings.snapshot else {}
 
         self._errands.run(create, lambda done: self._created(plan, *done))
 
