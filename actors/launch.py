@@ -127,15 +127,19 @@ def domains() -> dict[str, str]:
     return found
 
 
-def create_key(key: str, value: bytes) -> bool:
+def create_key(key: str, value: bytes, creator: str = "") -> bool:
     """Create a key; False, and nothing changed, if it exists.
 
     A call whose answer is lost with the cluster's head is repeated by Ray, and then finds what it has itself created:
-    what is stored says which call that was.
+    what is stored says which call that was. Whoever repeats a call gives the same `creator` (see `new_creator`) again.
     """
-    stored = value + _END + uuid.uuid4().hex.encode()
+    stored = value + _END + (creator or new_creator()).encode()
     existed = internal_kv._internal_kv_put(_full(key), stored, overwrite=False, namespace=_NAMESPACE)
     return not existed or internal_kv._internal_kv_get(_full(key), namespace=_NAMESPACE) == stored
+
+
+def new_creator() -> str:
+    return uuid.uuid4().hex
 
 
 def write_key(key: str, value: bytes) -> None:

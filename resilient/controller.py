@@ -358,8 +358,10 @@ class Controller:
     def _create(self, plan: Plan) -> None:
         self._told.say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")
 
+        creator = launch.new_creator()
+
         def create() -> tuple[bool, dict[str, str]]:
-            return self._ledger.create(plan), launch.domains() if self._job.settings.snapshot else {}
+            return self._ledger.create(plan, creator), launch.domains() if self._job.settings.snapshot else {}
 
         self._errands.run(create, lambda done: self._created(plan, *done))
 
@@ -411,6 +413,7 @@ class Controller:
         if self._outcome is not None:
             return
         self._outcome = end
+        self._control.ended = True  # the core does not know of an end that was found here: it decides nothing more
         self._ended_at = time.monotonic()
         threading.Thread(target=self._clean_up, name="clean-up", daemon=True).start()
 
@@ -456,6 +459,8 @@ class Controller:
             time.sleep(SCAN_EVERY_S)
 
     def _nodes(self, capacities: dict[str, int], gone: set[str]) -> None:
+        if self._outcome is not None:
+            return
         drained = self._control.leaving.drained
         self._nodes_alive = {node for node, capacity in capacities.items() if capacity > 0 and node not in drained}
         for node in sorted(gone):

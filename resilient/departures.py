@@ -68,6 +68,7 @@ class Departures:
             self._saving.add(node)
             self._workers.keepers[node].finish_saving.remote()
         else:
+            self._saving.discard(node)
             self._end_keeper(node)
 
     def saved(self, node: str) -> None:
@@ -79,7 +80,7 @@ class Departures:
     def replaced(self, node: str) -> None:
         """Another keeper runs there, which has to be asked anew."""
         if node in self._saving:
-            self.let_go(node)
+            self._errands.run(lambda: None, lambda _: self.let_go(node))  # it starts by an errand of its own
 
     def _end_keeper(self, node: str) -> None:
         keeper = self._workers.keepers.pop(node, None)

@@ -172,6 +172,8 @@ class GenerationThread(threading.Thread):
             mine = self._member.held_state(self.plan.generation)
         if self.rank in holders:
             self._send_state(group, mine, holders, joiners)
+            # A newer generation may have changed the state meanwhile: then nobody must see this one formed.
+            self._member.require_current(self.plan.generation)
         else:
             self._member.load(self.plan.generation, self._receive_state(group, holders))
 

@@ -28,9 +28,10 @@ class Ledger:
         """False if a controller of this attempt has been here before."""
         return launch.create_key(f"{self._prefix}began", b"")
 
-    def create(self, plan: Plan) -> bool:
-        """False, and nothing changed, if the generation's number is taken."""
-        created = launch.create_key(f"{self._prefix}generation/{plan.generation:09d}", plan.to_json().encode())
+    def create(self, plan: Plan, creator: str) -> bool:
+        """False, and nothing changed, if the generation's number is taken. creator: the same if this is repeated."""
+        key = f"{self._prefix}generation/{plan.generation:09d}"
+        created = launch.create_key(key, plan.to_json().encode(), creator)
         if created and len(plan.branches) > 1:
             launch.write_key(self._lineage, plan.to_json().encode())
         return created

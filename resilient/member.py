@@ -105,6 +105,10 @@ class Member:
         self._untold = Untold()
         self._losses: list[float] = []
         self._pace = Pace()
+        self._computing = False
+        """The training thread has a leaf in hand, and may be folding it: nobody else touches the partial sums."""
+        self._to_discard = False
+        """The partial sums, that leaf's too, are dropped as soon as it is folded."""
         self._parked = False
         """The training thread waits outside of the user's code, and keeps its hands off the state."""
         self._loading = threading.Lock()
@@ -177,6 +181,7 @@ class Member:
                 if isinstance(todo, Compute | Apply | Park):
                     self._host.words.moved("computing", self._seat.step, self.generation)
                     if isinstance(todo, Compute):
+                        self._computing = True
                         self._pace.handed_out(time.monotonic())
                     return todo
                 self._host.words.moved("waiting", self._seat.step, self.generation)
@@ -199,7 +204,11 @@ class Member:
     def folded(self, leaf: int) -> None:
         with self._changed:
             self._pace.folded(time.monotonic())
-            self._do(self._seat.handle(LeafFolded(step=self._seat.step, leaf=leaf)))
+            self._computing, dropped = False, self._to_discard
+            if dropped:
+                self._discard()
+            else:
+                self._do(self._seat.handle(LeafFolded(step=self._seat.step, leaf=leaf)))
 
     def committed(self, losses: list[float]) -> None:
         self._losses = losses
@@ -504,11 +513,16 @@ class Member:
                 case Form(plan=plan):
                     self._form(plan)
                 case Discard():
-                    self.sums.partial.clear()
+                    self._discard()
                 case Report():
                     self.report()
                 case Leave():
                     os._exit(0)
+
+    def _discard(self) -> None:
+        self._to_discard = self._computing
+        if not self._computing:
+            self.sums.partial.clear()
 
     def _form(self, plan: Plan) -> None:
         former = self._current

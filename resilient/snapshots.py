@@ -347,9 +347,14 @@ class Snapshots:
                 self.tally.captured += 1
 
     def _digest(self, copy: _Copy) -> None:
-        if copy.digesting is not None:
+        if copy.digesting is None:
+            return
+        try:
             digest = copy.digesting.finish()
-            copy.digest = digest if list(map(_VERSION, copy.watched)) == copy.versions else None
+        except RuntimeError as error:  # no memory on the device, say: the ranks compare what others have
+            self._say(f"the digest of step {copy.ordinal.step} could not be made: {error}")
+            return
+        copy.digest = digest if list(map(_VERSION, copy.watched)) == copy.versions else None
 
     def _copied(self, copy: _Copy) -> str:
         """Why the copy is of no use; empty if it is whole."""

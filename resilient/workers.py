@@ -58,8 +58,10 @@ class Workers:
             lease_s=settings.lease_s,
         )
 
+        creator = launch.new_creator()
+
         def start() -> Any:
-            if self._over or not launch.create_key(f"{key}/rank/{member:09d}", node.encode()):
+            if self._over or not launch.create_key(f"{key}/rank/{member:09d}", node.encode(), creator):
                 return None
             return launch.start_rank(
                 spec,

@@ -140,9 +140,7 @@ class Seat:
                 self.rollback = event
                 return (Report(),)
             case LeafFolded(step=step, leaf=leaf):
-                assert step == self.step and leaf not in self.folded, (event, self)
-                self.folded.add(leaf)
-                return ()
+                return self._leaf_folded(step, leaf)
             case ExchangeDone(generation=generation, step=step, agreed=agreed):
                 return self._exchange_done(generation, step, agreed)
             case Applied(step=step):
@@ -249,6 +247,14 @@ class Seat:
                 if plan.kind == "planned" and not plan.joiners:
                     self.work = frozenset(plan.leaves_of(self.member))
         return (Form(plan=plan),)
+
+    def _leaf_folded(self, step: int, leaf: int) -> tuple[SeatInstruction, ...]:
+        assert step == self.step and leaf not in self.folded, (step, leaf, self)
+        if leaf not in self.work:  # begun by the dealing of a planned change that has failed meanwhile
+            self.folded = set()
+            return (Discard(),)
+        self.folded.add(leaf)
+        return ()
 
     def _state_held(self, generation: int) -> tuple[SeatInstruction, ...]:
         if self.awaited and self.plan is not None and generation == self.plan.generation:

@@ -42,6 +42,7 @@ class Flips:
         rank = self._rng.choice(able)
         assert rank.seat.plan is not None
         rank.state ^= 1
+        self.world.disturbed = True
         self._at = rank.seat.plan.branch, rank.seat.step
         self.world.seen["a bit flipped"] += 1
         self.world.tell(f"a bit flips in rank {rank.member}, at step {rank.seat.step}")

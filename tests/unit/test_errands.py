@@ -89,3 +89,20 @@ def test_a_key_that_was_created_by_a_head_that_died_before_it_said_so_is_ones_ow
     """The controller believed that another one ruled, and yielded to nobody."""
     keys.answers_lost = 1
     assert launch.create_key("a", b"plan")
+
+
+def test_an_errand_that_is_repeated_finds_the_key_its_own(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Creating a generation asks the head for more than one thing: the second may be what fails."""
+    done: queue.SimpleQueue[Done] = queue.SimpleQueue()
+    monkeypatch.setattr("resilient.errands.TRY_AGAIN_S", 0.0)
+    creator, failures = launch.new_creator(), [RpcError("the head is away")]
+
+    def create() -> bool:
+        created = launch.create_key("a", b"plan", creator)
+        if failures:
+            raise failures.pop()
+        return created
+
+    Errands(done.put).run(create)
+    assert done.get(timeout=30.0).result is True
+    assert not launch.create_key("a", b"plan", launch.new_creator())

@@ -205,6 +205,17 @@ def test_what_was_computed_for_a_change_that_failed_is_dropped_unless_it_is_this
         assert bool(seat.folded) is not dropped
 
 
+def test_a_leaf_that_was_begun_for_a_change_that_failed_meanwhile_does_not_count() -> None:
+    seat = changing(plan(2, (1, 2), base=1, kind="planned", leaves=((0, 1, 2), (3,))))
+    seat.handle(LeafFolded(step=1, leaf=0))
+    seat.handle(LeafFolded(step=1, leaf=1))
+    assert seat.next() == Compute(leaf=2)
+    seat.handle(PlanArrived(plan=plan(3, (1, 2), base=1, kind="unplanned")))
+    assert Discard() not in seat.handle(Formed(generation=3, complete=0))
+    assert seat.handle(LeafFolded(step=1, leaf=2)) == (Discard(),)
+    assert seat.next() == Compute(leaf=0), "its sum lies with those of the others"
+
+
 def test_a_death_cancels_a_proposal() -> None:
     seat = seated()
     seat.handle(PlanArrived(plan=plan(2, (1, 2, 3), base=1, kind="planned", joiners=(3,))))

@@ -17,7 +17,7 @@ from resilient.core.lane import NOBODYS, Agreed, Wish
 from resilient.core.plan import Address, Plan
 from resilient.core.recovery import Limits
 from resilient.core.seat import Rollback, SeatReport
-from resilient.verification import Digests, weighted_sum
+from resilient.verification import Digests, StateDigest, weighted_sum
 from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal
 from snapshot.recapture import Recapture
@@ -211,3 +211,19 @@ def test_a_rollback_is_not_held_up_by_a_joiner_that_waits_for_the_next_exchange(
     team.take(GenerationCreated(generation=3))
     wanted = Rollback(back_to=3, skip_from=0, skip_to=-1, why="test")
     assert any(isinstance(item, TakeInventory) for item in team.report(1, 2, 2, wanted))
+
+
+def test_a_digest_that_fails_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may have no memory left for it; training would wait for this copy for ever."""
+    training = Training(tmp_path / "run")
+    training.ready()
+
+    def out_of_memory(self: StateDigest) -> int:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(StateDigest, "finish", out_of_memory)
+    assert training.step() is not None
+    copy = training.snapshots._copy
+    assert copy is not None and copy.done.wait(10.0), "the copying thread has ended"
+    assert copy.digest is None and "out of memory" in training.said[-1]
+    assert training.snapshots.tally.torn == 0

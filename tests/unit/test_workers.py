@@ -106,7 +106,7 @@ def test_a_rank_whose_node_dies_while_the_head_is_away_is_not_kept(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[object] = []
-    monkeypatch.setattr(launch, "create_key", lambda key, value: True)
+    monkeypatch.setattr(launch, "create_key", lambda key, value, creator: True)
     monkeypatch.setattr(launch, "start_rank", lambda spec, **_: spec.member)
     monkeypatch.setattr(launch, "end", ended.append)
     gone: set[int] = set()

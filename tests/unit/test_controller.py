@@ -1,0 +1,40 @@
+"""The controller's shell, without a cluster: what it still does when it rules no longer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from resilient.controller import Controller
+from resilient.core.control import Control
+from resilient.core.events import NodeSeen
+from resilient.core.instructions import End, Spawn
+from resilient.core.recovery import Limits
+
+
+@pytest.fixture
+def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
+    """One that has nobody to talk to."""
+    found = object.__new__(Controller)
+    shell: Any = found
+    shell._control = Control(limits=Limits(min_workers=1, max_workers=2))
+    shell._outcome, shell._finishing, shell._ended_at = None, None, 0.0
+    shell._job = SimpleNamespace(settings=SimpleNamespace(checkpoint=None))
+    monkeypatch.setattr(Controller, "_clean_up", lambda self: None)
+    return found
+
+
+def test_one_that_lost_its_rule_over_a_rank_decides_nothing_more(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried_out: list[object] = []
+    monkeypatch.setattr(Controller, "_carry_out", lambda self, instruction: carried_out.append(instruction))
+    controller._handle(NodeSeen(node="a", capacity=1))
+    assert [type(item) for item in carried_out if not isinstance(item, End)].count(Spawn) == 1
+    carried_out.clear()
+    controller._end(End(outcome="superseded", reason="member 1 was started by another controller"))
+    controller._handle(NodeSeen(node="b", capacity=1))
+    controller._nodes({"c": 1}, set())
+    assert not carried_out

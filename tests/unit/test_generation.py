@@ -1,0 +1,46 @@
+"""What a generation's thread brings to others when its own time is over."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from resilient.core.plan import Address, Place, Plan
+from resilient.generation import GenerationThread, Holding, Superseded
+from snapshot.capture import capture
+
+
+def test_a_joiner_is_not_seated_with_a_state_that_was_changed_while_it_was_sent() -> None:
+    """Ranks that go on without it, in a newer generation, apply the step: what they have sent is torn."""
+    places = tuple(Place(member=number, node="n", address=Address(host="h", port=1)) for number in (1, 2))
+    plan = Plan(
+        generation=2,
+        base=1,
+        kind="planned",
+        places=places,
+        leaves=((0,), (1,)),
+        micro_batches=2,
+        joiners=(2,),
+        reason="test",
+    )
+    current = [2]
+    barriers: list[object] = []
+
+    def require_current(generation: int) -> None:
+        if generation != current[0]:
+            raise Superseded
+
+    def post_host(sends: Any, receives: Any) -> Any:
+        current[0] = 3
+        return SimpleNamespace(wait=lambda: None)
+
+    state = capture({"values": {"weights": torch.ones(3)}})
+    member: Any = SimpleNamespace(number=1, held_state=lambda generation: state, require_current=require_current)
+    group: Any = SimpleNamespace(gather=lambda row: [row, [0, -1, -1]], post_host=post_host, minimum=barriers.append)
+    thread = GenerationThread(member, plan, Holding(has_state=True, complete=4, kept=None))
+    with pytest.raises(Superseded):
+        thread._level(group)
+    assert not barriers
