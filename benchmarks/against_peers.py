@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -22,9 +23,11 @@ from typing import Any
 
 import psutil
 
+from actors import launch
 from benchmarks import peer_venv
 from benchmarks.outcome import Target
 from benchmarks.peer_rank import SAMPLES, read_traces
+from benchmarks.resilient_run import NAME
 
 RANKS = 3
 QUIET_S = 2.0
@@ -89,6 +92,16 @@ class Contestant:
                 return now
             time.sleep(0.1)
         raise TimeoutError(f"{self.command[2:4]}: not {ranks} ranks that train: {known}; see {self.folder / 'log'}")
+
+
+@dataclass(slots=True)
+class Ours(Contestant):
+    """Its nodes end like machines: their memory with them."""
+
+    def __exit__(self, *_: object) -> None:
+        Contestant.__exit__(self)
+        for folder in Path(launch.FOLDER).glob(f"{NAME}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(slots=True)
@@ -302,7 +315,7 @@ def contestants(folder: Path, out: Path) -> Iterator[tuple[str, Start, tuple[str
 
 
 def _ours(folder: Path, command: list[str], places: int) -> Contestant:
-    return Contestant(folder, [*command, str(folder / "trace"), str(RANKS), str(places)])
+    return Ours(folder, [*command, str(folder / "trace"), str(RANKS), str(places)])
 
 
 def _theirs(folder: Path, command: list[str]) -> Contestant:
