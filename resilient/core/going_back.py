@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .control import Control
 
 Resume = Literal["auto", "never"] | int
+MOST_ROLLBACKS = 3
+"""So often a run goes back to the same state and leaves nothing out: what is computed again comes out the same."""
 STORAGE_PATIENCE_DETECTIONS = 30
 """How long storage may fail to answer before the run ends for it."""
 
@@ -40,6 +42,9 @@ class GoingBack:
     """Whether the first generation may have something to go on from."""
     lineage_known: bool = False
     """Whether the branches of earlier attempts are known from elsewhere than from a checkpoint."""
+
+    _gone_back: tuple[int, int] = (-1, 0)
+    """The state that was to be gone back to last, leaving nothing out, and how often in a row."""
 
     def __post_init__(self) -> None:
         if self.resume != "auto":
@@ -153,9 +158,23 @@ class GoingBack:
         match choose(situation, restore, line, why):
             case recovery.Make(plan=plan):
                 self.storage.tried[restore.folder] += 1
-                self._make(plan)
+                if not self._in_vain(self.restoring.rollback):
+                    self._make(plan)
             case recovery.NeedNodes(reason=need):
                 control.wait_for_nodes(need)
+
+    def _in_vain(self, rollback: Rollback | None) -> bool:
+        """Whether this has been tried too often: it would come again for ever."""
+        if rollback is None or rollback.skip_to >= (rollback.skip_from or 0):
+            return False
+        back_to, times = self._gone_back
+        self._gone_back = rollback.back_to, times + 1 if rollback.back_to == back_to else 1
+        if self._gone_back[1] > MOST_ROLLBACKS:
+            self.control.fail(
+                f"{rollback.why}; it came again each of the {MOST_ROLLBACKS} times that the run went back for it: look "
+                "for what ranks compute differently, such as times, host names or ranks in run.state"
+            )
+        return self.control.ended
 
     # The first generation of a run that was submitted before
 
