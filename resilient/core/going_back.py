@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from snapshot.core.branches import Lineage
-from snapshot.core.inventory import CheckpointFound
+from snapshot.core.election import Elected
+from snapshot.core.inventory import CheckpointFound, SnapshotKey
 
 from . import recovery
 from .plan import Plan, Restore
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .control import Control
 
 Resume = Literal["auto", "never"] | int
+MOST_ROLLBACKS = 3
+"""So often a run goes back to the same state and leaves nothing out: what is computed again comes out the same."""
 STORAGE_PATIENCE_DETECTIONS = 30
 """How long storage may fail to answer before the run ends for it."""
 
@@ -39,6 +42,9 @@ class GoingBack:
     """Whether the first generation may have something to go on from."""
     lineage_known: bool = False
     """Whether the branches of earlier attempts are known from elsewhere than from a checkpoint."""
+
+    _gone_back: tuple[int, int] = (-1, 0)
+    """The state that was to be gone back to last, leaving nothing out, and how often in a row."""
 
     def __post_init__(self) -> None:
         if self.resume != "auto":
@@ -89,21 +95,29 @@ class GoingBack:
         return none is not None and for_s >= self.control.limits.lost_limit_s(bool(self.restoring.absent))
 
     def _newer_on_storage(self) -> CheckpointFound | None:
-        """Memory has a snapshot, but not the newest that it had: a checkpoint may be newer."""
+        """Memory has a snapshot, but perhaps not the newest that it had: a checkpoint may be newer."""
         elected = self.restoring.elected
-        if elected is None or not elected.passed_over or not self.control.limits.checkpoints:
+        if elected is None or not self._may_be_outdone(elected):
             return None
         self.control.instruct(self.storage.look(self.control.now))
         found = self.storage.newest(self.restoring.line_to_look_on())
         memory = (elected.key.branch, elected.key.step)
         return found if found is not None and (found.key.branch, found.key.step) > memory else None
 
+    def _may_be_outdone(self, elected: Elected) -> bool:
+        """Of a newer one nothing can be read, or nobody is left who could have one of the generation formed last:
+        keepers of older ones keep theirs, and know of no other."""
+        control, key = self.control, elected.key
+        formed = 0 if control.formed is None else control.formed.generation
+        older = (key.attempt, key.generation) < (control.attempt, formed)
+        return control.limits.checkpoints and (older or bool(elected.passed_over))
+
     def _storage_may_have_newer(self) -> bool:
         """Whether it has not answered yet, and may still do so soon: memory can be gone on from now."""
         elected, control = self.restoring.elected, self.control
-        passed_over = elected is not None and bool(elected.passed_over) and control.limits.checkpoints
+        outdone = elected is not None and self._may_be_outdone(elected)
         soon = not self.storage.error and self.storage.silent_for_s(control.now) < control.limits.detection_s
-        return passed_over and self.storage.checkpoints is None and soon
+        return outdone and self.storage.checkpoints is None and soon
 
     def _from_memory(self, reason: str, situation: recovery.Situation) -> None:
         if self.restoring.elected is not None and not self._storage_may_have_newer():
@@ -144,9 +158,23 @@ class GoingBack:
         match choose(situation, restore, line, why):
             case recovery.Make(plan=plan):
                 self.storage.tried[restore.folder] += 1
-                self._make(plan)
+                if not self._in_vain(self.restoring.rollback):
+                    self._make(plan)
             case recovery.NeedNodes(reason=need):
                 control.wait_for_nodes(need)
+
+    def _in_vain(self, rollback: Rollback | None) -> bool:
+        """Whether this has been tried too often: it would come again for ever."""
+        if rollback is None or rollback.skip_to >= (rollback.skip_from or 0):
+            return False
+        back_to, times = self._gone_back
+        self._gone_back = rollback.back_to, times + 1 if rollback.back_to == back_to else 1
+        if self._gone_back[1] > MOST_ROLLBACKS:
+            self.control.fail(
+                f"{rollback.why}; it came again each of the {MOST_ROLLBACKS} times that the run went back for it: look "
+                "for what ranks compute differently, such as times, host names or ranks in run.state"
+            )
+        return self.control.ended
 
     # The first generation of a run that was submitted before
 
@@ -163,7 +191,7 @@ class GoingBack:
         looked_for_s = control.for_s("looking back", self.restoring.none is not None)
         absent = bool(self.restoring.absent) and looked_for_s < control.limits.lost_limit_s(True)
         elected = self.restoring.elected
-        if elected is not None and (found is None or found.key.attempt <= elected.key.attempt):
+        if elected is not None and (found is None or not _is_newer(found.key, elected.key)):
             self._from_memory("the run was submitted again", situation)
         elif elected is None and (none is None or absent):
             return
@@ -222,3 +250,8 @@ class GoingBack:
             )
         else:
             self._from_memory(rollback.why, situation)
+
+
+def _is_newer(one: SnapshotKey, other: SnapshotKey) -> bool:
+    """A later attempt has decided what to go on from: what it wrote counts first."""
+    return (one.attempt, one.branch, one.step) > (other.attempt, other.branch, other.step)

@@ -109,6 +109,26 @@ def test_a_checkpoint_that_is_newer_than_what_memory_still_has() -> None:
     assert from_storage(plan_of(run.listing(stored(2), stored(5))), stored(5))
 
 
+def test_memory_that_has_nothing_of_the_last_generation_may_be_older_than_storage() -> None:
+    """Whoever had newer snapshots has gone, and those that are left know nothing of them."""
+    run = begun()
+    run.take(RankGone(member=1, why="killed"))
+    run.take(GenerationCreated(generation=2))
+    run.report(2, 2, complete=90)
+    run.take(RankGone(member=2, why="killed"))
+    run.ready(3, 4)
+    assert "CreateGeneration" not in kinds(run.answer(found("a", 4), found("b", 4)))
+    assert from_storage(plan_of(run.listing(stored(80))), stored(80))
+
+
+def test_a_run_submitted_again_goes_on_from_storage_if_that_is_newer_than_memory() -> None:
+    run = Stage(limits=STORED).resume("auto", attempt=2)
+    run.nodes()
+    run.ready(1, 2)
+    run.listing(stored(80))
+    assert from_storage(plan_of(run.answer(found("a", 4), found("b", 4))), stored(80))
+
+
 def test_memory_is_gone_on_from_when_storage_does_not_answer() -> None:
     run = step_6_in_part(all_lost())
     plan = plan_of(run.listing(error="away"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from resilient.core.control import Control
@@ -22,7 +22,7 @@ from resilient.core.instructions import CreateGeneration, DecodeImages, End, Ins
 from resilient.core.plan import Address, Plan, Share
 from resilient.core.recovery import Limits
 from resilient.core.restoring import Restoring
-from resilient.core.seat import SeatReport
+from resilient.core.seat import Rollback, SeatReport
 from snapshot.core.decoding import Decode
 from snapshot.core.inventory import ImageFound, Inventory, NodeImage, ParityFound, ShardFound, SnapshotKey
 from snapshot.core.stripes import Group
@@ -368,3 +368,22 @@ def test_what_was_elected_is_kept_until_something_changes() -> None:
     assert restoring.ask((), 99.0) == ()
     restoring.again()
     assert restoring.elected is None and restoring.ask((), 99.0) == (TakeInventory(asked=2, ended=()),)
+
+
+def test_what_differs_again_and_again_ends_the_run() -> None:
+    """The ranks' own code makes their states differ: going back brings the same again, for ever."""
+    run, ended, plans = Scenario().begun(), "", list[Plan]()
+    wanted = Rollback(back_to=4, skip_from=0, skip_to=-1, why="the ranks' states differ")
+    while len(plans) < 10:
+        run.serial += 1
+        report = replace(run.control.membership.members[1].report, rollback=wanted, serial=run.serial)  # type: ignore[type-var]
+        run.take(RankReported(report=report))
+        out = run.answer(found("a", 4), found("b", 4))
+        if "End" in kinds(out):
+            ended = cast(End, only(out, End)).reason
+            break
+        plans.append(plan_of(out))
+        run.take(GenerationCreated(generation=plans[-1].generation))
+        for member in (1, 2):
+            run.report(member, plans[-1].generation, complete=8)
+    assert len(plans) == 3 and "it came again each of the 3 times" in ended
