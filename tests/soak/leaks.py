@@ -22,8 +22,9 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A leak is what rises faster than `a_minute`, and by more than `growth` from the second third to the last: in the
-    first, processes load what they need, and a keeper does so only when it gets a rank."""
+    """A leak is what rises faster than `a_minute`, by more than `growth` from the second third to the last, and still does
+    in the last. In the first, processes load what they need. A keeper does so only when it gets a rank, or first has to
+    decode, which may be later: that is a step, and no rise."""
 
     a_minute: float
     growth: float
@@ -57,13 +58,14 @@ def judged(samples: Samples, limit: Limit) -> dict[str, Any] | None:
     if not samples or samples[-1][0] - samples[0][0] < JUDGED_FROM_S:
         return None
     late = samples[len(samples) // 3 :]
-    rise, more = slope_a_minute(late), growth(late)
+    rise, more, at_last = slope_a_minute(late), growth(late), slope_a_minute(samples[2 * len(samples) // 3 :])
     return {
         "a_minute": round(rise, 2),
+        "a_minute_at_last": round(at_last, 2),
         "growth": round(more, 1),
         "last": round(samples[-1][1], 1),
         "seconds": round(samples[-1][0] - samples[0][0]),
-        "leak": rise > limit.a_minute and more > limit.growth,
+        "leak": min(rise, at_last) > limit.a_minute and more > limit.growth,
         "samples": [round(value, 1) for _, value in samples[:: max(1, len(samples) // SHOWN)]],
     }
 

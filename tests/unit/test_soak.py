@@ -61,6 +61,12 @@ def test_a_leak_rises_steadily_and_by_much(found: Samples, leak: bool) -> None:
     assert verdict is not None and verdict["leak"] is leak, verdict
 
 
+def test_a_step_is_no_leak_however_late_it_comes() -> None:
+    step = [(float(second), 60.0 if second < 90 else 77.0) for second in range(140)]
+    verdict = judged(step, PRIVATE_MIB)
+    assert verdict is not None and not verdict["leak"] and verdict["growth"] > PRIVATE_MIB.growth
+
+
 def test_short_lives_are_not_judged() -> None:
     assert judged(samples(110, 100.0), Limit(a_minute=1.0, growth=1.0)) is None
 
