@@ -22,9 +22,9 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A leak is what rises faster than `a_minute`, by more than `growth` from the second third to the last, and still does
-    in the last. In the first, processes load what they need. A keeper does so only when it gets a rank, or first has to
-    decode, which may be later: that is a step, and no rise."""
+    """A leak is what rises faster than `a_minute`, by more than `growth` from the second third to the last, and still
+    does in the last. In the first, processes load what they need. A keeper does so only when it gets a rank, or first
+    has to decode, which may be later: that is a step, and no rise."""
 
     a_minute: float
     growth: float
