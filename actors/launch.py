@@ -50,6 +50,7 @@ def start_rank(
             num_gpus=resources.get("GPU", 0),
             resources=custom,
             max_restarts=0,
+            get_if_exists=True,  # a call that is repeated since its answer was lost
             scheduling_strategy=NodeAffinitySchedulingStrategy(spec.node, soft=False),
         )
         .remote(spec, controller, keeper, make_body)
@@ -65,6 +66,7 @@ def start_keeper(spec: KeeperSpec, *, controller: Any) -> Any:
             lifetime="detached",
             num_cpus=0,
             max_restarts=0,
+            get_if_exists=True,  # a call that is repeated since its answer was lost
             scheduling_strategy=NodeAffinitySchedulingStrategy(spec.node, soft=False),
         )
         .remote(spec, controller)

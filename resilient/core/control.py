@@ -315,17 +315,10 @@ class Control:
         self.speeds.look()
         rollback = self._rollback_wanted()
         if rollback is not None:
-            if rollback.back_to < 0:
-                self.fail(f"{rollback.why}, and there is no state from before that is known to be right")
-                return
-            self._replace(rollback.suspects, rollback.why)
-        situation = self._situation()
-        self.restoring.look_for(rollback)
-        if rollback is not None:
-            self.going_back.roll_back(rollback, situation)
-            if not self.ended:
-                self._starting.spawn_missing()
+            self._go_back(rollback)
             return
+        self.restoring.look_for(None)
+        situation = self._situation()
         decision = recovery.decide(situation)
         lost_for_s = self.for_s("lost", isinstance(decision, recovery.Lost))
         match decision:
@@ -362,10 +355,23 @@ class Control:
         first = self.membership.members[min(seated.numbers("rollback"), key=self.formed.rank_of)]
         return None if first.report is None else first.report.rollback
 
+    def _go_back(self, rollback: Rollback) -> None:
+        if rollback.back_to < 0:
+            self.fail(f"{rollback.why}, and there is no state from before that is known to be right")
+            return
+        self._replace(rollback.suspects, rollback.why)
+        self.restoring.look_for(rollback)
+        if not self.ended:
+            self.going_back.roll_back(rollback, self._situation())
+        if not self.ended:
+            self._starting.spawn_missing()
+
     def _replace(self, suspects: tuple[int, ...], why: str) -> None:
         for number in suspects:
             member = self.membership.members[number]
             if not member.gone:
+                self._count_failure([member], why)
+                self.membership.avoid(member.node)
                 self._declare_gone(member, why, 0.0, node_lost=False)
 
     def _inventory_taken(self, event: InventoryTaken) -> None:

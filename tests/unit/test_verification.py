@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resilient.core.control import Control
 from resilient.core.difference import odd_ones, rollback_after
 from resilient.core.events import GenerationCreated, NodeSeen, RankGone, RankReady, RankReported
-from resilient.core.instructions import CreateGeneration, Instruction, Kill, TakeInventory
+from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, TakeInventory
 from resilient.core.lane import NOBODYS, Agreed, Wish
 from resilient.core.plan import Address, Plan
 from resilient.core.recovery import Limits
@@ -137,8 +137,9 @@ def test_the_lane_compares_only_those_who_have_captured() -> None:
 class Team:
     """Ranks 1, 2 and 3 on nodes a, b and c, generation 1 formed."""
 
-    def __init__(self) -> None:
-        self.control = Control(limits=Limits(min_workers=1, max_workers=3, snapshots=True, detection_s=2.0))
+    def __init__(self, max_failures: int | None = None) -> None:
+        limits = Limits(min_workers=1, max_workers=3, snapshots=True, detection_s=2.0, max_failures=max_failures)
+        self.control = Control(limits=limits)
         self.now, self.serial = 0.0, 0
         for node in "abc":
             self.take(NodeSeen(node=node, capacity=1))
@@ -191,6 +192,14 @@ def test_who_stands_against_the_majority_is_replaced_and_all_go_back() -> None:
     assert [item.member for item in out if isinstance(item, Kill)] == [2]
     assert any(isinstance(item, TakeInventory) for item in out)
     assert not any(isinstance(item, Kill) for item in team.report(3, 1, 1, wanted)), "once"
+    assert team.control.membership.avoided == {"b"}, "its memory or processor may do it again"
+
+
+def test_a_rank_that_is_replaced_for_its_bits_counts_as_a_failure() -> None:
+    team = Team(max_failures=0)
+    out = team.report(1, 1, 1, rollback_after(team.plan, 4, [7, 8, 7], verified=3))
+    (end,) = (item for item in out if isinstance(item, End))
+    assert "max_failures=0" in end.reason and "rank 1 (node b)" in end.reason
 
 
 def test_without_a_majority_nobody_is_blamed() -> None:
