@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -74,26 +75,29 @@ import socket, sys
 server = socket.create_server(("127.0.0.1", 0))
 print(server.getsockname()[1], flush=True)
 accepted = [server.accept()[0] for _ in range(2)]
+print("accepted", flush=True)
 print(*(peer.recv(10) for peer in accepted), flush=True)
 input()
 """
 
 
 def test_only_connections_between_these_processes_are_cut() -> None:
-    with subprocess.Popen([sys.executable, "-c", TALKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with (
+        subprocess.Popen([sys.executable, "-c", TALKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,
+        contextlib.ExitStack() as opened,
+    ):
+        opened.callback(other.kill)
         assert other.stdout is not None
         port = int(other.stdout.readline())
-        ours, too = (socket.create_connection(("127.0.0.1", port)) for _ in range(2))
-        stranger = socket.create_server(("127.0.0.1", 0))
-        apart = socket.create_connection(stranger.getsockname())
+        ours, too = (opened.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(2))
+        assert other.stdout.readline() == b"accepted\n"
+        stranger = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
+        apart = opened.enter_context(socket.create_connection(stranger.getsockname()))
         assert cut_between(os.getpid(), [other.pid]) == 2
         assert other.stdout.readline() == b"b'' b''\n" and other.poll() is None
         assert ours.recv(1) == too.recv(1) == b""
         apart.sendall(b"still there")
         assert cut_between(os.getpid(), [other.pid]) == 0
-        for each in (ours, too, stranger, apart):
-            each.close()
-        other.kill()
 
 
 def slot_of(folder: Path, *, seal: bool = True) -> Path:
