@@ -182,4 +182,4 @@ def test_a_bit_that_flips_in_a_rank_is_found_and_undone(
     (record,) = gone_back(result)
     assert 50 < record["restored_step"] <= 60, record
     assert [lost["rank"] for lost in record["lost"]] == [1] * blamed
-    assert result.snapshots["verified"] > 100
+    assert result.snapshots["verified"] >= 50
