@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ def add_node(cluster: Any, **options: Any) -> Any:
             return cluster.add_node(**options)
         for process in set(psutil.Process().children()) - before:
             process.kill()  # it might come up after all, and take ranks that the test expects elsewhere
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()  # Ray leaves sockets of its failed start open: they must not fail another test
     return cluster.add_node(**options)
 
 
