@@ -25,7 +25,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class StateDigest:
     """Of one state. `begin` has been told what moves; `finish` may take its time."""
 
-    def __init__(self, table: StateTable, calm: list[Any]) -> None:
+    def __init__(self, table: StateTable, calm: list[Tensor]) -> None:
         """calm: as `readable` gives it."""
         self._hash = xxhash.xxh3_64(table.skeleton)
         for place, tensor in enumerate(table.tensors):
@@ -45,7 +45,7 @@ class Digests:
 
     def __init__(self) -> None:
         self._front: Front | None = None
-        self._ready: list[Any] = []
+        self._ready: list[Tensor] = []
 
     def begin(self, table: StateTable) -> StateDigest:
         """At a step's boundary; the table must show the state of that moment."""
@@ -55,17 +55,19 @@ class Digests:
         return StateDigest(table, [*self._ready, *_calm(table, shared, len(table.tensors))])
 
 
-def _calm(table: StateTable, start: int, stop: int) -> list[Any]:
+def _calm(table: StateTable, start: int, stop: int) -> list[Tensor]:
     return [readable(table.tensors[place]) for place in range(start, stop) if place in table.calm]
 
 
-def readable(tensor: Tensor) -> Any:
-    """What a digest reads a tensor's bytes from; they are not copied."""
-    return bytes_of(tensor).numpy() if tensor.device.type == "cpu" else tensor.detach()
+def readable(tensor: Tensor) -> Tensor:
+    """What a digest reads a tensor's bytes from; they are not copied. It follows its storage, should that move, which
+    an array of NumPy would not."""
+    return bytes_of(tensor) if tensor.device.type == "cpu" else tensor.detach()
 
 
-def _update(running: Any, data: Any) -> None:
-    running.update(weighted_sum(data).to_bytes(8, "little", signed=True) if isinstance(data, Tensor) else data)
+def _update(running: Any, data: Tensor) -> None:
+    on_cpu = data.device.type == "cpu"
+    running.update(data.numpy() if on_cpu else weighted_sum(data).to_bytes(8, "little", signed=True))
 
 
 def weighted_sum(tensor: Tensor) -> int:

@@ -60,6 +60,17 @@ def test_a_flipped_bit_anywhere_shows(which: int) -> None:
     assert digests.begin(recapture.capture(state)).finish() == before
 
 
+def test_a_state_whose_memory_has_moved_is_read_where_it_is_now() -> None:
+    state, recapture, digests = objects(), Recapture(), Digests()
+    before = digests.begin(recapture.capture(state)).finish()
+    model = state["model"]
+    assert isinstance(model, nn.Module)
+    model.share_memory()
+    assert digests.begin(recapture.capture(state)).finish() == before
+    flip(next(model.parameters()))
+    assert digests.begin(recapture.capture(state)).finish() != before
+
+
 def test_what_moves_during_forward_is_read_at_once() -> None:
     state, digests = objects(), Digests()
     table = Recapture().capture(state)
