@@ -6,7 +6,7 @@ One stage for now: every rank holds the whole model, and only micro-batches are 
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heapify, heapreplace
 from itertools import accumulate
 
@@ -60,28 +60,37 @@ def slowest_s(leaves: Sequence[Sequence[int]], leaf_s: Sequence[float]) -> float
 
 
 def deal_lost(plan: Plan, survivors: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The survivors' leaves with those of the lost ranks added, nothing taken from anybody.
+    """The survivors' leaves with those of the lost ranks added, nothing taken from anybody (`lost_leaves`)."""
+    ranks = [plan.ranks[member] for member in survivors]
+    dealt = lost_leaves({rank: plan.leaves[rank] for rank in ranks}, plan.micro_batches)
+    return tuple(dealt[rank] for rank in ranks)
 
-    Each lost leaf goes to whoever has least so far; among equals to the owner of the nearest leaf,
-    because neighbours complete subtrees and so exchange less; then to the lower rank.
+
+def lost_leaves(kept: Mapping[int, tuple[int, ...]], micro_batches: int) -> dict[int, tuple[int, ...]]:
+    """The leaves of ranks that hold the same layers, with those that nobody owns added and nothing taken from anybody.
+
+    kept: by rank, the leaves of those that are left, at least one each, ascending. Each lost leaf goes to whoever has
+    least so far; among equals to the owner of the nearest leaf, because neighbours complete subtrees and so exchange
+    less; then to the lower rank.
     """
-    owned = {member: plan.leaves[plan.ranks[member]] for member in survivors}
-    owners = {leaf: member for member, leaves in owned.items() for leaf in leaves}
+    assert kept and all(kept.values()), kept
+    owned = dict(kept)
+    owners = {leaf: rank for rank, leaves in owned.items() for leaf in leaves}
     nearby: list[int] = []  # ascending: the leaves of those who have least
-    for index in sorted(set(range(plan.micro_batches)) - owners.keys()):
+    for index in sorted(set(range(micro_batches)) - owners.keys()):
         if not nearby:
             least = min(map(len, owned.values()))
             nearby = [leaf for leaf in sorted(owners) if len(owned[owners[leaf]]) == least]
         at = bisect(nearby, index)
         taker = min(
             (owners[leaf] for leaf in nearby[max(at - 1, 0) : at + 1]),
-            key=lambda member: (min(abs(index - own) for own in owned[member]), plan.rank_of(member)),
+            key=lambda rank: (min(abs(index - own) for own in owned[rank]), rank),
         )
         for leaf in owned[taker]:
             nearby.pop(bisect(nearby, leaf) - 1)
         owned[taker] = tuple(sorted((*owned[taker], index)))
         owners[index] = taker
-    return tuple(owned.values())
+    return owned
 
 
 def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str) -> Plan:
