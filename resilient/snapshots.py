@@ -323,7 +323,8 @@ class Snapshots:
             ready.record()
         targets = [*known.calm, *(target for target, _ in later)]
         sources = [*known.sources, *(source for _, source in later)]
-        digesting = None if self._digests is None else self._digests.begin(table)
+        # Of a part there is none: other ranks have other parts.
+        digesting = None if self._digests is None or not table.is_whole else self._digests.begin(table)
         self._copy = _Copy(ordinal, slot, targets, sources, watched, list(map(_VERSION, watched)), ready, digesting)
         self._jobs.put(self._copy)
 

@@ -48,7 +48,7 @@ class Digests:
         self._ready: list[Tensor] = []
 
     def begin(self, table: StateTable) -> StateDigest:
-        """At a step's boundary; the table must show the state of that moment."""
+        """At a step's boundary; the table must be whole, and show the state of that moment."""
         shared = len(table.front.tensors) if table.front is not None else 0
         if table.front is None or table.front is not self._front:
             self._front, self._ready = table.front, _calm(table, 0, shared)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from snapshot.absent import is_absent
 from snapshot.core.chunks import chunk_ends
 from snapshot.skeleton import TensorSpec
 
@@ -46,6 +47,7 @@ class Front:
 
     def __init__(self, specs: Sequence[TensorSpec], tensors: list[Tensor], calm: frozenset[int]) -> None:
         self.tensors, self.calm = tensors, calm
+        self.is_whole = not any(map(is_absent, tensors))
         self.offsets = tuple(accumulate((spec.nbytes for spec in specs), initial=0))
         self.ends = chunk_ends_of(specs)
         self._share: tuple[tuple[int, int], FrontShare] | None = None
