@@ -13,13 +13,14 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from actors.group import Group
+from actors.post import Post
 from actors.priority import raise_priority
 from actors.rank import Host
 from snapshot.capture import capture
@@ -32,6 +33,7 @@ from .core.events import RankCrashed, RankFailed, RankReady, RankReported, RankR
 from .core.lane import Agreed, Wish
 from .core.pace import Pace
 from .core.plan import Address, Plan, Restore
+from .core.schedule import Action
 from .core.seat import (
     Applied,
     Apply,
@@ -62,6 +64,7 @@ from .probe import probe
 from .records import StepValues, Untold
 from .restoring import fetch, fetch_stored
 from .snapshots import Seating, Snapshots
+from .stage_side import StageSide
 from .sums import StepSums
 from .team import Loop
 
@@ -155,11 +158,14 @@ class Member:
             self._ready = RankReady(
                 member=self.number,
                 node=self._host.node,
-                address=Address(host=self._host.ip, port=self._host.store_port),
+                address=Address(
+                    host=self._host.ip, port=self._host.store_port, post=loop.stage.post_port if loop.stage else 0
+                ),
                 micro_batches=loop.sums.micro_batches,
                 steps=loop.steps,
                 probe=digest,
                 probe_fields=fields,
+                pipeline=loop.shape,
             )
         self.report()
         self.park()
@@ -189,6 +195,43 @@ class Member:
                     self._submit(todo)
                 self._come_to_rest()
                 self._changed.wait(WAKE_S)
+
+    def next_of(self, choose: Callable[[frozenset[int]], Action | None]) -> Action | Apply | Park:
+        with self._changed:
+            while True:
+                todo = self._seat.next()
+                if isinstance(todo, Apply | Park):
+                    self._host.words.moved("computing", self._seat.step, self.generation)
+                    return todo
+                if isinstance(todo, Compute) and (action := choose(self._seat.work - self._seat.folded)) is not None:
+                    self._host.words.moved("computing", self._seat.step, self.generation)
+                    self._computing = True
+                    return action
+                self._computing = False
+                self._host.words.moved("waiting", self._seat.step, self.generation)
+                if isinstance(todo, Reduce):
+                    self._submit(todo)
+                self._come_to_rest()
+                self._changed.wait(WAKE_S)
+
+    def parked(self) -> bool:
+        with self._changed:
+            return self._seat.restoring
+
+    def post(self) -> Post:
+        return Post(self._host.ip, self._host.secret, arrived=self.mail, broken=self.unreachable)
+
+    def mail(self) -> None:
+        """Something has come from another stage."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def unreachable(self, peer: object, why: str) -> None:
+        """What is sent to this member can't be: a link of the generation is broken, if the member is in it."""
+        with self._changed:
+            plan = self._seat.plan
+        if plan is not None and peer in plan.ranks:
+            self.link_broken(plan, why)
 
     def _come_to_rest(self) -> None:
         """If the others go on without this rank, and it has done and told all that it had to."""
@@ -322,6 +365,9 @@ class Member:
         """Say how things stand; repeated from time to time, since any message may be lost."""
         with self._changed:
             report = replace(self._seat.report(), leaf_s=self._pace.leaf_s)
+            if self.has_stages:
+                timing = self.stage.timing
+                report = replace(report, layer_s=tuple(sorted(timing.layer_s.items())), idle=timing.idle)
             messages: list[Any] = [RankReported(report=report)]
             for once in (self._ready, self._failed, self._returned):
                 if once is not None:
@@ -372,10 +418,29 @@ class Member:
             self._retired, self._held = None, None
             if caught_up is not None:
                 self.sums.accept(caught_up)
+            if self.has_stages:
+                self._settle(plan)
             self._do(self._seat.handle(Formed(generation=plan.generation, complete=complete)))
             self._changed.notify_all()
         if plan.rank_of(self.number) == 0:
             self.repeat_records()  # whoever was rank 0 before may have died with the last rows untold
+
+    def _settle(self, plan: Plan) -> None:
+        if self.stage.settle(plan, plan.rank_of(self.number)) and self._snapshots is not None:
+            self._snapshots.reshaped()
+
+    @property
+    def has_stages(self) -> bool:
+        return self._loop is not None and self._loop.stage is not None
+
+    @property
+    def stage(self) -> StageSide:
+        """What this rank holds of a pipeline."""
+        assert self._loop is not None and self._loop.stage is not None
+        return self._loop.stage
+
+    def spelled_anew(self) -> bool:
+        return self.has_stages and self.stage.spelled_anew()
 
     def exchanged(self, plan: Plan, step: int, agreed: int, snapshot: Agreed, result: Payload) -> None:
         with self._changed:
@@ -437,8 +502,11 @@ class Member:
             self.require_current(generation)
             load(self.objects(), table)
 
-    def fetch(self, restore: Restore) -> StateTable:
-        return fetch_stored(self._storage, restore.folder) if restore.folder else fetch(restore, self._host.secret)
+    def fetch(self, restore: Restore, plan: Plan) -> StateTable:
+        wanted = self.stage.wanted(plan, plan.rank_of(self.number)) if self.has_stages else None
+        if restore.folder:
+            return fetch_stored(self._storage, restore.folder, wanted)
+        return fetch(restore, self._host.secret, wanted)
 
     def wish(self, plan: Plan, step: int) -> Wish:
         """What this rank brings into the lane about the snapshot of the state after `step`."""
@@ -448,12 +516,10 @@ class Member:
         ordinal = Ordinal(plan.branch, step + 1)
         return self._snapshots.wish(ordinal, plan.generation, steps, renewed=plan.base > 0)
 
-    def agreed_on_snapshots(self, plan: Plan, step: int, low: Sequence[int]) -> Agreed:
-        """What the lane says about the same: the minimum over all ranks' wishes."""
-        agreed = Agreed.of(low)
+    def agreed_on_snapshots(self, plan: Plan, step: int, agreed: Agreed) -> None:
+        """What the lane says about the same."""
         if self._snapshots is not None:
             self._snapshots.agreed(Ordinal(plan.branch, step + 1), agreed, plan.generation)
-        return agreed
 
     def verified(self, plan: Plan) -> int:
         return -1 if self._snapshots is None else self._snapshots.verified(plan.branch)
@@ -537,6 +603,8 @@ class Member:
             has_state=self._seat.has_state,
             complete=self._seat.complete,
             kept=self.sums.kept if self._loop is not None else None,
+            reduced=None if former is None else former.reduced,
+            layers=self.stage.held if self.has_stages else range(0),
         )
         self._current = GenerationThread(self, plan, holding)
         self._current.start()

@@ -61,6 +61,16 @@ class NodeDrained:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineShape:
+    """What there is to know of a pipeline before it has run."""
+
+    stages: int
+    """How many the user asked for."""
+    layer_bytes: tuple[int, ...]
+    """Of each layer's parameters and buffers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankReady:
     """A rank has reached its training loop and waits to be seated (or repeats that it had)."""
 
@@ -74,6 +84,8 @@ class RankReady:
     """Digest of a fixed computation: equal digests promise equal bits."""
     probe_fields: str
     """What the digest depends on, in words, for the error message."""
+    pipeline: PipelineShape | None = None
+    """Of a model that is cut into stages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

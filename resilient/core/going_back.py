@@ -155,6 +155,8 @@ class GoingBack:
     def _begin(self, restore: Restore, line: Lineage, why: str, situation: recovery.Situation) -> None:
         control = self.control
         choose = recovery.restored if self.restoring.rollback is None else recovery.rolled_back
+        if self._a_stage_is_lost():
+            choose = recovery.rolled_back
         match choose(situation, restore, line, why):
             case recovery.Make(plan=plan):
                 self.storage.tried[restore.folder] += 1
@@ -162,6 +164,11 @@ class GoingBack:
                     self._make(plan)
             case recovery.NeedNodes(reason=need):
                 control.wait_for_nodes(need)
+
+    def _a_stage_is_lost(self) -> bool:
+        """Whether ranks are seated that live, though the state is lost: that of a stage of a pipeline."""
+        formed, membership = self.control.formed, self.control.membership
+        return formed is not None and bool(formed.stages) and membership.tally(formed).count("gone") < formed.size
 
     def _in_vain(self, rollback: Rollback | None) -> bool:
         """Whether this has been tried too often: it would come again for ever."""

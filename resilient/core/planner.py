@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from heapq import heapify, heapreplace
 from itertools import accumulate
 
 from snapshot.core.branches import Branch
 
-from .plan import Kind, Place, Plan, Restore
+from .plan import Kind, Place, Plan, Restore, Stage
 
 
 def even_runs(micro_batches: int, ranks: int) -> tuple[tuple[int, ...], ...]:
@@ -60,10 +61,24 @@ def slowest_s(leaves: Sequence[Sequence[int]], leaf_s: Sequence[float]) -> float
 
 
 def deal_lost(plan: Plan, survivors: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The survivors' leaves with those of the lost ranks added, nothing taken from anybody (`lost_leaves`)."""
+    """The survivors' leaves with those of the lost ranks added, nothing taken from anybody (`lost_leaves`).
+
+    In a pipeline somebody of each stage must be left.
+    """
     ranks = [plan.ranks[member] for member in survivors]
-    dealt = lost_leaves({rank: plan.leaves[rank] for rank in ranks}, plan.micro_batches)
+    dealt: dict[int, tuple[int, ...]] = {}
+    for team in (stage.ranks for stage in plan.stages) if plan.stages else (ranks,):
+        left = {rank: plan.leaves[rank] for rank in sorted(set(team) & set(ranks))}
+        dealt |= lost_leaves(left, plan.micro_batches)
     return tuple(dealt[rank] for rank in ranks)
+
+
+def stages_left(plan: Plan, kept: Sequence[int]) -> tuple[Stage, ...]:
+    """The stages with those ranks of theirs that are kept, ascending, as they are numbered afterwards."""
+    numbers = {rank: number for number, rank in enumerate(kept)}
+    return tuple(
+        replace(stage, ranks=tuple(numbers[rank] for rank in stage.ranks if rank in numbers)) for stage in plan.stages
+    )
 
 
 def lost_leaves(kept: Mapping[int, tuple[int, ...]], micro_batches: int) -> dict[int, tuple[int, ...]]:
@@ -107,6 +122,8 @@ def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str
         joiners=(),
         reason=reason,
         branches=plan.branches,
+        stages=stages_left(plan, [plan.ranks[member] for member in kept]),
+        since=plan.since,
     )
 
 
@@ -122,22 +139,32 @@ def dealt_anew(
     branches: tuple[Branch, ...] = (Branch(number=0),),
     restore: Restore | None = None,
     leaf_s: Sequence[float] = (),
+    stages: tuple[Stage, ...] = (),
+    since: int = 0,
 ) -> Plan:
-    """An initial, planned or restored generation: all leaves dealt in contiguous runs.
+    """An initial, planned or restored generation: all leaves dealt in contiguous runs, in each stage if there are any.
 
     leaf_s: by rank, what each takes for a micro-batch, to deal in proportion; evenly without it.
     """
+    leaves: list[tuple[int, ...]] = [()] * len(places)
+    for ranks in (stage.ranks for stage in stages) if stages else (range(len(places)),):
+        own_s = [leaf_s[rank] for rank in ranks] if leaf_s else []
+        runs = in_proportion(micro_batches, own_s) if own_s else even_runs(micro_batches, len(ranks))
+        for rank, run in zip(ranks, runs, strict=True):
+            leaves[rank] = run
     return Plan(
         generation=generation,
         base=base,
         kind=kind,
         places=tuple(places),
-        leaves=in_proportion(micro_batches, leaf_s) if leaf_s else even_runs(micro_batches, len(places)),
+        leaves=tuple(leaves),
         micro_batches=micro_batches,
         joiners=tuple(joiners),
         reason=reason,
         branches=branches,
         restore=restore,
+        stages=stages,
+        since=generation if kind == "restored" else since,
     )
 
 

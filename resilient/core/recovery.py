@@ -15,7 +15,7 @@ from snapshot.core.branches import Lineage
 
 from . import draining, planner, speeds
 from .membership import Membership
-from .plan import Plan, Restore, first_branch
+from .plan import Plan, Restore, Stage, first_branch
 from .standing import Member, Tally
 
 
@@ -181,6 +181,7 @@ def _restored(now: Situation, members: list[Member], restore: Restore, lineage: 
             reason=reason,
             branches=lineage.branches,
             restore=restore,
+            stages=_stages(members),
         )
     )
 
@@ -218,6 +219,10 @@ def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
     if left < now.limits.min_workers and not finished(seated):
         return NeedNodes(reason=f"{reason}; {left} of at least {now.limits.min_workers} workers are left")
     survivors = [member for member in formed.members if member not in gone]
+    for number, stage in enumerate(formed.stages):
+        if all(formed.members[rank] in gone for rank in stage.ranks):
+            layers = f"{stage.first}..{stage.stop - 1}"
+            return Lost(reason=f"{reason}; no rank of stage {number} is left, and only they held layers {layers}")
     return Make(plan=planner.unplanned(formed, now.newest + 1, survivors, reason))
 
 
@@ -274,8 +279,26 @@ def _dealt(
             micro_batches=micro_batches,
             reason=reason,
             branches=current.branches if current else first_branch().branches,
+            stages=_stages([now.membership.members[number] for number in all_of_them]),
+            since=current.since if current else 0,
             leaf_s=speeds.filled(all_of_them, now.leaf_s) if current and now.leaf_s else (),
         )
+    )
+
+
+def _stages(members: list[Member]) -> tuple[Stage, ...]:
+    """By rank, whoever is seated."""
+    shape = members[0].ready.pipeline if members[0].ready is not None else None
+    if shape is None:
+        return ()
+    layers, count = len(shape.layer_bytes), min(shape.stages, len(members))
+    return tuple(
+        Stage(
+            first=layers * number // count,
+            stop=layers * (number + 1) // count,
+            ranks=tuple(rank for rank in range(len(members)) if rank * count // len(members) == number),
+        )
+        for number in range(count)
     )
 
 

@@ -1,0 +1,143 @@
+"""What a rank holds of a pipeline, and how that changes with the plan: memory, optimizer, sums, work.
+
+All methods are called by a generation's thread while the training thread waits outside of the user's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from torch.optim import Optimizer
+
+from snapshot.absent import bring, is_absent, release
+from snapshot.core.ranges import Ranges
+from snapshot.skeleton import TensorSpec
+
+from .buffers import Buffers
+from .core.plan import Plan
+from .pipeline import Pipeline, layer_of
+from .spelling import spelled, take, tensors_of
+from .stage_work import StageWork, Timing
+from .sums import StepSums
+from .whereabouts import Whereabouts
+
+
+class StageSide:
+    """One rank's."""
+
+    def __init__(
+        self,
+        name: str,
+        pipe: Pipeline,
+        optimizers: Sequence[tuple[str, Optimizer]],
+        sums: StepSums,
+        work: StageWork,
+    ) -> None:
+        """name: by which the pipeline is protected."""
+        self._name, self._pipe, self._optimizers, self._sums, self._work = name, pipe, optimizers, sums, work
+        self.held = range(0)
+        """The layers whose state this rank has."""
+        self.whereabouts = Whereabouts(layers=_layers_by_tensor(name, pipe, optimizers))
+        self.uses = _layers_by_use(name, pipe)
+        """Of each use of a shared parameter, the first one too, the layer that it is in."""
+        self._told = b""
+
+    # The structure of what others hold
+
+    def spelling(self) -> bytes:
+        return spelled(self._optimizers)
+
+    def spelled_anew(self) -> bool:
+        return self.spelling() != self._told
+
+    def take_spelling(self, told: Iterable[bytes]) -> None:
+        take(self._optimizers, told)
+        self._told = self.spelling()
+
+    # Layers come and go
+
+    def bring(self, plan: Plan, rank: int, *, initial: bool = False) -> None:
+        """Have memory for the layers of this rank's stage, beside those that it has."""
+        layers = _layers(plan, rank)
+        self._pipe.bring(layers, initial=initial)
+        for tensor in tensors_of(self._optimizers, self._pipe.needed(layers).values()):
+            if is_absent(tensor):
+                bring(tensor)
+
+    def settle(self, plan: Plan, rank: int) -> bool:
+        """The plan holds: only its layers are here from now on. Whether they are others than before."""
+        layers = _layers(plan, rank)
+        changed = layers != self.held
+        if changed:
+            self._pipe.keep_to(layers)
+            gone = [each for each in self._pipe.parameters() if is_absent(each)]
+            for tensor in tensors_of(self._optimizers, gone):
+                release(tensor)
+            for parameter in gone:
+                parameter.grad = None
+            self.held = layers
+            self._reshape(layers)
+        self._sums.elsewhere = frozenset(use for use, layer in self.uses.items() if layer not in layers)
+        self._work.seated(plan, rank)
+        return changed
+
+    def wanted(self, plan: Plan, rank: int) -> Callable[[Sequence[TensorSpec]], Ranges]:
+        """Of a state made of such tensors, what this rank needs."""
+        layers = _layers(plan, rank)
+        return lambda specs: self.whereabouts.held(specs, layers)
+
+    def drop(self) -> None:
+        """The state that was here counts no more."""
+        self.held = range(0)
+
+    @property
+    def post_port(self) -> int:
+        return self._work.post_port
+
+    @property
+    def timing(self) -> Timing:
+        return self._work.timing
+
+    def _reshape(self, layers: range) -> None:
+        pipe, name = self._pipe, self._name
+        buffers = Buffers((f"{name}.layers.{number}", pipe.layers[number]) for number in layers)
+        parameters = [(f"{name}.{own}", each) for own, each in pipe.needed(layers).items() if each.requires_grad]
+        self._sums.reshape(parameters, [replace(use, name=f"{name}.{use.name}") for use in pipe.uses_in(layers)], buffers)
+
+
+def _layers(plan: Plan, rank: int) -> range:
+    stage = plan.stage_of(rank)
+    assert stage is not None, plan
+    return range(stage.first, stage.stop)
+
+
+def _layers_by_tensor(
+    name: str, pipe: Pipeline, optimizers: Sequence[tuple[str, Optimizer]]
+) -> dict[str, tuple[int, ...]]:
+    users: dict[str, tuple[int, ...]] = {}
+    by_parameter: dict[int, tuple[int, ...]] = {}
+    for own, tensor in (*pipe.named_parameters(), *pipe.named_buffers()):
+        further = (use.layer for use in pipe.uses if use.of == own)
+        users[f"user:{name}.{own}"] = by_parameter[id(tensor)] = (layer_of(own), *further)
+    for optimizer_name, optimizer in optimizers:
+        for number, group in enumerate(optimizer.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                users[f"user:{optimizer_name} group {number} parameter {position}"] = by_parameter[id(parameter)]
+    return users
+
+
+def _layers_by_use(name: str, pipe: Pipeline) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for of in dict.fromkeys(use.of for use in pipe.uses):
+        found[f"{name}.{of}"] = layer_of(of)
+        found.update({f"{name}.{use.name}": use.layer for use in pipe.uses if use.of == of})
+    return found
+
+
+def users_by_parameter(name: str, pipe: Pipeline) -> dict[str, list[str]]:
+    """Of each shared parameter, all its uses in the order of their layers."""
+    found: dict[str, list[str]] = {}
+    for use in sorted(pipe.uses, key=lambda use: (use.layer, use.name)):
+        found.setdefault(f"{name}.{use.of}", [f"{name}.{use.of}"]).append(f"{name}.{use.name}")
+    return found
