@@ -1,15 +1,16 @@
 """A state as a table: a skeleton, and the tensors that hold its bytes."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 
 import torch
 import xxhash
 from torch import Tensor
 
 from snapshot.absent import absent_like, hold_parts, is_absent, parts_of
+from snapshot.core.digest import state_digest
 from snapshot.core.ranges import Ranges, clipped, holds, merged
 from snapshot.front import Front, FrontShare, bytes_of, chunk_ends_of
 from snapshot.memory import describe, memory_order
@@ -157,15 +158,22 @@ class StateTable:
         assert start == stop, f"bytes {start}..{stop} of {self.layout.tensors[position].name} are not held here"
 
     def digest(self) -> str:
-        """xxh3_128 over the skeleton and every byte, in hexadecimal. Tensors not in CPU memory are copied.
-
-        The caller owes that the table is whole.
-        """
+        """See `state_digest`. Tensors not in CPU memory are copied. The caller owes that the table is whole."""
         assert self.is_whole, "a digest takes all bytes of the state; some are not held here"
-        hashed = xxhash.xxh3_128(self.skeleton)
-        for piece in self.pieces(0, self.nbytes):
-            hashed.update(piece.cpu().numpy().data)
-        return hashed.hexdigest()
+        return state_digest(self.skeleton, self.chunk_digests(0, self.nbytes))
+
+    def chunk_digests(self, start: int, stop: int) -> bytes:
+        """The xxh3_128 of each chunk of bytes start..stop, one after the other. They are whole, and held here."""
+        ends = (0, *self.chunk_ends())
+        cuts = ends[bisect_left(ends, start) : bisect_right(ends, stop)] if start < stop else ()
+        assert start == stop or (cuts[0], cuts[-1]) == (start, stop), f"{start}..{stop} are not whole chunks"
+        digests = []
+        for begin, end in pairwise(cuts):
+            hashed = xxhash.xxh3_128()
+            for piece in self.pieces(begin, end):
+                hashed.update(piece.cpu().numpy().data)
+            digests.append(hashed.digest())
+        return b"".join(digests)
 
     @classmethod
     def empty(cls, skeleton: bytes, ranges: Ranges | None = None) -> "StateTable":

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
 from snapshot.absent import hold_parts, release
+from snapshot.core import chunks
 from snapshot.core.ranges import Ranges, clipped, merged
 from snapshot.table import StateTable
 from tests.checkpoints import Parts, build, train
 
 
 def trained(seed: int = 0) -> Parts:
+    """A new copy at each call."""
+    return copy.deepcopy(_trained(seed))
+
+
+@functools.cache
+def _trained(seed: int) -> Parts:
     parts = build(seed)
     train(parts)
     return parts
@@ -75,3 +86,17 @@ def filled(skeleton: bytes, ranges: Ranges, data: bytes) -> StateTable:
             piece.copy_(torch.frombuffer(bytearray(data[at : at + piece.numel()]), dtype=torch.uint8))
             at += piece.numel()
     return table
+
+
+@contextmanager
+def small_chunks(elements: int = 16) -> Iterator[None]:
+    """States of a few bytes have many chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CHUNK_ELEMENTS", elements)
+        yield
+
+
+def whole_chunks(ends: Sequence[int], owners: Sequence[int], rank: int) -> Ranges:
+    """The chunks that are this rank's. owners: of each chunk."""
+    spans = zip((0, *ends), ends, strict=False)
+    return merged(span for span, owner in zip(spans, owners, strict=True) if owner == rank)

@@ -86,8 +86,8 @@ def check_ranges(ranges: object, stop: int) -> None:
 def first_uneven(ranges: Iterable[Range], stop: int) -> Range | None:
     """None if they, in any order, have every byte of 0..stop once, and no other.
 
-    Else (reached, start): all up to the first were there once, then came a range that begins at the second; this is
-    `stop` if none came.
+    Else (reached, start): all up to the first are there, and the next range begins at the second, which is `stop` if
+    there is no other.
     """
     reached = 0
     for begin, end in sorted(ranges):
