@@ -24,6 +24,7 @@ from actors.post import Post
 from actors.priority import raise_priority
 from actors.rank import Host
 from snapshot.capture import capture
+from snapshot.core.digest import StatePart
 from snapshot.core.lifecycle import Ordinal
 from snapshot.load import load
 from snapshot.table import StateTable, still
@@ -390,8 +391,9 @@ class Member:
         self._failed = RankFailed(member=self.number, step=step, traceback=text)
         self.report()
 
-    def returned(self, digest: str) -> None:
-        self._returned = RankReturned(member=self.number, step=self._seat.step, digest=digest)
+    def returned(self, digest: str | StatePart) -> None:
+        whole, part = (digest, None) if isinstance(digest, str) else ("", digest)
+        self._returned = RankReturned(member=self.number, step=self._seat.step, digest=whole, part=part)
         self.report()
 
     # Brought by a generation's thread

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from snapshot.capture import capture
 from snapshot.core.branches import data_position
+from snapshot.core.digest import StatePart
 
 from .backward import watched_backward
 from .buffers import Buffers
@@ -26,6 +27,7 @@ from .gates import Gates, Reduced
 from .pipeline import Layer, Pipeline
 from .protected import Protected
 from .randomness import seed_everything
+from .stage_side import StageSide
 from .steps import Step, StepLoop, clipping_refused
 from .sums import StepSums
 from .team import Loop, Team, mean
@@ -49,6 +51,7 @@ class Run:
         self._on_nonfinite = on_nonfinite
         self._protected: Protected | None = None
         self._pipeline: Pipeline | None = None
+        self._stage: StageSide | None = None
         self._norms: dict[str, float] | None = None
         """Of the mean gradients of the step that is being committed, if some of them are on other ranks."""
         self._untouched: Untouched | None = None
@@ -353,7 +356,7 @@ class Run:
             commit=lambda: self._commit_step(loop.sums, gates),
             post=self._team.post(),
         )
-        sums = loop.sums
+        self._stage, sums = loop.stage, loop.sums
         sums.check_finite = self._on_nonfinite != "ignore"
         protected.check_schedulers()
         gates.set()
@@ -535,10 +538,12 @@ class Run:
         if loop is not None:
             loop.close()
 
-    def digest(self) -> str:
-        """xxh3-128 of the bits of all that is protected, and of run.state."""
+    def digest(self) -> str | StatePart:
+        """xxh3-128 of the bits of all that is protected, and of run.state; of a stage what it has to give to that."""
         assert self._protected is not None
-        return capture({**self._protected.objects, "run.state": self.state}).digest()
+        objects = {f"user:{name}": thing for name, thing in self._protected.objects.items()}
+        table = capture({**objects, "run.state": self.state})
+        return table.digest() if table.is_whole or self._stage is None else self._stage.part(table)
 
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""

@@ -27,7 +27,7 @@ def spelled(optimizers: Iterable[tuple[str, Optimizer]]) -> bytes:
     for place, parameter, state in _states(optimizers):
         if not is_absent(parameter):
             found[place] = None if state is None else {key: _kind(place, key, value) for key, value in state.items()}
-    return json.dumps(found, sort_keys=True).encode()
+    return json.dumps(found).encode()  # in the order of the keys, which is that of the tensors
 
 
 def take(optimizers: Iterable[tuple[str, Optimizer]], told: Iterable[bytes]) -> None:
@@ -42,7 +42,7 @@ def take(optimizers: Iterable[tuple[str, Optimizer]], told: Iterable[bytes]) -> 
                 continue
             if kinds is None:
                 optimizer.state.pop(parameter, None)
-            elif state is None or _spelled_state(place, state) != kinds:
+            elif state is None or list(_spelled_state(place, state).items()) != list(kinds.items()):
                 optimizer.state[parameter] = {
                     key: absent(shape, getattr(torch, dtype), parameter.device if shape else "cpu")
                     for key, (dtype, shape) in kinds.items()

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import xxhash
 from torch.optim import Optimizer
 
 from snapshot.absent import bring, is_absent, release
+from snapshot.core.digest import StatePart
 from snapshot.core.ranges import Ranges
 from snapshot.skeleton import TensorSpec
+from snapshot.table import StateTable
 
 from .buffers import Buffers
 from .core.plan import Plan
@@ -42,6 +45,8 @@ class StageSide:
         self.uses = _layers_by_use(name, pipe)
         """Of each use of a shared parameter, the first one too, the layer that it is in."""
         self._told = b""
+        self._plan: Plan | None = None
+        self._rank = 0
 
     # The structure of what others hold
 
@@ -67,6 +72,7 @@ class StageSide:
 
     def settle(self, plan: Plan, rank: int) -> bool:
         """The plan holds: only its layers are here from now on. Whether they are others than before."""
+        self._plan, self._rank = plan, rank
         layers = _layers(plan, rank)
         changed = layers != self.held
         if changed:
@@ -86,6 +92,20 @@ class StageSide:
         """Of a state made of such tensors, what this rank needs."""
         layers = _layers(plan, rank)
         return lambda specs: self.whereabouts.held(specs, layers)
+
+    def part(self, table: StateTable) -> StatePart:
+        """What this rank answers for in the state's digest."""
+        ranges = self.whereabouts.captured(table.layout.tensors, *self._seat())
+        return StatePart(
+            skeleton=xxhash.xxh3_128_digest(table.skeleton),
+            state_bytes=table.nbytes,
+            ranges=ranges,
+            digests=tuple(table.chunk_digests(start, stop) for start, stop in ranges),
+        )
+
+    def _seat(self) -> tuple[Plan, int]:
+        assert self._plan is not None
+        return self._plan, self._rank
 
     def drop(self) -> None:
         """The state that was here counts no more."""

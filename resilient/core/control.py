@@ -247,7 +247,8 @@ class Control:
     def _rank_returned(self, event: RankReturned) -> None:
         member = self.membership.members.get(event.member)
         if member is not None and not member.gone:
-            member.digest = event.digest
+            member.part = event.part
+            member.digest = event.digest if event.part is None else event.part.skeleton.hex()
             self.membership.changed(member)
 
     def _generation_created(self, event: GenerationCreated) -> None:

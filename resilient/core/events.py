@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snapshot.core.digest import StatePart
 from snapshot.core.inventory import CheckpointFound, Inventory
 
 from .plan import Address, Plan
@@ -123,11 +124,14 @@ class RankFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReturned:
+    """The user's function has returned here, with the state of this digest, or with this part of it."""
+
     """The user's function has returned."""
 
     member: int
     step: int
     digest: str
+    part: StatePart | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
