@@ -127,7 +127,8 @@ class Movement:
         tried = {cut: self._seated(cutting, limit_ns, cut) for cut in cuts if cut}
         found = [each for each in tried.values() if each]
         best = min(found, key=lambda each: (each.moved_bytes, each.cut), default=None)
-        looks, stuck = LOOKS, False
+        looks = LOOKS * GROUPS // max(GROUPS, sum(map(len, self.groups)))  # a look takes longer with more groups
+        stuck = False
         while best and looks and not stuck:
             stuck = True
             for cut in _shifted(best.cut):
