@@ -115,7 +115,9 @@ def check(found: Partition, costs: Costs, ranks: Sequence[Rank], stages: int, mi
 def costs_of(draw: st.DrawFn, most: int = 6) -> Costs:
     layers = draw(st.integers(1, most))
     return Costs(
-        layer_s=tuple(draw(st.lists(st.sampled_from([0.1, 0.2, 0.3, 1.0, 1.7]), min_size=layers, max_size=layers))),
+        layer_s=tuple(
+            draw(st.lists(st.sampled_from([0.1, 0.101, 0.2, 0.3, 1.0, 1.7]), min_size=layers, max_size=layers))
+        ),
         layer_bytes=tuple(draw(st.lists(st.integers(0, 9), min_size=layers, max_size=layers))),
     )
 
