@@ -24,10 +24,12 @@ from .seating import NEVER, Integers
 Cut = tuple[int, ...]
 """Where stages begin and end: 0, the first layer of the second stage, ..., the number of layers."""
 Placed = tuple[int, ...]
-"""How many of each rare kind a stage has. The first entry is one rank of the first kind, without which stages might be
-chosen in which none of its ranks is done in time."""
+"""How many of each rare kind a stage has. The first entry is of the first kind: one rank of it is placed too, without
+which stages might be chosen in which none of its ranks is done in time; or all are, where seats may become scarce."""
 AFFORDABLE = 20_000_000
-"""Steps of the dynamic programming for one T; some 40 ms."""
+"""Additions in the dynamic programming for one T; some 40 ms."""
+STEP = 5000
+"""As many take as long as what one step of it costs beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class Quota:
 class Cutting:
     """Layers, kinds of ranks, and micro-batches; asked what a time T allows."""
 
-    def __init__(self, costs: Costs, kinds: Sequence[Kind], micro_batches: int) -> None:
+    def __init__(self, costs: Costs, kinds: Sequence[Kind], micro_batches: int, stages: int) -> None:
         self.kinds, self.layers, self.micro_batches = kinds, costs.layers, micro_batches
         ends = np.array([0, *accumulate(costs.layer_ns)], np.int64)
         weights = np.array([0, *accumulate(costs.layer_bytes)], np.int64)
@@ -57,15 +59,19 @@ class Cutting:
             self.leaf_ns.append(np.where(~none & fits, leaf_ns, NEVER))
         self.slowest_kind = max(kinds[0].speed / kind.speed for kind in kinds)
         self.model_ns = int(ends[-1])
-        several = len(kinds) > 1
-        self.rare: Placed = (1, *(len(kind.ranks) for kind in kinds[1:])) if several else ()
-        self.counted = len(kinds[0].ranks) - several
+        many, *few = (len(kind.ranks) for kind in kinds)
+        self.rare: Placed = (1, *few) if few else ()
+        self.affordable = self._affordable(self.rare, stages)
+        better = any(bool((leaf_ns < self.leaf_ns[0]).any()) for leaf_ns in self.leaf_ns[1:])
+        if better and many + sum(few) > micro_batches and self._affordable((many, *few), stages):
+            self.rare = (many, *few)
+        self.counted = many - sum(self.rare[:1])
 
-    def affordable(self, stages: int) -> bool:
+    def _affordable(self, rare: Placed, stages: int) -> bool:
         choices = 1
-        for count in self.rare:
+        for count in rare:
             choices *= (count + 1) * (count + 2) // 2
-        return choices * stages * self.layers**2 <= AFFORDABLE
+        return choices * stages * (self.layers**2 + STEP) <= AFFORDABLE
 
     def least_ns(self, counts: range) -> int | None:
         """The smallest T that allows one of these numbers of stages, or None if memory allows none.

@@ -70,7 +70,7 @@ class Movement:
             taken = np.bincount([stage for _, stage in seats[start:stop]], minlength=len(stages))
             counts.append(taken.tolist())
             start = stop
-        return self._seat(cut, Quota(least=counts, most=counts))
+        return self.seat(cut, Quota(least=counts, most=counts))
 
     # One cut
 
@@ -78,7 +78,7 @@ class Movement:
         quota = cutting.quota(limit_ns, cut, self._at_home(cut))
         if quota is None and cutting.rare:
             quota = cutting.quota(limit_ns, cut, cutting.placed(limit_ns, cut))
-        return self._seat(cut, quota) if quota else None
+        return self.seat(cut, quota) if quota else None
 
     def _at_home(self, cut: Cut) -> list[tuple[int, ...]]:
         """How many of each rare kind each stage has if they go where they hold most."""
@@ -88,7 +88,8 @@ class Movement:
             np.add.at(counts[kind], homes, [len(group.ranks) for group in groups])
         return [tuple(column) if len(column) > 1 else () for column in counts.T.tolist()]
 
-    def _seat(self, cut: Cut, quota: Quota) -> Seated:
+    def seat(self, cut: Cut, quota: Quota) -> Seated:
+        """Every kind as cheaply as can be within its quota. Whoever has no seat in it stays unseated."""
         stages = len(cut) - 1
         ranks: list[list[int]] = [[] for _ in range(stages)]
         moved = 0
@@ -126,7 +127,8 @@ class Movement:
         tried = {cut: self._seated(cutting, limit_ns, cut) for cut in cuts if cut}
         found = [each for each in tried.values() if each]
         best = min(found, key=lambda each: (each.moved_bytes, each.cut), default=None)
-        looks, stuck = LOOKS, False
+        looks = LOOKS * GROUPS // max(GROUPS, sum(map(len, self.groups)))  # a look takes longer with more groups
+        stuck = False
         while best and looks and not stuck:
             stuck = True
             for cut in _shifted(best.cut):

@@ -16,9 +16,9 @@ What is exact, and what a bound:
   there are no more than `movement.EVERY` ways to cut; otherwise good, and not proven least.
 - A few ranks of other speeds or memory (`Cutting.affordable`): speeds within SMALL_GAIN count as equal, and even runs
   of micro-batches are preferred where they cost no more than SMALL_GAIN, so `slowest_s` is at most
-  1.001 (1 + SMALL_GAIN)^2 times the least. `moved_bytes` is not proven least.
-- Many ranks of many speeds: stages are cut as for ranks of the mean speed, and each gets its part of the fast and the
-  slow ones. Good when a stage has many ranks; no bound is promised.
+  1.001 (1 + SMALL_GAIN)^2 times the least. It may be more only where there are more ranks than micro-batches, too many
+  to try all, and a rare kind is faster or larger than the common one. `moved_bytes` is not proven least.
+- Many ranks of many speeds: see `mixed.py`. No bound is promised.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 
 from .chain import NANO, Costs, Kind, Rank, kinds_of
 from .cuts import Cutting
+from .mixed import mixed
 from .movement import Movement, Seated
 from .planner import SMALL_GAIN, even_runs, in_proportion, slowest_s
 
@@ -84,38 +85,25 @@ def partition(costs: Costs, ranks: Sequence[Rank], *, stages: int, micro_batches
     fewest = min(wanted, -(-len(ranks) // micro_batches))
     limited = any(rank.memory_bytes is not None for rank in ranks)
     counts = range(fewest if limited else wanted, wanted + 1)
-    seated = _seated(costs, ranks, kinds, counts, micro_batches, slack)
-    if seated is None:
+    found = [
+        _written(costs, ranks, seated, micro_batches)
+        for seated in _seated(costs, ranks, kinds, counts, micro_batches, slack)
+    ]
+    if not found:
         raise DoesNotFit(_too_small(costs, ranks, wanted))
-    return _written(costs, ranks, seated, micro_batches)
+    return min(found, key=lambda each: (each.slowest_s, each.moved_bytes))
 
 
 def _seated(
     costs: Costs, ranks: Sequence[Rank], kinds: tuple[Kind, ...], counts: range, micro_batches: int, slack: float
-) -> Seated | None:
-    cutting = Cutting(costs, kinds, micro_batches)
-    alike = kinds
-    if not cutting.affordable(counts[-1]):
-        alike = (_mean(ranks, kinds),)
-        cutting = Cutting(costs, alike, micro_batches)
+) -> list[Seated]:
+    cutting = Cutting(costs, kinds, micro_batches, counts[-1])
+    if not cutting.affordable:
+        return list(mixed(costs, ranks, kinds, counts, micro_batches, slack))
     least_ns = cutting.least_ns(counts)
     if least_ns is None:
-        return None
-    seated = Movement(costs, ranks, alike).least(cutting, int(least_ns * (1 + slack)), counts)
-    if alike is kinds:
-        return seated
-    return Movement(costs, ranks, kinds).by_kind(seated.cut, [len(each) for each in seated.ranks])
-
-
-def _mean(ranks: Sequence[Rank], kinds: Sequence[Kind]) -> Kind:
-    """All as one kind: of the mean speed, with the least memory."""
-    among = sorted(index for kind in kinds for index in kind.ranks)
-    limits = [kind.memory_bytes for kind in kinds if kind.memory_bytes is not None]
-    return Kind(
-        speed=sum(ranks[index].speed for index in among) / len(among),
-        memory_bytes=min(limits, default=None),
-        ranks=tuple(among),
-    )
+        return []
+    return [Movement(costs, ranks, kinds).least(cutting, int(least_ns * (1 + slack)), counts)]
 
 
 def _written(costs: Costs, ranks: Sequence[Rank], seated: Seated, micro_batches: int) -> Partition:

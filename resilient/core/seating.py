@@ -73,12 +73,14 @@ def _near(cost: Integers, sizes: Sequence[int], least: Sequence[int], most: Sequ
 
 
 def _negative_cycle(edges: Integers) -> list[int]:
-    """Nodes along which the edges sum to less than zero, or none (Bellman 1958, Ford 1956)."""
+    """Nodes along which the edges sum to less than zero, or none (Bellman 1958, Ford 1956).
+
+    Ends as soon as the nodes from which others were reached form a cycle, which only negative ones do.
+    """
     count = len(edges)
     nodes = np.arange(count)
     best = np.zeros(count, np.int64)
-    before = np.full(count, -1)
-    better = np.ones(count, bool)
+    before = np.full(count + 1, count)  # the last one stands for the begin, which is before itself
     for _ in range(count):
         through = best[:, None] + edges
         pick = through.argmin(0)
@@ -86,11 +88,18 @@ def _negative_cycle(edges: Integers) -> list[int]:
         better = value < best
         if not better.any():
             return []
-        before = np.where(better, pick, before)
+        before[:-1] = np.where(better, pick, before[:-1])
         best = np.where(better, value, best)
-    node = int(np.flatnonzero(better)[0])
-    for _ in range(count):
-        node = int(before[node])
+        far = before
+        for _ in range(count.bit_length()):
+            far = far[far]
+        endless = far[far < count]
+        if len(endless):
+            return _around(before, int(endless[0]))
+    raise AssertionError("shorter and shorter, and no cycle")
+
+
+def _around(before: Integers, node: int) -> list[int]:
     cycle = [node]
     while int(before[cycle[-1]]) != node:
         cycle.append(int(before[cycle[-1]]))

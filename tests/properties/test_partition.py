@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resilient.core import cuts, movement
 from resilient.core.chain import Costs, Rank
 from resilient.core.partition import DoesNotFit, Partition, partition
 from resilient.core.planner import SMALL_GAIN
@@ -114,7 +115,9 @@ def check(found: Partition, costs: Costs, ranks: Sequence[Rank], stages: int, mi
 def costs_of(draw: st.DrawFn, most: int = 6) -> Costs:
     layers = draw(st.integers(1, most))
     return Costs(
-        layer_s=tuple(draw(st.lists(st.sampled_from([0.1, 0.2, 0.3, 1.0, 1.7]), min_size=layers, max_size=layers))),
+        layer_s=tuple(
+            draw(st.lists(st.sampled_from([0.1, 0.101, 0.2, 0.3, 1.0, 1.7]), min_size=layers, max_size=layers))
+        ),
         layer_bytes=tuple(draw(st.lists(st.integers(0, 9), min_size=layers, max_size=layers))),
     )
 
@@ -177,6 +180,41 @@ def test_nothing_as_fast_moves_less_for_ranks_alike(
     assert found.slowest_s == pytest.approx(best_s)
     least = min(moved_of(costs, ranks, each) for each, s in zip(every, times, strict=True) if s <= best_s * (1 + 1e-9))
     assert found.moved_bytes == least
+
+
+@patient
+@given(costs_of(5), st.integers(1, 3), st.integers(1, 6), st.data())
+def test_when_not_every_cut_is_tried_only_movement_may_be_more(
+    costs: Costs, stages: int, micro_batches: int, data: st.DataObject
+) -> None:
+    ranks = data.draw(alike(costs.layers, 5, st.none()))
+    best = partition(costs, ranks, stages=stages, micro_batches=micro_batches)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(movement, "EVERY", 0)
+        found = partition(costs, ranks, stages=stages, micro_batches=micro_batches)
+    check(found, costs, ranks, stages, micro_batches)
+    assert found.slowest_s == pytest.approx(best.slowest_s) or found.slowest_s < best.slowest_s
+    assert found.moved_bytes >= best.moved_bytes
+
+
+@patient
+@given(costs_of(5), st.integers(1, 3), st.integers(1, 6), st.data())
+def test_mixed_ranks_are_all_dealt_with(costs: Costs, stages: int, micro_batches: int, data: st.DataObject) -> None:
+    """Whatever the speeds are; how good it is, only larger cases show."""
+    speeds = st.sampled_from([1.0, 1.0, 1.0, 0.97, 0.7, 0.2, 3.0])
+    limits = data.draw(st.sampled_from([[None], [None, 30], [25, 40]]))
+    ranks = [
+        Rank(speed=data.draw(speeds), memory_bytes=data.draw(st.sampled_from(limits)), holds=holds)
+        for holds in data.draw(st.lists(st.sampled_from([None, (0, 1), (0, costs.layers)]), min_size=1, max_size=9))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuts, "AFFORDABLE", 0)
+        try:
+            found = partition(costs, ranks, stages=stages, micro_batches=micro_batches)
+        except DoesNotFit:
+            assert limits != [None]
+            return
+    check(found, costs, ranks, stages, micro_batches)
 
 
 @patient
