@@ -368,7 +368,7 @@ class Member:
             report = replace(self._seat.report(), leaf_s=self._pace.leaf_s)
             if self.has_stages:
                 timing = self.stage.timing
-                report = replace(report, layer_s=tuple(sorted(timing.layer_s.items())), idle=timing.idle)
+                report = replace(report, layer_s=timing.layer_s, idle=timing.idle)
             messages: list[Any] = [RankReported(report=report)]
             for once in (self._ready, self._failed, self._returned):
                 if once is not None:

@@ -75,9 +75,7 @@ class Moving:
         if mine is None:
             member.load(plan.generation, own)
 
-    def _has_and_wants(
-        self, skeleton: bytes, rows: Sequence[Sequence[int]]
-    ) -> tuple[list[Ranges], list[Ranges]]:
+    def _has_and_wants(self, skeleton: bytes, rows: Sequence[Sequence[int]]) -> tuple[list[Ranges], list[Ranges]]:
         plan, whereabouts = self._plan, self._member.stage.whereabouts
         specs = Skeleton.from_bytes(skeleton).tensors
         has: list[Ranges] = [whereabouts.held(specs, range(*row)) if row[1] else () for row in rows]

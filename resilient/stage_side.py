@@ -123,7 +123,9 @@ class StageSide:
         pipe, name = self._pipe, self._name
         buffers = Buffers((f"{name}.layers.{number}", pipe.layers[number]) for number in layers)
         parameters = [(f"{name}.{own}", each) for own, each in pipe.needed(layers).items() if each.requires_grad]
-        self._sums.reshape(parameters, [replace(use, name=f"{name}.{use.name}") for use in pipe.uses_in(layers)], buffers)
+        self._sums.reshape(
+            parameters, [replace(use, name=f"{name}.{use.name}") for use in pipe.uses_in(layers)], buffers
+        )
 
 
 def _layers(plan: Plan, rank: int) -> range:

@@ -146,6 +146,11 @@ class Plan:
         return len(self.places)
 
     @property
+    def seats(self) -> int:
+        """The most ranks that can have a micro-batch."""
+        return self.micro_batches * max(1, len(self.stages))
+
+    @property
     def store(self) -> Address:
         """The store over which this generation forms: that of its first rank."""
         return self.places[0].address
