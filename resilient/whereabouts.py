@@ -28,6 +28,13 @@ class Whereabouts:
             if not (users := self._users(spec)) or any(user in layers for user in users)
         )
 
+    def groups(self, specs: Sequence[TensorSpec]) -> dict[tuple[int, ...], Ranges]:
+        """By the layers that use them, all tensors' bytes: those of a group are always held together."""
+        found: dict[tuple[int, ...], list[Range]] = {}
+        for spec, start, stop in _spans(specs):
+            found.setdefault(self._users(spec), []).append((start, stop))
+        return {users: merged(ranges) for users, ranges in sorted(found.items())}
+
     def captured(self, specs: Sequence[TensorSpec], plan: Plan, rank: int) -> Ranges:
         """The bytes that this rank captures: of all ranks together everything, once. Whole chunks."""
         stage = plan.stage_of(rank)

@@ -15,6 +15,7 @@ from .chain import Costs, Rank
 from .events import PipelineShape
 from .partition import DoesNotFit, partition
 from .plan import Plan, Stage
+from .planner import SMALL_GAIN
 
 Measured = Mapping[tuple[int, int], float]
 """By (member, layer), the seconds that a micro-batch takes, forward and backward."""
@@ -58,7 +59,7 @@ def staged(
         return _with_guests(base, [member for member in members if member in leaving], held)
     costs, speeds = costs_and_speeds(shape, measured, members)
     ranks = [Rank(speed=speeds[member], memory_bytes=shape.rank_bytes, holds=held.get(member)) for member in members]
-    found = partition(costs, ranks, stages=shape.stages, micro_batches=micro_batches)
+    found = partition(costs, ranks, stages=shape.stages, micro_batches=micro_batches, slack=SMALL_GAIN)
     seats = sorted(index for stage in found.stages for index in stage.ranks)
     ranks_of = {index: rank for rank, index in enumerate(seats)}
     leaves = {index: run for stage in found.stages for index, run in zip(stage.ranks, stage.leaves, strict=True)}
