@@ -543,7 +543,7 @@ class Run:
         assert self._protected is not None
         objects = {f"user:{name}": thing for name, thing in self._protected.objects.items()}
         table = capture({**objects, "run.state": self.state})
-        return table.digest() if table.is_whole or self._stage is None else self._stage.part(table)
+        return table.digest() if self._stage is None or self._stage.is_only_one else self._stage.part(table)
 
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""

@@ -103,6 +103,10 @@ class StageSide:
             digests=tuple(table.chunk_digests(start, stop) for start, stop in ranges),
         )
 
+    @property
+    def is_only_one(self) -> bool:
+        return self._plan is None or len(self._plan.stages) == 1
+
     def _seat(self) -> tuple[Plan, int]:
         assert self._plan is not None
         return self._plan, self._rank
