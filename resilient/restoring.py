@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from actors.vault import fetch_slot
+from snapshot.core.ranges import Ranges
 from snapshot.files import open_files
 from snapshot.stored import Stored
 from snapshot.table import StateTable
@@ -32,18 +33,18 @@ def fetch_stored(url: str, folder: str) -> StateTable:
 def fetch(restore: Restore, secret: str) -> StateTable:
     """The state of this snapshot. Raises TransferError if it can't be had, whole and verified, from there."""
 
-    def fetch_share(share: Share) -> tuple[int, bytes, memoryview]:
+    def fetch_share(share: Share) -> tuple[Ranges, bytes, memoryview]:
         address = (share.keeper.host, share.keeper.port)
         slot = fetch_slot(address, secret, key=restore.key, node=share.node, rank=share.rank)
         head = slot.head()
-        return head.start, bytes(slot.payload[: head.skeleton_bytes]), slot.payload[head.skeleton_bytes :]
+        return head.ranges, bytes(slot.payload[: head.skeleton_bytes]), slot.payload[head.skeleton_bytes :]
 
     with ThreadPoolExecutor(READERS, "reading") as readers:
-        shares = sorted(readers.map(fetch_share, restore.shares))
+        shares = list(readers.map(fetch_share, restore.shares))
     table = StateTable.empty(shares[0][1])
-    for start, _, data in shares:
+    for ranges, _, data in shares:
         source, at = torch.frombuffer(bytearray(data), dtype=torch.uint8) if len(data) else torch.empty(0), 0
-        for piece in table.pieces(start, start + len(data)):
+        for piece in (each for start, stop in ranges for each in table.pieces(start, stop)):
             piece.copy_(source[at : at + piece.numel()])
             at += piece.numel()
     return table
