@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from snapshot.absent import bring, is_absent, release
 from snapshot.core.digest import StatePart
 from snapshot.core.ranges import Ranges
-from snapshot.skeleton import TensorSpec
+from snapshot.skeleton import Skeleton
 from snapshot.table import StateTable
 
 from .buffers import Buffers
@@ -44,7 +44,7 @@ class StageSide:
         self.whereabouts = Whereabouts(layers=_layers_by_tensor(name, pipe, optimizers))
         self.uses = _layers_by_use(name, pipe)
         """Of each use of a shared parameter, the first one too, the layer that it is in."""
-        self._told = b""
+        self._told: tuple[int, ...] = ()
         self._plan: Plan | None = None
         self._rank = 0
 
@@ -54,11 +54,20 @@ class StageSide:
         return spelled(self._optimizers)
 
     def spelled_anew(self) -> bool:
-        return self.spelling() != self._told
+        """Whether an optimizer keeps more or less of the parameters here than the others were told."""
+        return self._kept() != self._told
 
     def take_spelling(self, told: Iterable[bytes]) -> None:
         take(self._optimizers, told)
-        self._told = self.spelling()
+        self._told = self._kept()
+
+    def _kept(self) -> tuple[int, ...]:
+        """Counted: cheap enough for every step."""
+        return tuple(
+            count
+            for _, optimizer in self._optimizers
+            for count in (len(optimizer.state), sum(map(len, optimizer.state.values())))
+        )
 
     # Layers come and go
 
@@ -76,26 +85,29 @@ class StageSide:
         layers = _layers(plan, rank)
         changed = layers != self.held
         if changed:
-            self._pipe.keep_to(layers)
-            gone = [each for each in self._pipe.parameters() if is_absent(each)]
-            for tensor in tensors_of(self._optimizers, gone):
-                release(tensor)
-            for parameter in gone:
-                parameter.grad = None
+            self._keep_to(layers)
             self.held = layers
             self._reshape(layers)
         self._sums.elsewhere = frozenset(use for use, layer in self.uses.items() if layer not in layers)
         self._work.seated(plan, rank)
         return changed
 
-    def wanted(self, plan: Plan, rank: int) -> Callable[[Sequence[TensorSpec]], Ranges]:
-        """Of a state made of such tensors, what this rank needs."""
+    def _keep_to(self, layers: range) -> None:
+        self._pipe.keep_to(layers)
+        gone = [each for each in self._pipe.parameters() if is_absent(each)]
+        for tensor in tensors_of(self._optimizers, gone):
+            release(tensor)
+        for parameter in gone:
+            parameter.grad = None
+
+    def wanted(self, plan: Plan, rank: int) -> Callable[[Skeleton], Ranges]:
+        """Of a state, what this rank needs."""
         layers = _layers(plan, rank)
-        return lambda specs: self.whereabouts.held(specs, layers)
+        return lambda skeleton: self.whereabouts.held(skeleton.tensors, layers)
 
     def part(self, table: StateTable) -> StatePart:
         """What this rank answers for in the state's digest."""
-        ranges = self.whereabouts.captured(table.layout.tensors, *self._seat())
+        ranges = self.captured(table)
         return StatePart(
             skeleton=xxhash.xxh3_128_digest(table.skeleton),
             state_bytes=table.nbytes,
@@ -111,8 +123,14 @@ class StageSide:
         assert self._plan is not None
         return self._plan, self._rank
 
-    def drop(self) -> None:
-        """The state that was here counts no more."""
+    def captured(self, table: StateTable) -> Ranges:
+        """The bytes that this rank captures of a state."""
+        return self.whereabouts.captured(table.layout.tensors, *self._seat())
+
+    def begin_anew(self, plan: Plan, rank: int) -> None:
+        """The state that was here counts no more: have memory for that of this rank's stage, and no other."""
+        self.bring(plan, rank)
+        self._keep_to(_layers(plan, rank))
         self.held = range(0)
 
     @property

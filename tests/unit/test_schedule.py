@@ -17,7 +17,9 @@ class Pipe:
         self.kind, self.owners, self.ranks = kind, owners, ranks
         self.micro_batches = len(owners[0])
         places = [(stage, rank) for stage, count in enumerate(ranks) for rank in range(count)]
-        self.fresh = {place: {b for b in range(self.micro_batches) if owners[place[0]][b] == place[1]} for place in places}
+        self.fresh = {
+            place: {b for b in range(self.micro_batches) if owners[place[0]][b] == place[1]} for place in places
+        }
         self.under_way: dict[tuple[int, int], set[int]] = {place: set() for place in places}
         self.inputs = [set(range(self.micro_batches)), *(set[int]() for _ in ranks[1:])]
         self.gradients = [set[int]() for _ in ranks]
@@ -62,7 +64,9 @@ class Pipe:
 def pipes(draw: st.DrawFn) -> Pipe:
     ranks = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     micro_batches = draw(st.integers(max(ranks), 12))
-    owners = [draw(st.lists(st.integers(0, count - 1), min_size=micro_batches, max_size=micro_batches)) for count in ranks]
+    owners = [
+        draw(st.lists(st.integers(0, count - 1), min_size=micro_batches, max_size=micro_batches)) for count in ranks
+    ]
     return Pipe(draw(st.sampled_from(KINDS)), owners, ranks)
 
 
