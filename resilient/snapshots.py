@@ -29,7 +29,7 @@ from snapshot.arena import NoRoom, Slot, SlotHead, required_bytes
 from snapshot.core.chunks import are_chunks, ends_within, share_of
 from snapshot.core.lifecycle import Lifecycle, Ordinal
 from snapshot.core.ranges import Ranges, merged
-from snapshot.front import Targets
+from snapshot.front import FrontShare, Targets
 from snapshot.recapture import Recapture
 from snapshot.table import StateTable
 
@@ -309,6 +309,7 @@ class Snapshots:
         front, behind = table.front_share(head.ranges)
         known = self._targets.get(slot)
         if known is None or not known.fit(room, front):
+            self._forget_targets(front)
             known = self._targets[slot] = Targets.within(room, front)
         if known.moving:
             torch._foreach_copy_(known.moving, front.moving_views(table))
@@ -328,10 +329,23 @@ class Snapshots:
             ready.record()
         targets = [*known.calm, *(target for target, _ in later)]
         sources = [*known.sources, *(source for _, source in later)]
-        # Of a part there is none: other ranks have other parts.
-        digesting = None if self._digests is None or not table.is_whole else self._digests.begin(table)
+        digesting = self._digesting(table)
         self._copy = _Copy(ordinal, slot, targets, sources, watched, list(map(_VERSION, watched)), ready, digesting)
         self._jobs.put(self._copy)
+
+    def _forget_targets(self, front: FrontShare) -> None:
+        """Those of other fronts, which keep memory that the state may have left."""
+        for slot, known in list(self._targets.items()):
+            if known.front is not front:
+                self._targets.pop(slot, None)
+
+    def _digesting(self, table: StateTable) -> StateDigest | None:
+        if self._digests is None:
+            return None
+        if not table.is_whole:  # other ranks have other parts
+            self._digests.forget()
+            return None
+        return self._digests.begin(table)
 
     # The copying thread
 

@@ -260,6 +260,20 @@ def test_what_a_rank_does_not_hold_need_not_be_in_its_memory(training: Training)
     assert (training.snapshots.tally.torn, training.said) == (0, [])
 
 
+def test_memory_that_was_released_is_free_after_the_next_snapshot(kept: Training) -> None:
+    with small_chunks(8):
+        kept.ready()
+        for _ in range(6):  # all slots have been written
+            wait_for(functools.partial(is_ready, kept.snapshots, kept.steps + 1))
+            kept.step()
+        kept.snapshots.gate()
+        former = kept.model[2].weight.untyped_storage()
+        with_parts(kept)
+        boundary_with_parts(kept, 50)
+        kept.snapshots.gate()
+        assert torch._C._storage_Use_Count(former._cdata) == 1, "only this test looks at it"
+
+
 def test_a_part_that_is_written_while_it_is_copied_is_noticed(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
