@@ -45,8 +45,8 @@ class Untouched:
         for name, parameter, gradient, version in self._seen:
             if parameter.grad is not gradient or _version(gradient) != version:
                 raise LoopError(
-                    f"the gradient of {name} was changed between pipe.train_step and run.clip_grad_norm_, which clips by "
-                    "the norm that the step's mean gradient had: clip first"
+                    f"the gradient of {name} was changed between pipe.train_step and run.clip_grad_norm_, which "
+                    "clips by the norm that the step's mean gradient had: clip first"
                 )
 
 

@@ -125,8 +125,8 @@ class Moving:
 
 
 def check_equal(had: Sequence[Sequence[int]], told: Sequence[Mapping[str, int]]) -> None:
-    """had: by rank the first of the layers that it had before, and the one after the last; 0, 0 for none. told: by rank,
-    by layers that have it in common, the digest of what it holds now.
+    """had: by rank the first of the layers that it had before, and the one after the last; 0, 0 for none. told: by
+    rank, by layers that use it, the digest of what it holds now.
 
     Raises LinkBroken where something has not arrived as it was sent, StateDiverged where those who had it differ.
     """

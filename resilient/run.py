@@ -181,10 +181,10 @@ class Run:
 
         layers: modules, or callables that build them: then a rank has memory only for those that it holds. Each is
         called with what the one before returns, a tensor or a tuple of them. loss: called with what the last layer
-        returns and the target. stages: how many, if there are enough ranks. tied: {"layers.5.weight": "layers.0.weight"}
-        trains a later layer's parameter as one with an earlier one's; modules that share a parameter do so anyway.
-        checkpoint: keep only each layer's input for backward, and compute the rest again. schedule: "gpipe" goes forward
-        through all micro-batches first. Raises ValueError or TypeError, naming the argument.
+        returns and the target. stages: how many, if there are enough ranks. tied: {"layers.5.weight":
+        "layers.0.weight"} trains a later layer's parameter as one with an earlier one's; modules that share a parameter
+        do so anyway. checkpoint: keep only each layer's input for backward, and compute the rest again. schedule:
+        "gpipe" goes forward through all micro-batches first. Raises ValueError or TypeError, naming the argument.
         """
         if self._protected is not None:
             raise ValueError("run.pipeline was called after protect; build the pipeline first, and protect it")

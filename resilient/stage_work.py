@@ -79,8 +79,8 @@ class StageWork:
         seed: Callable[[int, int, int], None],
         post: Post | None,
     ) -> None:
-        """name: by which the pipeline is protected. batch: a micro-batch of the current step, (inputs, target). seed: sets all generators, for (step,
-        micro-batch, layer). post: to the other stages, if there are any."""
+        """name: by which the pipeline is protected. batch: a micro-batch of the current step, (inputs, target). seed:
+        sets all generators, for (step, micro-batch, layer). post: to the other stages, if there are any."""
         self._prefix = f"{name}.layers"
         self._pipe, self._buffers, self._batch, self._seed, self._post = pipe, buffers, batch, seed, post
         self.timing = Timing()
@@ -259,7 +259,7 @@ class StageWork:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise LoopError(
                 f"a micro-batch of a pipeline is a pair (inputs, target), the dataset gave a {type(batch).__name__}"
-                f"{f' of {len(batch)}' if hasattr(batch, '__len__') else ''}; make pairs in the dataset or in collate_fn"
+                f"{f' of {len(batch)}' if hasattr(batch, '__len__') else ''}; make pairs in dataset or collate_fn"
             )
         return batch[0], batch[1]
 

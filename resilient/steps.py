@@ -114,8 +114,8 @@ def clipping_refused(protected: Protected) -> Iterator[None]:
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         if any(id(each) in own for each in given):
             raise LoopError(
-                "torch.nn.utils.clip_grad_norm_ sees only the gradients of this rank's stage, and would clip by another "
-                "norm than that of the whole model: use run.clip_grad_norm_(max_norm)"
+                "torch.nn.utils.clip_grad_norm_ sees only the gradients of this rank's stage, and would clip by "
+                "another norm than that of the whole model: use run.clip_grad_norm_(max_norm)"
             )
         return original(given, *args, **kwargs)
 

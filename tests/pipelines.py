@@ -1,4 +1,4 @@
-"""A small pipeline that uses what can go wrong: tied weights, dropout, buffers, a layer without parameters, clipping."""
+"""A small pipeline with what can go wrong: tied weights, dropout, buffers, a layer without parameters, clipping."""
 
 from __future__ import annotations
 

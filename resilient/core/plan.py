@@ -79,9 +79,9 @@ class Plan:
     """Who does what in one generation.
 
     Invariants: in every stage each leaf 0..micro_batches-1 is owned by exactly one place; every place owns at
-    least one, and is in one stage; the stages' layers follow on each other from 0; joiners are members; only an initial or planned generation has joiners; an unplanned
-    one has only members of its base; all members of a restored one begin from its snapshot, whatever
-    they held before.
+    least one, and is in one stage; the stages' layers follow on each other from 0; joiners are members; only an initial
+    or planned generation has joiners; an unplanned one has only members of its base; all members of a restored one
+    begin from its snapshot, whatever they held before.
     """
 
     generation: int
