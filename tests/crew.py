@@ -99,9 +99,9 @@ class _Running:
         while self._crew.end is None or len(self._crew.values) < self._seated():
             assert time.monotonic() < deadline, f"not done in {LIMIT_S} s: {self._control.current}"
             for pipe in wait(list(self._pipes.values()), 0.1):
-                member = next(number for number, each in self._pipes.items() if each is pipe)
+                member, connection = next(each for each in self._pipes.items() if each[1] is pipe)
                 try:
-                    self._hear(member, pipe.recv())  # type: ignore[union-attr]
+                    self._hear(member, connection.recv())
                 except (EOFError, ConnectionError):
                     self._gone(member)
             self._handle(Tick())
