@@ -51,6 +51,7 @@ class Pipeline(nn.Module):
         tied: Mapping[str, str],
         checkpoint: bool,
         schedule: Kind,
+        rank_bytes: int | None,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -60,7 +61,9 @@ class Pipeline(nn.Module):
         if not isinstance(stages, int) or not 1 <= stages <= len(layers):
             raise ValueError(f"pipeline(stages={stages!r}): is a number of stages from 1 to the {len(layers)} layers")
         self.loss, self.stages, self.checkpoint, self.schedule = loss, stages, checkpoint, schedule
-        self.device = device
+        if rank_bytes is not None and (not isinstance(rank_bytes, int) or rank_bytes < 1):
+            raise ValueError(f"pipeline(rank_bytes={rank_bytes!r}): is a number of bytes, or None for no limit")
+        self.device, self.rank_bytes = device, rank_bytes
         self._seed = seed
         self._factories = [None if isinstance(layer, nn.Module) else layer for layer in layers]
         self.layers = nn.ModuleList(self._built(number, layer) for number, layer in enumerate(layers))

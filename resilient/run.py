@@ -176,6 +176,7 @@ class Run:
         tied: Mapping[str, str] | None = None,
         checkpoint: bool = False,
         schedule: Literal["1f1b", "gpipe"] = "1f1b",
+        rank_bytes: int | None = None,
     ) -> Pipeline:
         """A model as a chain of layers, cut into stages over the ranks; to be trained with `run.steps`.
 
@@ -184,7 +185,8 @@ class Run:
         returns and the target. stages: how many, if there are enough ranks. tied: {"layers.5.weight":
         "layers.0.weight"} trains a later layer's parameter as one with an earlier one's; modules that share a parameter
         do so anyway. checkpoint: keep only each layer's input for backward, and compute the rest again. schedule:
-        "gpipe" goes forward through all micro-batches first. Raises ValueError or TypeError, naming the argument.
+        "gpipe" goes forward through all micro-batches first. rank_bytes: the most bytes of
+        parameters and buffers that a rank may hold. Raises ValueError or TypeError, naming the argument.
         """
         if self._protected is not None:
             raise ValueError("run.pipeline was called after protect; build the pipeline first, and protect it")
@@ -197,6 +199,7 @@ class Run:
             tied=tied or {},
             checkpoint=checkpoint,
             schedule=schedule,
+            rank_bytes=rank_bytes,
             seed=self._seed,
             device=self.device,
         )

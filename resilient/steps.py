@@ -65,7 +65,7 @@ class StepLoop:
             post,
         )
         self.stage = StageSide(name, pipe, protected.optimizers, self.sums, self._work)
-        self.shape = PipelineShape(stages=pipe.stages, layer_bytes=pipe.layer_bytes())
+        self.shape = PipelineShape(stages=pipe.stages, layer_bytes=pipe.layer_bytes(), rank_bytes=pipe.rank_bytes)
 
     def begin(self) -> Step:
         self._trained = False

@@ -132,6 +132,7 @@ def test_what_a_layer_begins_with_depends_on_its_place_alone() -> None:
     [
         ({"stages": 4}, "stages=4.*from 1 to the 3 layers"),
         ({"stages": 0}, "stages=0"),
+        ({"rank_bytes": 0}, "rank_bytes=0.*a number of bytes"),
         ({"schedule": "zigzag"}, "schedule='zigzag'"),
         ({"tied": {"layers.2.weight": "layers.7.weight"}}, "there is no parameter 'layers.2.weight'"),
         ({"tied": {"layers.1.1.weight": "layers.0.bias"}}, "they differ"),
