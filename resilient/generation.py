@@ -141,7 +141,8 @@ class GenerationThread(threading.Thread):
         self._member.wait_until_parked(self.plan.generation)
         if self.plan.stages:
             self._member.leave_memory()
-            self._member.stage.begin_anew(self.plan, self.rank)
+            with self._member.changing(self.plan.generation):
+                self._member.stage.begin_anew(self.plan, self.rank)
         table = self._member.fetch(restore, self.plan)
         self._member.load(self.plan.generation, table)
         complete = restore.key.step - 1
@@ -260,7 +261,9 @@ class GenerationThread(threading.Thread):
         if low.control_differs:
             _explain_difference(group, member.control_state(), step)
         if low.spell:
-            member.stage.take_spelling(group.gather_bytes(member.stage.spelling()))
+            told = group.gather_bytes(member.stage.spelling())
+            with member.changing(self.plan.generation):
+                member.stage.take_spelling(told)
         counts = self._all_counts(group) if low.masks_differ or low.layouts_differ else None
         result = self._in_flight = member.take_result(self.plan.generation)
         sums.partial.freeze()

@@ -13,7 +13,8 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -425,7 +426,7 @@ class Member:
             self._do(self._seat.handle(StateReceived(generation=plan.generation, complete=complete)))
 
     def formed(self, plan: Plan, complete: int, caught_up: Payload | None) -> None:
-        with self._changed:
+        with self._loading, self._changed:
             if not self._is_current(plan):
                 return
             self._retired, self._held = None, None
@@ -514,10 +515,16 @@ class Member:
                 self._changed.wait(WAKE_S)
             self.require_current(generation)
 
-    def load(self, generation: int, table: StateTable) -> None:
-        """Write this state into the user's objects; one at a time, since a thread left behind may still do so."""
+    @contextmanager
+    def changing(self, generation: int) -> Iterator[None]:
+        """Around changes to what this rank holds: one thread at a time, and none that was left behind."""
         with self._loading:
             self.require_current(generation)
+            yield
+
+    def load(self, generation: int, table: StateTable) -> None:
+        """Write this state into the user's objects; one at a time, since a thread left behind may still do so."""
+        with self.changing(generation):
             load(self.objects(), table)
 
     def fetch(self, restore: Restore, plan: Plan) -> StateTable:
