@@ -55,7 +55,7 @@ def processes(control: Control) -> dict[str, Any]:
 
 
 def _in_pipeline(current: Plan | None, rank: int, member: Member) -> dict[str, Any]:
-    """The layers that it holds, first and one after the last, and the share of the step for which it waits for others'."""
+    """The layers that it holds, the first and the one after the last, and the share of a step for which it waits."""
     stage = None if current is None else current.stage_of(rank)
     if stage is None:
         return {}
