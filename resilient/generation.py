@@ -111,6 +111,8 @@ class GenerationThread(threading.Thread):
     def _level(self, group: Group) -> tuple[int, Payload | None]:
         if self.plan.restore is not None:
             return self._restore(group, self.plan.restore), None
+        if self.plan.kind == "unplanned" and self.plan.stages:
+            self._member.stage.carry_on(self.plan)
         held = self._holding
         kept_step = held.complete if held.kept is not None else NEVER_STEP
         rows = group.gather([int(held.has_state), held.complete, kept_step])
@@ -140,8 +142,7 @@ class GenerationThread(threading.Thread):
         """Everybody takes the snapshot's state instead of their own, as far as they have one."""
         self._member.wait_until_parked(self.plan.generation)
         if self.plan.stages:
-            self._member.stage.drop()
-            self._member.stage.bring(self.plan, self.rank)
+            self._member.stage.restore(self.plan, self.rank)
         table = self._member.fetch(restore, self.plan)
         self._member.load(self.plan.generation, table)
         complete = restore.key.step - 1

@@ -215,6 +215,14 @@ class Member:
                 self._come_to_rest()
                 self._changed.wait(WAKE_S)
 
+    def wait_for(self, ready: Callable[[], bool]) -> bool:
+        with self._changed:
+            while not self._seat.restoring and not ready():
+                self._host.words.moved("waiting", self._seat.step, self.generation)
+                self._changed.wait(WAKE_S)
+            self._host.words.moved("computing", self._seat.step, self.generation)
+            return not self._seat.restoring
+
     def parked(self) -> bool:
         with self._changed:
             return self._seat.restoring

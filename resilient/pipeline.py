@@ -51,6 +51,7 @@ class Pipeline(nn.Module):
         tied: Mapping[str, str],
         checkpoint: bool,
         schedule: Kind,
+        shard_optimizer: bool,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -60,6 +61,7 @@ class Pipeline(nn.Module):
         if not isinstance(stages, int) or not 1 <= stages <= len(layers):
             raise ValueError(f"pipeline(stages={stages!r}): is a number of stages from 1 to the {len(layers)} layers")
         self.loss, self.stages, self.checkpoint, self.schedule = loss, stages, checkpoint, schedule
+        self.shard_optimizer = shard_optimizer
         self.device = device
         self._seed = seed
         self._factories = [None if isinstance(layer, nn.Module) else layer for layer in layers]

@@ -5,21 +5,24 @@ All methods are called by a generation's thread while the training thread waits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import xxhash
+from torch import Tensor
 from torch.optim import Optimizer
 
 from snapshot.absent import bring, is_absent, release
 from snapshot.core.digest import StatePart
-from snapshot.core.ranges import Ranges
+from snapshot.core.ranges import Ranges, merged
 from snapshot.skeleton import TensorSpec
 from snapshot.table import StateTable
 
 from .buffers import Buffers
 from .core.plan import Plan
+from .core.shards import Cut
 from .pipeline import Pipeline, layer_of
+from .shards import OptimizerShards
 from .spelling import spelled, take, tensors_of
 from .stage_work import StageWork, Timing
 from .sums import StepSums
@@ -36,12 +39,16 @@ class StageSide:
         optimizers: Sequence[tuple[str, Optimizer]],
         sums: StepSums,
         work: StageWork,
+        shards: OptimizerShards | None,
     ) -> None:
-        """name: by which the pipeline is protected."""
+        """name: by which the pipeline is protected. shards: if optimizer state is in any."""
+        self.shards = shards
         self._name, self._pipe, self._optimizers, self._sums, self._work = name, pipe, optimizers, sums, work
         self.held = range(0)
         """The layers whose state this rank has."""
-        self.whereabouts = Whereabouts(layers=_layers_by_tensor(name, pipe, optimizers))
+        self.whereabouts = Whereabouts(
+            layers=_layers_by_tensor(name, pipe, optimizers), cuts=_cuts_by_place(shards, optimizers)
+        )
         self.uses = _layers_by_use(name, pipe)
         """Of each use of a shared parameter, the first one too, the layer that it is in."""
         self._told = b""
@@ -51,14 +58,17 @@ class StageSide:
     # The structure of what others hold
 
     def spelling(self) -> bytes:
-        return spelled(self._optimizers)
+        return spelled(self._optimizers, self._knows)
 
     def spelled_anew(self) -> bool:
         return self.spelling() != self._told
 
     def take_spelling(self, told: Iterable[bytes]) -> None:
-        take(self._optimizers, told)
+        take(self._optimizers, told, self._knows)
         self._told = self.spelling()
+
+    def _knows(self, parameter: Tensor) -> bool:
+        return not is_absent(parameter) and (self.shards is None or self.shards.knows(parameter))
 
     # Layers come and go
 
@@ -66,9 +76,24 @@ class StageSide:
         """Have memory for the layers of this rank's stage, beside those that it has."""
         layers = _layers(plan, rank)
         self._pipe.bring(layers, initial=initial)
+        if self.shards is not None and not initial:
+            self.shards.bring(plan, rank)
+            return
         for tensor in tensors_of(self._optimizers, self._pipe.needed(layers).values()):
             if is_absent(tensor):
                 bring(tensor)
+
+    def carry_on(self, plan: Plan) -> None:
+        """An unplanned one: nothing changes hands."""
+        if self.shards is not None:
+            self.shards.carry_on(plan)
+
+    def restore(self, plan: Plan, rank: int) -> None:
+        """The state that was here counts no more; have memory for what this rank takes from a snapshot."""
+        self.drop()
+        if self.shards is not None:
+            self.shards.deal(plan)
+        self.bring(plan, rank)
 
     def settle(self, plan: Plan, rank: int) -> bool:
         """The plan holds: only its layers are here from now on. Whether they are others than before."""
@@ -78,24 +103,35 @@ class StageSide:
         if changed:
             self._pipe.keep_to(layers)
             gone = [each for each in self._pipe.parameters() if is_absent(each)]
-            for tensor in tensors_of(self._optimizers, gone):
+            for tensor in tensors_of(self._optimizers, gone) if self.shards is None else ():
                 release(tensor)
             for parameter in gone:
                 parameter.grad = None
             self.held = layers
             self._reshape(layers)
         self._sums.elsewhere = frozenset(use for use, layer in self.uses.items() if layer not in layers)
+        if self.shards is not None:
+            changed |= self.shards.settle(plan, rank)
         self._work.seated(plan, rank)
         return changed
 
     def wanted(self, plan: Plan, rank: int) -> Callable[[Sequence[TensorSpec]], Ranges]:
         """Of a state made of such tensors, what this rank needs."""
         layers = _layers(plan, rank)
-        return lambda specs: self.whereabouts.held(specs, layers)
+        if self.shards is None:
+            return lambda specs: self.whereabouts.held(specs, layers)
+        chunks = self.shards.owned(plan, rank)
+        return lambda specs: merged((*self.whereabouts.held(specs, layers), *self.whereabouts.owned(specs, chunks)))
+
+    def captured(self, specs: Sequence[TensorSpec]) -> Ranges:
+        """Of a state made of such tensors, what this rank captures. Whole chunks."""
+        plan, rank = self._seat()
+        owners = None if self.shards is None else self.shards.owners(plan, rank)
+        return self.whereabouts.captured(specs, plan, rank, owners)
 
     def part(self, table: StateTable) -> StatePart:
         """What this rank answers for in the state's digest."""
-        ranges = self.whereabouts.captured(table.layout.tensors, *self._seat())
+        ranges = self.captured(table.layout.tensors)
         return StatePart(
             skeleton=xxhash.xxh3_128_digest(table.skeleton),
             state_bytes=table.nbytes,
@@ -110,6 +146,8 @@ class StageSide:
     def drop(self) -> None:
         """The state that was here counts no more."""
         self.held = range(0)
+        if self.shards is not None:
+            self.shards.drop()
 
     @property
     def post_port(self) -> int:
@@ -145,6 +183,16 @@ def _layers_by_tensor(
             for position, parameter in enumerate(group["params"]):
                 users[f"user:{optimizer_name} group {number} parameter {position}"] = by_parameter[id(parameter)]
     return users
+
+
+def _cuts_by_place(shards: OptimizerShards | None, optimizers: Sequence[tuple[str, Optimizer]]) -> Mapping[str, Cut]:
+    found: dict[str, Cut] = {}
+    for name, optimizer in optimizers if shards is not None else ():
+        for number, group in enumerate(optimizer.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                if shards is not None and (cut := shards.cut_of(parameter)) is not None:
+                    found[f"user:{name} group {number} parameter {position}"] = cut
+    return found
 
 
 def _layers_by_use(name: str, pipe: Pipeline) -> dict[str, int]:

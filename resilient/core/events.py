@@ -69,6 +69,8 @@ class PipelineShape:
     """How many the user asked for."""
     layer_bytes: tuple[int, ...]
     """Of each layer's parameters and buffers."""
+    sharded: bool = False
+    """Whether optimizer state is in shards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

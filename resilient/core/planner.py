@@ -124,6 +124,8 @@ def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str
         branches=plan.branches,
         stages=stages_left(plan, [plan.ranks[member] for member in kept]),
         since=plan.since,
+        sharded=plan.sharded,
+        emptied=tuple(member for member in plan.emptied if member in living),
     )
 
 
@@ -141,6 +143,8 @@ def dealt_anew(
     leaf_s: Sequence[float] = (),
     stages: tuple[Stage, ...] = (),
     since: int = 0,
+    sharded: bool = False,
+    emptied: Sequence[int] = (),
 ) -> Plan:
     """An initial, planned or restored generation: all leaves dealt in contiguous runs, in each stage if there are any.
 
@@ -165,6 +169,8 @@ def dealt_anew(
         restore=restore,
         stages=stages,
         since=generation if kind == "restored" else since,
+        sharded=sharded,
+        emptied=tuple(emptied),
     )
 
 

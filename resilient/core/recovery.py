@@ -8,7 +8,7 @@ A joiner, whoever is to leave, or uneven dealing after a loss asks for a planned
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from snapshot.core.branches import Lineage
@@ -182,6 +182,7 @@ def _restored(now: Situation, members: list[Member], restore: Restore, lineage: 
             branches=lineage.branches,
             restore=restore,
             stages=_stages(members),
+            sharded=_sharded(members[0]),
         )
     )
 
@@ -218,6 +219,8 @@ def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
     left += now.membership.count_ready_outside(formed)
     if left < now.limits.min_workers and not finished(seated):
         return NeedNodes(reason=f"{reason}; {left} of at least {now.limits.min_workers} workers are left")
+    if gone and formed.sharded:
+        return Lost(reason=f"{reason}; with it went optimizer state that no other rank has")
     survivors = [member for member in formed.members if member not in gone]
     for number, stage in enumerate(formed.stages):
         if all(formed.members[rank] in gone for rank in stage.ranks):
@@ -256,11 +259,20 @@ def _drain(now: Situation, current: Plan) -> Decision:
         return Stay(reason=choice.short, stuck=not choice.waits)
     if choice.waits and now.may_wait_s > 0:
         return Stay(reason="waiting for workers that take the place of those that leave")
+    leaving = {member.number for member in choice.leave}
+    if current.sharded and not leaving <= set(current.emptied):
+        reason = f"{len(leaving)} are to leave, and give their optimizer state to others first"
+        return _dealt(now, [], current, reason, emptied=sorted(leaving))
     return _dealt(now, list(choice.join), current, choice.reason, [member.number for member in choice.stay])
 
 
 def _dealt(
-    now: Situation, members: list[Member], current: Plan | None, reason: str, staying: list[int] | None = None
+    now: Situation,
+    members: list[Member],
+    current: Plan | None,
+    reason: str,
+    staying: list[int] | None = None,
+    emptied: Sequence[int] = (),
 ) -> Decision:
     """staying: members of the current generation; all of them if that is None."""
     seated = current.places if current else ()
@@ -281,6 +293,8 @@ def _dealt(
             branches=current.branches if current else first_branch().branches,
             stages=_stages([now.membership.members[number] for number in all_of_them]),
             since=current.since if current else 0,
+            sharded=_sharded(now.membership.members[all_of_them[0]]),
+            emptied=emptied,
             leaf_s=speeds.filled(all_of_them, now.leaf_s) if current and now.leaf_s else (),
         )
     )
@@ -300,6 +314,11 @@ def _stages(members: list[Member]) -> tuple[Stage, ...]:
         )
         for number in range(count)
     )
+
+
+def _sharded(member: Member) -> bool:
+    shape = member.ready.pipeline if member.ready is not None else None
+    return shape is not None and shape.sharded
 
 
 def _micro_batches(members: list[Member]) -> int:
