@@ -28,7 +28,7 @@ def clip(named: Named, known: dict[str, float] | None, max_norm: float) -> Tenso
     norms = [torch.tensor(known[name], dtype=parameter.dtype) for name, parameter in named if name in known]
     if not norms:
         return torch.tensor(0.0)
-    total = torch.linalg.vector_norm(torch.stack(norms), 2.0)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for _, gradient in gradients:
         gradient.mul_(factor.to(gradient.device))
@@ -45,8 +45,8 @@ class Untouched:
         for name, parameter, gradient, version in self._seen:
             if parameter.grad is not gradient or _version(gradient) != version:
                 raise LoopError(
-                    f"the gradient of {name} was changed between pipe.train_step and run.clip_grad_norm_, which clips by "
-                    "the norm that the step's mean gradient had: clip first"
+                    f"the gradient of {name} was changed between pipe.train_step and run.clip_grad_norm_, which "
+                    "clips by the norm that the step's mean gradient had: clip first"
                 )
 
 

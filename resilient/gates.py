@@ -26,7 +26,9 @@ class Reduced(float):
 class Gates:
     """Opened by the commit of a step, closed at the next micro-batch."""
 
-    def __init__(self, protected: Protected, update: Callable[[Optimizer, Callable[[], Any]], Any] | None = None) -> None:
+    def __init__(
+        self, protected: Protected, update: Callable[[Optimizer, Callable[[], Any]], Any] | None = None
+    ) -> None:
         """update: takes an optimizer's own step and carries it out; it is called as it is without that."""
         self.open = False
         self._update = update
@@ -116,9 +118,7 @@ class Gates:
             check(*args, **kw)
         return original(*args, **kw)
 
-    def _optimizer_step(
-        self, optimizer: Optimizer, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _optimizer_step(self, optimizer: Optimizer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if any(argument is not None for argument in (*args, kwargs.get("closure"))):
             raise LoopError(
                 "optimizer.step was given a closure, which would run the model again outside the step's "

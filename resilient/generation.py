@@ -142,7 +142,8 @@ class GenerationThread(threading.Thread):
         """Everybody takes the snapshot's state instead of their own, as far as they have one."""
         self._member.wait_until_parked(self.plan.generation)
         if self.plan.stages:
-            self._member.stage.restore(self.plan, self.rank)
+            self._member.leave_memory()
+            self._member.stage.begin_anew(self.plan, self.rank)
         table = self._member.fetch(restore, self.plan)
         self._member.load(self.plan.generation, table)
         complete = restore.key.step - 1

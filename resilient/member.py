@@ -113,6 +113,8 @@ class Member:
         """The training thread has a leaf in hand, and may be folding it: nobody else touches the partial sums."""
         self._to_discard = False
         """The partial sums, that leaf's too, are dropped as soon as it is folded."""
+        self._crossing = False
+        """The training thread is at a step's boundary, and reads the state."""
         self._parked = False
         """The training thread waits outside of the user's code, and keeps its hands off the state."""
         self._loading = threading.Lock()
@@ -269,6 +271,7 @@ class Member:
 
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         with self._changed:
+            self._crossing = True
             step = self._seat.step
             account = StepValues(
                 branch=self._seat.plan.branch if self._seat.plan else 0,
@@ -285,6 +288,9 @@ class Member:
         if self._snapshots is not None:
             self._capture(self._snapshots)
         self._hold_for_joiners()
+        with self._changed:
+            self._crossing = False
+            self._changed.notify_all()
 
     def _hold_for_joiners(self) -> None:
         """They receive the state of this boundary while the step is under way."""
@@ -312,7 +318,12 @@ class Member:
                 return
             seating = agreed[1]
         durable = wanted and agreed is not None and agreed[2]
-        snapshots.boundary(Ordinal(plan.branch, step), self.objects(), seating, wanted=wanted, durable=durable)
+        ordinal = Ordinal(plan.branch, step)
+        if not self.has_stages:
+            snapshots.boundary(ordinal, self.objects(), seating, wanted=wanted, durable=durable)
+        elif not self.stage.spelled_anew():  # else the others would spell another structure than this rank
+            ranges = self.stage.captured
+            snapshots.boundary(ordinal, self.objects(), seating, wanted=wanted, durable=durable, ranges=ranges)
 
     def roll_back(self, rollback: Rollback) -> None:
         with self._changed:
@@ -376,7 +387,7 @@ class Member:
             report = replace(self._seat.report(), leaf_s=self._pace.leaf_s)
             if self.has_stages:
                 timing = self.stage.timing
-                report = replace(report, layer_s=tuple(sorted(timing.layer_s.items())), idle=timing.idle)
+                report = replace(report, layer_s=timing.layer_s, idle=timing.idle)
             messages: list[Any] = [RankReported(report=report)]
             for once in (self._ready, self._failed, self._returned):
                 if once is not None:
@@ -436,8 +447,13 @@ class Member:
             self.repeat_records()  # whoever was rank 0 before may have died with the last rows untold
 
     def _settle(self, plan: Plan) -> None:
-        if self.stage.settle(plan, plan.rank_of(self.number)) and self._snapshots is not None:
-            self._snapshots.reshaped()
+        self.leave_memory()
+        self.stage.settle(plan, plan.rank_of(self.number))
+
+    def leave_memory(self) -> None:
+        """Nothing is copied from the state any more: some of its memory may be given back."""
+        if self._snapshots is not None:
+            self._snapshots.gate()
 
     @property
     def has_stages(self) -> bool:
@@ -485,7 +501,7 @@ class Member:
 
     def wait_for_boundary(self, generation: int) -> None:
         with self._changed:
-            while not self._seat.at_boundary:
+            while not self._seat.at_boundary or self._crossing:
                 self.require_current(generation)
                 self._changed.wait(WAKE_S)
             self.require_current(generation)

@@ -6,23 +6,25 @@ which fails can be gone back on.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 
-from actors.group import Group, Move
+from actors.group import Group, LinkBroken, Move
 from snapshot.capture import capture
-from snapshot.core.ranges import Ranges, merged
-from snapshot.skeleton import Skeleton
+from snapshot.core.ranges import Ranges, holds, merged
+from snapshot.skeleton import Skeleton, TensorSpec
 from snapshot.table import StateTable
 
 from .core.moves import Transfer, transfers, without
 from .core.plan import Plan
 from .core.shards import chunks_from
+from .errors import StateDiverged
 from .exchange import CHUNK_BYTES
 from .spelling import NOTHING
 
@@ -75,30 +77,42 @@ class Moving:
         table = capture(self._member.objects())
         whereabouts = self._member.stage.whereabouts
         nobodys = whereabouts.held(table.layout.tensors, range(0))
-        rows = self._group.gather([_digest(table, ranges) for ranges in (table.held_ranges(), nobodys)])
-        stages = [{tuple(rows[rank]) for rank in stage.ranks} for stage in self._plan.stages]
-        return all(len(found) == 1 for found in stages) and len({row[1] for row in rows}) == 1
+        structure = int(xxhash.xxh3_64_intdigest(table.skeleton) >> 1)
+        rows = self._group.gather([_digest(table, table.held_ranges()), _digest(table, nobodys), structure])
+        stages = [{row[0] for row in (rows[rank] for rank in stage.ranks)} for stage in self._plan.stages]
+        return all(len(found) == 1 for found in stages) and len({tuple(row[1:]) for row in rows}) == 1
 
     def _transfer(self, rows: Sequence[Sequence[int]], owned: Sequence[frozenset[int]]) -> None:
         """By rank, the layers that it has, and the chunks of optimizer state that is in shards."""
         member, plan = self._member, self._plan
         mine = capture(member.objects()) if rows[self._rank][1] else None
         skeleton = self._skeleton(mine, rows)
-        moves = (*transfers(*self._has_and_wants(skeleton, rows)), *self._shard_transfers(skeleton, owned))
+        specs = Skeleton.from_bytes(skeleton).tensors
+        moves = (*transfers(*self._has_and_wants(specs, rows)), *self._shard_transfers(specs, owned))
         coming = [each for each in moves if each.receiver == self._rank]
         own = mine or StateTable.empty(skeleton, merged((each.start, each.stop) for each in coming))
         sends = [part for each in moves if each.sender == self._rank for part in _pieces(own, each, each.receiver)]
         receives = [part for each in coming for part in _pieces(own, each, each.sender)]
         self._group.post_host(sends, receives).wait()
         member.require_current(plan.generation)
+        self._compare(own, specs, rows)
         if mine is None:
             member.load(plan.generation, own)
 
+    def _compare(self, table: StateTable, specs: Sequence[TensorSpec], rows: Sequence[Sequence[int]]) -> None:
+        """Everybody's bytes of each layer with everybody else's: nothing goes on with what was not received as it was
+        sent."""
+        held, mine = table.held_ranges(), {}
+        for users, ranges in self._member.stage.whereabouts.groups(specs).items():
+            if all(holds(held, start, stop) for start, stop in ranges):
+                mine[",".join(map(str, users))] = _digest(table, ranges)
+        told = [json.loads(text) for text in self._group.gather_bytes(json.dumps(mine).encode())]
+        check_equal(rows, told)
+
     def _has_and_wants(
-        self, skeleton: bytes, rows: Sequence[Sequence[int]]
+        self, specs: Sequence[TensorSpec], rows: Sequence[Sequence[int]]
     ) -> tuple[list[Ranges], list[Ranges]]:
         plan, whereabouts = self._plan, self._member.stage.whereabouts
-        specs = Skeleton.from_bytes(skeleton).tensors
         has: list[Ranges] = [whereabouts.held(specs, range(*row)) if row[1] else () for row in rows]
         if plan.kind == "initial":  # of what belongs to no layer everybody has some, and only that of rank 0 counts
             nobodys = whereabouts.held(specs, range(0))
@@ -110,12 +124,11 @@ class Moving:
                 wants[rank] = needed
         return has, wants
 
-    def _shard_transfers(self, skeleton: bytes, owned: Sequence[frozenset[int]]) -> tuple[Transfer, ...]:
+    def _shard_transfers(self, specs: Sequence[TensorSpec], owned: Sequence[frozenset[int]]) -> tuple[Transfer, ...]:
         """Chunk by chunk, from whoever had it to whoever has it now."""
         stage, plan = self._member.stage, self._plan
         if stage.shards is None:
             return ()
-        specs = Skeleton.from_bytes(skeleton).tensors
         wants = [stage.whereabouts.owned(specs, stage.shards.owned(plan, rank)) for rank in range(plan.size)]
         return transfers([stage.whereabouts.owned(specs, chunks) for chunks in owned], wants)
 
@@ -138,9 +151,27 @@ class Moving:
         return text.numpy().tobytes()
 
 
+def check_equal(had: Sequence[Sequence[int]], told: Sequence[Mapping[str, int]]) -> None:
+    """had: by rank the first of the layers that it had before, and the one after the last; 0, 0 for none. told: by
+    rank, by layers that use it, the digest of what it holds now.
+
+    Raises LinkBroken where something has not arrived as it was sent, StateDiverged where those who had it differ.
+    """
+    for layers in sorted({layers for digests in told for layers in digests}):
+        holders = [rank for rank, digests in enumerate(told) if layers in digests]
+        if len({told[rank][layers] for rank in holders}) == 1:
+            continue
+        what = f"layer {layers}" if layers else "what belongs to no layer"
+        users = [int(layer) for layer in layers.split(",") if layer]
+        before = [rank for rank in holders if had[rank][1] and (not users or set(users) & set(range(*had[rank])))]
+        if len({told[rank][layers] for rank in before}) > 1:
+            raise StateDiverged(f"{what}: ranks {', '.join(map(str, before))} hold different bytes of it")
+        raise LinkBroken(f"{what} was not received as it was sent, by one of ranks {', '.join(map(str, holders))}")
+
+
 def _digest(table: StateTable, ranges: Ranges) -> int:
-    """Of the structure and these bytes, 63 bits."""
-    hashed = xxhash.xxh3_64(table.skeleton)
+    """Of these bytes, 63 bits."""
+    hashed = xxhash.xxh3_64()
     for start, stop in ranges:
         for piece in table.pieces(start, stop):
             hashed.update(piece.cpu().numpy().data)

@@ -103,9 +103,7 @@ class Pipeline(nn.Module):
         """By name, the parameters that these layers use, in order."""
         owners = {use.of for use in self.uses if use.layer in layers}
         return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if layer_of(name) in layers or name in owners
+            name: parameter for name, parameter in self.named_parameters() if layer_of(name) in layers or name in owners
         }
 
     def uses_in(self, layers: range) -> list[Use]:
@@ -156,7 +154,9 @@ class Pipeline(nn.Module):
         except (RuntimeError, NotImplementedError):  # it computes with values: it is built for its shapes then
             made = self._made(number)
         if not isinstance(made, nn.Module):
-            raise TypeError(f"pipeline(layers=...): layer {number} makes a {type(made).__name__}, not a torch.nn.Module")
+            raise TypeError(
+                f"pipeline(layers=...): layer {number} makes a {type(made).__name__}, not a torch.nn.Module"
+            )
         return _emptied(made, self.device)
 
     def _made(self, number: int) -> nn.Module:

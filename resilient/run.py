@@ -183,13 +183,14 @@ class Run:
 
         layers: modules, or callables that build them: then a rank has memory only for those that it holds. Each is
         called with what the one before returns, a tensor or a tuple of them. loss: called with what the last layer
-        returns and the target. stages: how many, if there are enough ranks. tied: {"layers.5.weight": "layers.0.weight"}
-        trains a later layer's parameter as one with an earlier one's; modules that share a parameter do so anyway.
-        checkpoint: keep only each layer's input for backward, and compute the rest again. schedule: "gpipe" goes forward
-        through all micro-batches first. shard_optimizer: of what an optimizer keeps for a parameter, each rank of the
-        parameter's stage has only some chunks, and updates these; the others are told the new values. It needs optimizers
-        that update each element by itself. A rank's death loses its chunks, so then all go back to a snapshot; and ranks
-        do not compare their states. Raises ValueError or TypeError, naming the argument.
+        returns and the target. stages: how many, if there are enough ranks. tied: {"layers.5.weight":
+        "layers.0.weight"} trains a later layer's parameter as one with an earlier one's; modules that share a parameter
+        do so anyway. checkpoint: keep only each layer's input for backward, and compute the rest again. schedule:
+        "gpipe" goes forward through all micro-batches first. shard_optimizer: of what an optimizer keeps for a
+        parameter, each rank of the parameter's stage has only some chunks, and updates these; the others are told the
+        new values. It needs optimizers that update each element by itself. A rank's death loses its chunks, so then all
+        go back to a snapshot; and ranks do not compare their states, of which each has another part. Raises ValueError
+        or TypeError, naming the argument.
         """
         if self._protected is not None:
             raise ValueError("run.pipeline was called after protect; build the pipeline first, and protect it")
@@ -551,7 +552,7 @@ class Run:
         assert self._protected is not None
         objects = {f"user:{name}": thing for name, thing in self._protected.objects.items()}
         table = capture({**objects, "run.state": self.state})
-        return table.digest() if table.is_whole or self._stage is None else self._stage.part(table)
+        return table.digest() if self._stage is None or self._stage.is_only_one else self._stage.part(table)
 
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""

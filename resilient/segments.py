@@ -55,8 +55,9 @@ class Segments:
         trained: Sequence[bool],
         checkpoint: bool,
     ) -> None:
-        """first: number of the first of them. trained: whether each has anything that wants a gradient. seed: sets all generators for this layer. lend, take_lent: give a layer
-        copies of its buffers, and take them from it again, as far as they have changed."""
+        """first: number of the first of them. trained: whether each has anything that wants a gradient. seed: sets all
+        generators for this layer. lend, take_lent: give a layer copies of its buffers, and take them from it again, as
+        far as they have changed."""
         self._layers, self._first = layers, first
         self._seed, self._lend, self._take_lent = seed, lend, take_lent
         self._trained, self._checkpoint = trained, checkpoint
@@ -121,7 +122,7 @@ def as_tensors(value: Any, layer: int) -> Tensors:
     tensors = value if isinstance(value, tuple) else (value,)
     if not tensors or not all(isinstance(each, Tensor) for each in tensors):
         raise LoopError(
-            f"layer {layer} of the pipeline returned a {type(value).__name__}; it must be a tensor or a tuple of tensors"
+            f"layer {layer} of the pipeline returned a {type(value).__name__}; it must be a tensor or a tuple of them"
         )
     return tensors
 

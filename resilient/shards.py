@@ -124,10 +124,11 @@ class OptimizerShards:
         self.seated = Seated(plan=plan, rank=rank, dealt=self._dealt[plan.generation], owned=owned)
         return changed
 
-    def drop(self) -> None:
+    def begin_anew(self, plan: Plan) -> None:
         """What was here counts no more."""
         self.seated = None
         self._dealt.clear()
+        self.deal(plan)
 
     def _keep(self, chunks: frozenset[int]) -> None:
         for parameter, state in self._states():
@@ -145,7 +146,10 @@ class OptimizerShards:
 
 def _to_cut(pipe: Pipeline, optimizers: Sequence[tuple[str, Optimizer]]) -> Iterator[tuple[str, int, int]]:
     updated = {
-        id(parameter) for _, optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+        id(parameter)
+        for _, optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     }
     for name, parameter in pipe.named_parameters():
         if id(parameter) not in updated or not parameter.requires_grad:

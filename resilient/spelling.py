@@ -34,9 +34,7 @@ def spelled(optimizers: Iterable[tuple[str, Optimizer]], knows: Callable[[Tensor
     return json.dumps(found).encode()  # in the order of the keys, which is that of the tensors
 
 
-def take(
-    optimizers: Iterable[tuple[str, Optimizer]], told: Iterable[bytes], knows: Callable[[Tensor], bool]
-) -> None:
+def take(optimizers: Iterable[tuple[str, Optimizer]], told: Iterable[bytes], knows: Callable[[Tensor], bool]) -> None:
     """Absent tensors for what others hold, of parameters whose state is not here."""
     known: dict[str, Any] = {}
     for text in told:

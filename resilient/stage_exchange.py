@@ -54,9 +54,7 @@ def norm_of(gradient: Tensor) -> float:
     return float(torch.linalg.vector_norm(gradient, 2.0))
 
 
-def _exchange_shared(
-    group: Group, plan: Plan, layers: Mapping[str, int], sums: StepSums, result: Payload
-) -> None:
+def _exchange_shared(group: Group, plan: Plan, layers: Mapping[str, int], sums: StepSums, result: Payload) -> None:
     places = result.layout.index()
     sends: list[Move] = []
     receives: list[Move] = []

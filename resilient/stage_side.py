@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from snapshot.absent import bring, is_absent, release
 from snapshot.core.digest import StatePart
 from snapshot.core.ranges import Ranges, merged
-from snapshot.skeleton import TensorSpec
+from snapshot.skeleton import Skeleton
 from snapshot.table import StateTable
 
 from .buffers import Buffers
@@ -51,7 +51,7 @@ class StageSide:
         )
         self.uses = _layers_by_use(name, pipe)
         """Of each use of a shared parameter, the first one too, the layer that it is in."""
-        self._told = b""
+        self._told: tuple[int, ...] = ()
         self._plan: Plan | None = None
         self._rank = 0
 
@@ -61,11 +61,20 @@ class StageSide:
         return spelled(self._optimizers, self._knows)
 
     def spelled_anew(self) -> bool:
-        return self.spelling() != self._told
+        """Whether an optimizer keeps more or less of the parameters here than the others were told."""
+        return self._kept() != self._told
 
     def take_spelling(self, told: Iterable[bytes]) -> None:
         take(self._optimizers, told, self._knows)
-        self._told = self.spelling()
+        self._told = self._kept()
+
+    def _kept(self) -> tuple[int, ...]:
+        """Counted: cheap enough for every step."""
+        return tuple(
+            count
+            for _, optimizer in self._optimizers
+            for count in (len(optimizer.state), sum(map(len, optimizer.state.values())))
+        )
 
     def _knows(self, parameter: Tensor) -> bool:
         return not is_absent(parameter) and (self.shards is None or self.shards.knows(parameter))
@@ -88,25 +97,13 @@ class StageSide:
         if self.shards is not None:
             self.shards.carry_on(plan)
 
-    def restore(self, plan: Plan, rank: int) -> None:
-        """The state that was here counts no more; have memory for what this rank takes from a snapshot."""
-        self.drop()
-        if self.shards is not None:
-            self.shards.deal(plan)
-        self.bring(plan, rank)
-
     def settle(self, plan: Plan, rank: int) -> bool:
         """The plan holds: only its layers are here from now on. Whether they are others than before."""
         self._plan, self._rank = plan, rank
         layers = _layers(plan, rank)
         changed = layers != self.held
         if changed:
-            self._pipe.keep_to(layers)
-            gone = [each for each in self._pipe.parameters() if is_absent(each)]
-            for tensor in tensors_of(self._optimizers, gone) if self.shards is None else ():
-                release(tensor)
-            for parameter in gone:
-                parameter.grad = None
+            self._keep_to(layers)
             self.held = layers
             self._reshape(layers)
         self._sums.elsewhere = frozenset(use for use, layer in self.uses.items() if layer not in layers)
@@ -115,23 +112,27 @@ class StageSide:
         self._work.seated(plan, rank)
         return changed
 
-    def wanted(self, plan: Plan, rank: int) -> Callable[[Sequence[TensorSpec]], Ranges]:
-        """Of a state made of such tensors, what this rank needs."""
+    def _keep_to(self, layers: range) -> None:
+        self._pipe.keep_to(layers)
+        gone = [each for each in self._pipe.parameters() if is_absent(each)]
+        for tensor in tensors_of(self._optimizers, gone) if self.shards is None else ():
+            release(tensor)
+        for parameter in gone:
+            parameter.grad = None
+
+    def wanted(self, plan: Plan, rank: int) -> Callable[[Skeleton], Ranges]:
+        """Of a state, what this rank needs."""
         layers = _layers(plan, rank)
         if self.shards is None:
-            return lambda specs: self.whereabouts.held(specs, layers)
-        chunks = self.shards.owned(plan, rank)
-        return lambda specs: merged((*self.whereabouts.held(specs, layers), *self.whereabouts.owned(specs, chunks)))
-
-    def captured(self, specs: Sequence[TensorSpec]) -> Ranges:
-        """Of a state made of such tensors, what this rank captures. Whole chunks."""
-        plan, rank = self._seat()
-        owners = None if self.shards is None else self.shards.owners(plan, rank)
-        return self.whereabouts.captured(specs, plan, rank, owners)
+            return lambda skeleton: self.whereabouts.held(skeleton.tensors, layers)
+        whereabouts, chunks = self.whereabouts, self.shards.owned(plan, rank)
+        return lambda skeleton: merged(
+            (*whereabouts.held(skeleton.tensors, layers), *whereabouts.owned(skeleton.tensors, chunks))
+        )
 
     def part(self, table: StateTable) -> StatePart:
         """What this rank answers for in the state's digest."""
-        ranges = self.captured(table.layout.tensors)
+        ranges = self.captured(table)
         return StatePart(
             skeleton=xxhash.xxh3_128_digest(table.skeleton),
             state_bytes=table.nbytes,
@@ -139,15 +140,30 @@ class StageSide:
             digests=tuple(table.chunk_digests(start, stop) for start, stop in ranges),
         )
 
+    @property
+    def is_only_one(self) -> bool:
+        """Whether every rank has the whole state."""
+        if self._plan is None or (self.shards is not None and self._plan.size > 1):
+            return self._plan is None
+        return len(self._plan.stages) == 1
+
     def _seat(self) -> tuple[Plan, int]:
         assert self._plan is not None
         return self._plan, self._rank
 
-    def drop(self) -> None:
-        """The state that was here counts no more."""
-        self.held = range(0)
+    def captured(self, table: StateTable) -> Ranges:
+        """The bytes that this rank captures of a state."""
+        plan, rank = self._seat()
+        owners = None if self.shards is None else self.shards.owners(plan, rank)
+        return self.whereabouts.captured(table.layout.tensors, plan, rank, owners)
+
+    def begin_anew(self, plan: Plan, rank: int) -> None:
+        """The state that was here counts no more: have memory for that of this rank's stage, and no other."""
         if self.shards is not None:
-            self.shards.drop()
+            self.shards.begin_anew(plan)
+        self.bring(plan, rank)
+        self._keep_to(_layers(plan, rank))
+        self.held = range(0)
 
     @property
     def post_port(self) -> int:
@@ -161,7 +177,9 @@ class StageSide:
         pipe, name = self._pipe, self._name
         buffers = Buffers((f"{name}.layers.{number}", pipe.layers[number]) for number in layers)
         parameters = [(f"{name}.{own}", each) for own, each in pipe.needed(layers).items() if each.requires_grad]
-        self._sums.reshape(parameters, [replace(use, name=f"{name}.{use.name}") for use in pipe.uses_in(layers)], buffers)
+        self._sums.reshape(
+            parameters, [replace(use, name=f"{name}.{use.name}") for use in pipe.uses_in(layers)], buffers
+        )
 
 
 def _layers(plan: Plan, rank: int) -> range:

@@ -7,7 +7,9 @@ is sent again what went to it, and computes only the part of its stage; what com
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,7 @@ from .pipeline import Pipeline
 from .segments import Gradients, Passage, Segments, Tensors, as_tensors, detached
 
 FORWARD, BACKWARD = 0, 1
+REMEMBERED, ENOUGH = 16, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +52,19 @@ class Sent:
 class Timing:
     """Of the newest micro-batches, and of the step so far, in seconds."""
 
-    layer_s: dict[int, float] = field(default_factory=dict)
+    layers: dict[int, deque[float]] = field(default_factory=dict)
     busy_s: float = 0.0
     idle: float = 0.0
     """The share of the last step's forward and backward for which this rank had nothing to do."""
+
+    def took(self, layer: int, time_s: float) -> None:
+        self.layers.setdefault(layer, deque(maxlen=REMEMBERED)).append(time_s)
+
+    @property
+    def layer_s(self) -> tuple[tuple[int, float], ...]:
+        """The median of the last ones, of those layers of which enough are known."""
+        found = sorted(self.layers.items())
+        return tuple((layer, statistics.median(times)) for layer, times in found if len(times) >= ENOUGH)
 
 
 class StageWork:
@@ -67,8 +79,8 @@ class StageWork:
         seed: Callable[[int, int, int], None],
         post: Post | None,
     ) -> None:
-        """name: by which the pipeline is protected. batch: a micro-batch of the current step, (inputs, target). seed: sets all generators, for (step,
-        micro-batch, layer). post: to the other stages, if there are any."""
+        """name: by which the pipeline is protected. batch: a micro-batch of the current step, (inputs, target). seed:
+        sets all generators, for (step, micro-batch, layer). post: to the other stages, if there are any."""
         self._prefix = f"{name}.layers"
         self._pipe, self._buffers, self._batch, self._seed, self._post = pipe, buffers, batch, seed, post
         self.timing = Timing()
@@ -116,6 +128,7 @@ class StageWork:
         self._plan, self._rank, self._stage, self._number = plan, rank, stage, number
         self._owners = [plan.owners(each.ranks) for each in plan.stages]
         self._segments = self._made_segments(stage)
+        self.timing.layers = {layer: times for layer, times in self.timing.layers.items() if self._is_own(layer)}
         if self._post is not None:
             self._post.begin_age(plan.since)
             self._post.keep_to({place.member: (place.address.host, place.address.post) for place in places})
@@ -159,6 +172,9 @@ class StageWork:
         post = self._post
         return set() if post is None else {leaf for leaf in leaves if post.get(self._key(layer, leaf, direction))}
 
+    def _is_own(self, layer: int) -> bool:
+        return self._stage.first <= layer < self._stage.stop
+
     @property
     def _is_first(self) -> bool:
         return self._stage.first == 0
@@ -195,7 +211,9 @@ class StageWork:
             assert batch is not None
             return self._backward(leaf, passage, self._through_loss(result, batch[1], passage))
         outputs = as_tensors(result, self._stage.stop - 1)
-        self._leave(leaf, self._stage.stop, FORWARD, self._number + 1, outputs, [int(each.requires_grad) for each in outputs])
+        self._leave(
+            leaf, self._stage.stop, FORWARD, self._number + 1, outputs, [int(each.requires_grad) for each in outputs]
+        )
         if not any(each.requires_grad for each in outputs):
             return self._backward(leaf, passage, tuple(None for _ in outputs))
         self._under_way[leaf] = passage
@@ -226,7 +244,7 @@ class StageWork:
         for place, (ahead_s, back_s) in enumerate(
             zip(self._segments.forward_s, self._segments.backward_s, strict=True)
         ):
-            self.timing.layer_s[self._stage.first + place] = ahead_s + back_s
+            self.timing.took(self._stage.first + place, ahead_s + back_s)
         if not self._is_first and any(each.requires_grad for each in inputs):
             marks = [place for place, gradient in enumerate(below) if gradient is not None]
             found = tuple(gradient for gradient in below if gradient is not None)
@@ -244,7 +262,7 @@ class StageWork:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise LoopError(
                 f"a micro-batch of a pipeline is a pair (inputs, target), the dataset gave a {type(batch).__name__}"
-                f"{f' of {len(batch)}' if hasattr(batch, '__len__') else ''}; make pairs in the dataset or in collate_fn"
+                f"{f' of {len(batch)}' if hasattr(batch, '__len__') else ''}; make pairs in dataset or collate_fn"
             )
         return batch[0], batch[1]
 

@@ -70,9 +70,7 @@ class StepLoop:
         shards = OptimizerShards(pipe, protected.optimizers) if pipe.shard_optimizer else None
         self._update = StageUpdate(shards, team, post) if shards is not None else None
         self.stage = StageSide(name, pipe, protected.optimizers, self.sums, self._work, shards)
-        self.shape = PipelineShape(
-            stages=pipe.stages, layer_bytes=pipe.layer_bytes(), sharded=shards is not None
-        )
+        self.shape = PipelineShape(stages=pipe.stages, layer_bytes=pipe.layer_bytes(), sharded=shards is not None)
 
     def update(self, optimizer: Optimizer, original: Callable[[], Any]) -> Any:
         """The optimizer's own step, on all that this rank updates."""
@@ -127,8 +125,8 @@ def clipping_refused(protected: Protected) -> Iterator[None]:
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         if any(id(each) in own for each in given):
             raise LoopError(
-                "torch.nn.utils.clip_grad_norm_ sees only the gradients of this rank's stage, and would clip by another "
-                "norm than that of the whole model: use run.clip_grad_norm_(max_norm)"
+                "torch.nn.utils.clip_grad_norm_ sees only the gradients of this rank's stage, and would clip by "
+                "another norm than that of the whole model: use run.clip_grad_norm_(max_norm)"
             )
         return original(given, *args, **kwargs)
 

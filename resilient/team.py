@@ -26,6 +26,7 @@ from .core.seat import (
     Rollback,
     Seat,
 )
+from .core.staging import Staging
 from .errors import LoopError
 from .exchange import exchange_alone
 from .records import RecentLosses, mean_values
@@ -165,7 +166,7 @@ class Alone:
             joiners=[],
             micro_batches=self._loop.sums.micro_batches,
             reason="a run in one process",
-            stages=(Stage(first=0, stop=len(shape.layer_bytes), ranks=(0,)),) if shape else (),
+            staging=_all_layers(len(shape.layer_bytes), self._loop.sums.micro_batches) if shape else None,
         )
 
     def leaves(self) -> tuple[int, ...]:
@@ -237,6 +238,16 @@ class Alone:
         """This process goes on without the run: nothing of its loop may stay."""
         if self._loop is not None:
             self._loop.leave()
+
+
+def _all_layers(layers: int, micro_batches: int) -> Staging:
+    return Staging(
+        seated=(1,),
+        stages=(Stage(first=0, stop=layers, ranks=(0,)),),
+        leaves=(tuple(range(micro_batches)),),
+        slowest_s=0.0,
+        reason="",
+    )
 
 
 def mean(values: list[float]) -> float:

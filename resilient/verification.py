@@ -54,6 +54,10 @@ class Digests:
             self._front, self._ready = table.front, _calm(table, 0, shared)
         return StateDigest(table, [*self._ready, *_calm(table, shared, len(table.tensors))])
 
+    def forget(self) -> None:
+        """What is ready made: it keeps memory that the state may have left."""
+        self._front, self._ready = None, []
+
 
 def _calm(table: StateTable, start: int, stop: int) -> list[Tensor]:
     return [readable(table.tensors[place]) for place in range(start, stop) if place in table.calm]

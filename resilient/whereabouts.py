@@ -30,8 +30,7 @@ class Whereabouts:
         return merged(
             (start, stop)
             for spec, start, stop in _spans(specs)
-            if self._cut(spec) is None
-            and (not (users := self._users(spec)) or any(user in layers for user in users))
+            if self._cut(spec) is None and (not (users := self._users(spec)) or any(user in layers for user in users))
         )
 
     def owned(self, specs: Sequence[TensorSpec], chunks: Collection[int]) -> Ranges:
@@ -43,6 +42,15 @@ class Whereabouts:
             for start, stop, numbers in _in_chunks(spec, begin, cut)
             if any(number in chunks for number in numbers)
         )
+
+    def groups(self, specs: Sequence[TensorSpec]) -> dict[tuple[int, ...], Ranges]:
+        """By the layers that use them, the bytes of all tensors but what is in shards: those of a group are always
+        held together."""
+        found: dict[tuple[int, ...], list[Range]] = {}
+        for spec, start, stop in _spans(specs):
+            if self._cut(spec) is None:
+                found.setdefault(self._users(spec), []).append((start, stop))
+        return {users: merged(ranges) for users, ranges in sorted(found.items())}
 
     def captured(
         self, specs: Sequence[TensorSpec], plan: Plan, rank: int, owners: Mapping[int, int] | None = None

@@ -118,14 +118,16 @@ class StateTable:
         behind = chunk_ends_of(self.layout.tensors[len(front.tensors) :])
         return (*front.ends, *(front.nbytes + end for end in behind))
 
-    def front_share(self, start: int, stop: int) -> FrontShare:
-        """The first part of bytes start..stop, ready made; `numbered_pieces` has what follows.
+    def front_share(self, ranges: Ranges) -> tuple[FrontShare, Ranges]:
+        """The first part of these bytes, ready made, and the ranges of what follows, for `numbered_pieces`.
 
         The part is empty if this table has nothing in common with others.
         """
-        if self._front is None or start >= self._front.nbytes:
-            return FrontShare(nbytes=0, sizes=(), calm=(), watched=(), moving=())
-        return self._front.share(self, start, min(stop, self._front.nbytes))
+        edge = 0 if self._front is None else self._front.nbytes
+        inside, behind = clipped(ranges, 0, edge), clipped(ranges, edge, self.nbytes)
+        if self._front is None or not inside:
+            return FrontShare(nbytes=0, sizes=(), calm=(), watched=(), moving=()), behind
+        return self._front.share(self, inside), behind
 
     def pieces(self, start: int, stop: int) -> Iterator[Tensor]:
         """1-D uint8 views that cover bytes start..stop of the concatenation of all tensors, in order.
@@ -148,6 +150,16 @@ class StateTable:
             elif start < end:
                 yield position, bytes_of(self.tensors[position])[start - offset : end - offset]
             start, position = max(start, end), position + 1
+
+    def view(self, place: int, start: int, length: int) -> Tensor:
+        """These bytes of a tensor, all of it or all in one part that is held."""
+        if is_absent(self.tensors[place]):
+            return next(self._bytes_in_parts(place, start, start + length))
+        return bytes_of(self.tensors[place])[start : start + length]
+
+    def watched(self, place: int, piece: Tensor) -> Tensor:
+        """Whose writes are those to a piece of this tensor: what torch counts them for."""
+        return piece if is_absent(self.tensors[place]) else self.tensors[place]
 
     def _bytes_in_parts(self, position: int, start: int, stop: int) -> Iterator[Tensor]:
         """Bytes of a tensor that is held in part."""

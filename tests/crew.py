@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 from resilient.core.control import Control
 from resilient.core.events import (
@@ -27,13 +27,16 @@ from resilient.core.events import (
     NodeSeen,
     RankFailed,
     RankGone,
+    RankLeaving,
     RankReady,
     RankReported,
     RankReturned,
     Tick,
 )
 from resilient.core.instructions import CreateGeneration, End, Kill, SendPlan, Spawn
+from resilient.core.plan import Plan
 from resilient.core.recovery import Limits
+from resilient.core.seat import SeatReport
 
 NODE = "node"
 LIMIT_S = 120.0
@@ -54,16 +57,29 @@ def run(
     function: Callable[..., Any],
     *args: Any,
     workers: tuple[int, int],
-    on_report: Callable[[RankReported, Callable[[int], None]], None] = lambda report, kill: None,
-    threads: int = 1,
-    spawn_most: int | None = None,
+    on_report: Callable[[SeatReport, Hand], None] = lambda report, hand: None,
+    room: int | None = None,
 ) -> Crew:
-    """Train with as many ranks as allowed. on_report: sees each report, and may kill members."""
-    crew = _Running(function, args, workers, on_report, spawn_most if spawn_most is not None else 2 * workers[1])
+    """Train with as many ranks as allowed. on_report: sees each report, and may lend a hand. room: for so many ranks at
+    once; for all if that is None."""
+    crew = _Running(function, args, workers, on_report, room if room is not None else workers[1])
     try:
         return crew.run()
     finally:
         crew.close()
+
+
+class Hand(Protocol):
+    """What a test may do to a run."""
+
+    def kill(self, member: int) -> None: ...
+
+    def ask_to_leave(self, member: int) -> None: ...
+
+    def room(self, ranks: int) -> None: ...
+
+    @property
+    def plan(self) -> Plan | None: ...
 
 
 class _Running:
@@ -83,9 +99,9 @@ class _Running:
         while self._crew.end is None or len(self._crew.values) < self._seated():
             assert time.monotonic() < deadline, f"not done in {LIMIT_S} s: {self._control.current}"
             for pipe in wait(list(self._pipes.values()), 0.1):
-                member = next(number for number, each in self._pipes.items() if each is pipe)
+                member, connection = next(each for each in self._pipes.items() if each[1] is pipe)
                 try:
-                    self._hear(member, pipe.recv())  # type: ignore[union-attr]
+                    self._hear(member, connection.recv())
                 except (EOFError, ConnectionError):
                     self._gone(member)
             self._handle(Tick())
@@ -107,7 +123,7 @@ class _Running:
     def _hear(self, member: int, message: Any) -> None:
         if isinstance(message, RankReady | RankReported | RankReturned | RankFailed):
             if isinstance(message, RankReported):
-                self._on_report(message.report, self._kill)
+                self._on_report(message.report, self)
             self._handle(message)
         elif isinstance(message, tuple) and message[0] == "value":
             self._crew.values[member] = message[1]
@@ -117,7 +133,18 @@ class _Running:
         if self._crew.end is None:
             self._handle(RankGone(member=member, why="its process ended"))
 
-    def _kill(self, member: int) -> None:
+    def room(self, ranks: int) -> None:
+        """From now on the node has room for so many."""
+        self._handle(NodeSeen(node=NODE, capacity=ranks))
+
+    def ask_to_leave(self, member: int) -> None:
+        self._handle(RankLeaving(member=member, why="the test wants it"))
+
+    @property
+    def plan(self) -> Plan | None:
+        return self._control.formed
+
+    def kill(self, member: int) -> None:
         if member in self._pipes:
             os.kill(self._processes[member].pid, signal.SIGKILL)
 
@@ -127,7 +154,7 @@ class _Running:
                 case Spawn(member=member):
                     self._spawn(member)
                 case Kill(member=member):
-                    self._kill(member)
+                    self.kill(member)
                 case CreateGeneration(plan=plan):
                     self._crew.plans.append(plan)
                     self._handle(GenerationCreated(generation=plan.generation))
@@ -152,7 +179,6 @@ def _rank(pipe: Connection, number: int, workers: tuple[int, int], job: bytes) -
 
     from actors.group import open_store
     from resilient.member import Member
-    from resilient.run import Run
 
     torch.set_num_threads(1)
     sending = threading.Lock()
@@ -165,12 +191,19 @@ def _rank(pipe: Connection, number: int, workers: tuple[int, int], job: bytes) -
     store = open_store("127.0.0.1")
     words = SimpleNamespace(moved=lambda *_: None, activity=lambda *_: None)
     host: Any = SimpleNamespace(
-        key="crew/1", member=number, node=NODE, secret="secret", ip="127.0.0.1", words=words, store=store,
-        store_port=int(store.port), tell=tell, tell_at_last=tell, folder=None,
+        key="crew/1",
+        member=number,
+        node=NODE,
+        secret="secret",
+        ip="127.0.0.1",
+        words=words,
+        store=store,
+        store_port=int(store.port),
+        tell=tell,
+        tell_at_last=tell,
+        folder=None,
     )
-    member = Member(
-        host, workers=workers, reduction="exact", threads=1, device=torch.device("cpu"), snapshots=None
-    )
+    member = Member(host, workers=workers, reduction="exact", threads=1, device=torch.device("cpu"), snapshots=None)
     threading.Thread(target=_train, args=(member, tell, job), daemon=True).start()
     try:
         while True:

@@ -69,6 +69,8 @@ class PipelineShape:
     """How many the user asked for."""
     layer_bytes: tuple[int, ...]
     """Of each layer's parameters and buffers."""
+    rank_bytes: int | None = None
+    """The most of those that a rank may hold, if there is a limit."""
     sharded: bool = False
     """Whether optimizer state is in shards."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from snapshot.core.ranges import Ranges, common, size_of
+from snapshot.core.ranges import Ranges, clipped, common, size_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +69,11 @@ def without(ranges: Ranges, other: Ranges) -> Ranges:
     """What of the first is not in the second."""
     found: list[tuple[int, int]] = []
     for start, stop in ranges:
-        for begin, end in other:
-            if begin < stop and end > start:
-                if start < begin:
-                    found.append((start, begin))
-                start = max(start, end)
-        if start < stop:
-            found.append((start, stop))
+        at = start
+        for begin, end in clipped(other, start, stop):
+            if at < begin:
+                found.append((at, begin))
+            at = end
+        if at < stop:
+            found.append((at, stop))
     return tuple(found)

@@ -19,8 +19,8 @@ _NAN = struct.unpack("<q", struct.pack("<d", math.nan))[0]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """losses: of each micro-batch. norms: of each parameter's mean gradient, None where it has none. finite: whether all
-    of both are."""
+    """losses: of each micro-batch. norms: of each parameter's mean gradient, None where it has none. finite: whether
+    all of both are."""
 
     losses: tuple[float | None, ...]
     norms: tuple[float | None, ...]

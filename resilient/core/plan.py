@@ -79,9 +79,9 @@ class Plan:
     """Who does what in one generation.
 
     Invariants: in every stage each leaf 0..micro_batches-1 is owned by exactly one place; every place owns at
-    least one, and is in one stage; the stages' layers follow on each other from 0; joiners are members; only an initial or planned generation has joiners; an unplanned
-    one has only members of its base; all members of a restored one begin from its snapshot, whatever
-    they held before.
+    least one, and is in one stage; the stages' layers follow on each other from 0; joiners are members; only an initial
+    or planned generation has joiners; an unplanned one has only members of its base; all members of a restored one
+    begin from its snapshot, whatever they held before.
     """
 
     generation: int
@@ -148,6 +148,11 @@ class Plan:
     @property
     def size(self) -> int:
         return len(self.places)
+
+    @property
+    def seats(self) -> int:
+        """The most ranks that can have a micro-batch."""
+        return self.micro_batches * max(1, len(self.stages))
 
     @property
     def store(self) -> Address:

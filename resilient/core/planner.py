@@ -10,10 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from heapq import heapify, heapreplace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from snapshot.core.branches import Branch
 
 from .plan import Kind, Place, Plan, Restore, Stage
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 
 def even_runs(micro_batches: int, ranks: int) -> tuple[tuple[int, ...], ...]:
@@ -141,33 +145,31 @@ def dealt_anew(
     branches: tuple[Branch, ...] = (Branch(number=0),),
     restore: Restore | None = None,
     leaf_s: Sequence[float] = (),
-    stages: tuple[Stage, ...] = (),
+    staging: Staging | None = None,
     since: int = 0,
     sharded: bool = False,
     emptied: Sequence[int] = (),
 ) -> Plan:
-    """An initial, planned or restored generation: all leaves dealt in contiguous runs, in each stage if there are any.
+    """An initial, planned or restored generation: all leaves dealt in contiguous runs, or as the staging says.
 
     leaf_s: by rank, what each takes for a micro-batch, to deal in proportion; evenly without it.
     """
-    leaves: list[tuple[int, ...]] = [()] * len(places)
-    for ranks in (stage.ranks for stage in stages) if stages else (range(len(places)),):
-        own_s = [leaf_s[rank] for rank in ranks] if leaf_s else []
-        runs = in_proportion(micro_batches, own_s) if own_s else even_runs(micro_batches, len(ranks))
-        for rank, run in zip(ranks, runs, strict=True):
-            leaves[rank] = run
+    if staging is not None:
+        leaves = staging.leaves
+    else:
+        leaves = in_proportion(micro_batches, leaf_s) if leaf_s else even_runs(micro_batches, len(places))
     return Plan(
         generation=generation,
         base=base,
         kind=kind,
         places=tuple(places),
-        leaves=tuple(leaves),
+        leaves=leaves,
         micro_batches=micro_batches,
         joiners=tuple(joiners),
         reason=reason,
         branches=branches,
         restore=restore,
-        stages=stages,
+        stages=() if staging is None else staging.stages,
         since=generation if kind == "restored" else since,
         sharded=sharded,
         emptied=tuple(emptied),

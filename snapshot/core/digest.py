@@ -16,8 +16,8 @@ CHUNK_DIGEST_BYTES = 16
 class StatePart:
     """What one rank says of the part of a state that it answers for.
 
-    skeleton: digest of the state's skeleton. ranges: whole chunks. digests: of each range, those of its chunks, 16 bytes
-    each as xxhash spells them (the highest first).
+    skeleton: digest of the state's skeleton. ranges: whole chunks. digests: of each range, those of its chunks, 16
+    bytes each as xxhash spells them (the highest first).
     """
 
     skeleton: bytes

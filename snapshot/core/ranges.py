@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from operator import itemgetter
 from typing import TypeAlias
 
@@ -68,6 +69,11 @@ def byte_at(ranges: Sequence[Range], offset: int) -> int:
     raise AssertionError(f"offset {offset} lies behind the end of {ranges}")
 
 
+def cuts_of(ranges: Iterable[Range]) -> list[int]:
+    """The offsets at which they end in their share."""
+    return list(accumulate(stop - start for start, stop in ranges))
+
+
 def check_ranges(ranges: object, stop: int) -> None:
     """Raises ValueError, saying what is wrong, unless they are the ranges of some bytes of 0..stop."""
     if type(ranges) is not tuple or not all(type(each) is tuple and len(each) == 2 for each in ranges):
@@ -77,9 +83,7 @@ def check_ranges(ranges: object, stop: int) -> None:
         if type(begin) is not int or type(end) is not int:
             raise ValueError(f"ranges: {begin!r:.40}..{end!r:.40} are no integers")
         if not reached < begin < end <= stop:
-            raise ValueError(
-                f"ranges: {begin}..{end} must not be empty, nor begin before {reached + 1} or end after {stop}"
-            )
+            raise ValueError(f"ranges: {begin}..{end} is empty, or not within {reached + 1}..{stop}")
         reached = end
 
 
