@@ -21,7 +21,8 @@ STEPS = 4
 CHUNK = 1024
 SHAPES = ((2, CHUNK + 37), (3, 5, 7))
 PARALLEL_ELEMENTS = 1 << 15
-"""From so many on torch shares an operation out to its threads, at places that depend on the tensor's length."""
+"""From so many on torch shares an operation out to its threads, at places that depend on the tensor's length. The last
+elements of each thread's part are computed one by one, which in 16 bits may round otherwise than many at a time."""
 
 
 class _NotElementWise(Exception):
@@ -48,9 +49,10 @@ def check_elementwise(name: str, optimizer: Optimizer) -> None:
                     _check(optimizer, group, dtype, device)
                 except _NotElementWise as found:
                     raise ValueError(
-                        f"pipeline(shard_optimizer=True): {name}, {_spelled(optimizer, group)}, {found}; optimizer "
-                        "state can be in shards only where each element is updated by itself, as SGD, Adam, AdamW, "
-                        "Adagrad and RMSprop do unless they are fused: take one of these, or leave shard_optimizer out"
+                        f"pipeline(shard_optimizer=True): {name}, {_spelled(optimizer, group)}, {found} (of {dtype}, "
+                        f"with {torch.get_num_threads()} threads); optimizer state can be in shards only where each "
+                        "element is updated by itself: take SGD, Adam, AdamW, Adagrad or RMSprop, not fused, with "
+                        "parameters of 16 bits only one CPU per rank, or leave shard_optimizer out"
                     ) from None
 
 
