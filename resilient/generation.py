@@ -111,6 +111,8 @@ class GenerationThread(threading.Thread):
     def _level(self, group: Group) -> tuple[int, Payload | None]:
         if self.plan.restore is not None:
             return self._restore(group, self.plan.restore), None
+        if self.plan.kind == "unplanned" and self.plan.stages:
+            self._member.stage.carry_on(self.plan)
         held = self._holding
         kept_step = held.complete if held.kept is not None else NEVER_STEP
         rows = group.gather([int(held.has_state), held.complete, kept_step])

@@ -218,6 +218,14 @@ class Member:
                 self._come_to_rest()
                 self._changed.wait(WAKE_S)
 
+    def wait_for(self, ready: Callable[[], bool]) -> bool:
+        with self._changed:
+            while not self._seat.restoring and not ready():
+                self._host.words.moved("waiting", self._seat.step, self.generation)
+                self._changed.wait(WAKE_S)
+            self._host.words.moved("computing", self._seat.step, self.generation)
+            return not self._seat.restoring
+
     def parked(self) -> bool:
         with self._changed:
             return self._seat.restoring
@@ -315,8 +323,16 @@ class Member:
         if not self.has_stages:
             snapshots.boundary(ordinal, self.objects(), seating, wanted=wanted, durable=durable)
         elif not self.stage.spelled_anew():  # else the others would spell another structure than this rank
-            ranges = self.stage.captured
-            snapshots.boundary(ordinal, self.objects(), seating, wanted=wanted, durable=durable, ranges=ranges)
+            stage = self.stage
+            snapshots.boundary(
+                ordinal,
+                self.objects(),
+                seating,
+                wanted=wanted,
+                durable=durable,
+                ranges=stage.captured,
+                compared=stage.whereabouts.is_common,
+            )
 
     def roll_back(self, rollback: Rollback) -> None:
         with self._changed:

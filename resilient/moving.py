@@ -7,7 +7,9 @@ which fails can be gone back on.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +23,10 @@ from snapshot.table import StateTable
 
 from .core.moves import Transfer, transfers, without
 from .core.plan import Plan
+from .core.shards import chunks_from
 from .errors import StateDiverged
 from .exchange import CHUNK_BYTES
+from .spelling import NOTHING
 
 if TYPE_CHECKING:
     from .member import Member
@@ -44,9 +48,12 @@ class Moving:
         initial = plan.kind == "initial"
         if initial or has_state:
             member.wait_for_boundary(plan.generation)
-        told = self._group.gather_bytes(member.stage.spelling())
+        known = member.stage.spelling() if initial or has_state else NOTHING
+        told = self._group.gather_bytes(known)
         with member.changing(plan.generation):
             member.stage.take_spelling(told)
+        owned = self._deal_shards(initial)
+        with member.changing(plan.generation):
             member.stage.bring(plan, self._rank, initial=initial)
         if initial and self._all_equal():
             return
@@ -55,7 +62,20 @@ class Moving:
         if initial:  # whoever is first in a stage has built what counts
             has_state, layers = stage.ranks[0] == self._rank, range(stage.first, stage.stop)
         row = [layers.start, layers.stop] if has_state else [0, 0]
-        self._transfer(self._group.gather(row))
+        self._transfer(self._group.gather(row), owned)
+
+    def _deal_shards(self, initial: bool) -> list[frozenset[int]]:
+        """By rank, the chunks of optimizer state that it has, if any are in shards."""
+        shards, plan = self._member.stage.shards, self._plan
+        if shards is None:
+            return [frozenset()] * plan.size
+        if initial:
+            shards.deal(plan)
+            first = {stage.ranks[0] for stage in plan.stages}
+            return [shards.all_of(plan, rank) if rank in first else frozenset() for rank in range(plan.size)]
+        told = self._group.gather_bytes(shards.told())
+        shards.deal(plan, told)
+        return [chunks_from(text) for text in told]
 
     def _all_equal(self) -> bool:
         """Whether the ranks of each stage have built the same, and all of them what belongs to no layer."""
@@ -67,13 +87,13 @@ class Moving:
         stages = [{row[0] for row in (rows[rank] for rank in stage.ranks)} for stage in self._plan.stages]
         return all(len(found) == 1 for found in stages) and len({tuple(row[1:]) for row in rows}) == 1
 
-    def _transfer(self, rows: Sequence[Sequence[int]]) -> None:
-        """rows: by rank the layers that it has."""
+    def _transfer(self, rows: Sequence[Sequence[int]], owned: Sequence[frozenset[int]]) -> None:
+        """By rank, the layers that it has, and the chunks of optimizer state that is in shards."""
         member, plan = self._member, self._plan
         mine = capture(member.objects()) if rows[self._rank][1] else None
         skeleton = self._skeleton(mine, rows)
         specs = Skeleton.from_bytes(skeleton).tensors
-        moves = transfers(*self._has_and_wants(specs, rows))
+        moves = (*transfers(*self._has_and_wants(specs, rows)), *self._shard_transfers(specs, owned))
         coming = [each for each in moves if each.receiver == self._rank]
         received = StateTable.empty(skeleton, merged((each.start, each.stop) for each in coming))
         receives = [part for each in coming for part in _pieces(received, each, each.sender)]
@@ -117,6 +137,14 @@ class Moving:
             for rank in stage.ranks:
                 wants[rank] = needed
         return has, wants
+
+    def _shard_transfers(self, specs: Sequence[TensorSpec], owned: Sequence[frozenset[int]]) -> tuple[Transfer, ...]:
+        """Chunk by chunk, from whoever had it to whoever has it now."""
+        stage, plan = self._member.stage, self._plan
+        if stage.shards is None:
+            return ()
+        wants = [stage.whereabouts.owned(specs, stage.shards.owned(plan, rank)) for rank in range(plan.size)]
+        return transfers([stage.whereabouts.owned(specs, chunks) for chunks in owned], wants)
 
     def _skeleton(self, mine: StateTable | None, rows: Sequence[Sequence[int]]) -> bytes:
         """That of the first who has a state, for all."""
@@ -169,8 +197,12 @@ def _sends(table: StateTable, moves: Sequence[Transfer], rank: int) -> list[Move
 
 
 def _pieces(table: StateTable, transfer: Transfer, peer: int) -> list[Move]:
+    """Cut by the state's chunks: of a tensor that is held in part, sender and receiver may have other parts."""
+    ends = table.chunk_ends()
+    inner = ends[bisect_right(ends, transfer.start) : bisect_left(ends, transfer.stop)]
     return [
         Move(data=part.cpu() if part.is_cuda else part, peer=peer, tag=LAYER_TAG)
-        for piece in table.pieces(transfer.start, transfer.stop)
+        for start, stop in pairwise((transfer.start, *inner, transfer.stop))
+        for piece in table.pieces(start, stop)
         for part in torch.split(piece, CHUNK_BYTES)
     ]

@@ -52,6 +52,7 @@ class Pipeline(nn.Module):
         checkpoint: bool,
         schedule: Kind,
         rank_bytes: int | None,
+        shard_optimizer: bool,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -64,6 +65,7 @@ class Pipeline(nn.Module):
         if rank_bytes is not None and (not isinstance(rank_bytes, int) or rank_bytes < 1):
             raise ValueError(f"pipeline(rank_bytes={rank_bytes!r}): is a number of bytes, or None for no limit")
         self.device, self.rank_bytes = device, rank_bytes
+        self.shard_optimizer = shard_optimizer
         self._seed = seed
         self._factories = [None if isinstance(layer, nn.Module) else layer for layer in layers]
         self.layers = nn.ModuleList(self._built(number, layer) for number, layer in enumerate(layers))

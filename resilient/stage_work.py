@@ -122,13 +122,16 @@ class StageWork:
         number = plan.stages.index(stage)
         ranks = [len(each.ranks) for each in plan.stages]
         self._limit = under_way_limit(self._pipe.schedule, number, ranks, plan.micro_batches)
+        # Whoever leaves by a planned change may still wait for what it was sent under the former plan.
+        leaving = self._plan.places if self._plan is not None and plan.kind == "planned" else ()
+        places = (*leaving, *plan.places)
         self._plan, self._rank, self._stage, self._number = plan, rank, stage, number
         self._owners = [plan.owners(each.ranks) for each in plan.stages]
         self._segments = self._made_segments(stage)
         self.timing.layers = {layer: times for layer, times in self.timing.layers.items() if self._is_own(layer)}
         if self._post is not None:
             self._post.begin_age(plan.since)
-            self._post.keep_to({place.member: (place.address.host, place.address.post) for place in plan.places})
+            self._post.keep_to({place.member: (place.address.host, place.address.post) for place in places})
         for key, sent in self._sent.items():
             if self._owner(sent.stage, key[3]).member != sent.to:
                 self._send(key, sent.parcel, sent.stage)
