@@ -147,6 +147,8 @@ class GenerationThread(threading.Thread):
                 self._member.stage.begin_anew(self.plan, self.rank)
         table = self._member.fetch(restore, self.plan)
         self._member.load(self.plan.generation, table)
+        if self.plan.stages:
+            Moving(self._member, self.plan, self.rank, group).compare_restored()
         complete = restore.key.step - 1
         self._member.trust(Ordinal(self.plan.branch, restore.key.step))
         self._member.state_received(self.plan, complete)

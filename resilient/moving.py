@@ -113,6 +113,11 @@ class Moving:
                     target.data.copy_(source.data)
         self._compare(mine, specs, rows)
 
+    def compare_restored(self) -> None:
+        """The same when all have taken their part from a snapshot."""
+        table = capture(self._member.objects())
+        self._compare(table, table.layout.tensors, [(0, 0)] * self._plan.size)
+
     def _compare(self, table: StateTable, specs: Sequence[TensorSpec], rows: Sequence[Sequence[int]]) -> None:
         """Everybody's bytes of each layer with everybody else's: nothing goes on with what was not received as it was
         sent."""
