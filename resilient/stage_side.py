@@ -52,6 +52,8 @@ class StageSide:
         self.uses = _layers_by_use(name, pipe)
         """Of each use of a shared parameter, the first one too, the layer that it is in."""
         self._told: tuple[int, ...] = ()
+        self._more_is_here = False
+        """There may be memory for other layers than those that are held."""
         self._plan: Plan | None = None
         self._rank = 0
 
@@ -84,6 +86,7 @@ class StageSide:
     def bring(self, plan: Plan, rank: int, *, initial: bool = False) -> None:
         """Have memory for the layers of this rank's stage, beside those that it has."""
         layers = _layers(plan, rank)
+        self._more_is_here = True
         self._pipe.bring(layers, initial=initial)
         if self.shards is not None and not initial:
             self.shards.bring(plan, rank)
@@ -102,8 +105,9 @@ class StageSide:
         self._plan, self._rank = plan, rank
         layers = _layers(plan, rank)
         changed = layers != self.held
-        if changed:
+        if changed or self._more_is_here:  # the second also after a change that has failed
             self._keep_to(layers)
+        if changed:
             self.held = layers
             self._reshape(layers)
         self._sums.elsewhere = frozenset(use for use, layer in self.uses.items() if layer not in layers)
@@ -113,6 +117,7 @@ class StageSide:
         return changed
 
     def _keep_to(self, layers: range) -> None:
+        self._more_is_here = False
         self._pipe.keep_to(layers)
         gone = [each for each in self._pipe.parameters() if is_absent(each)]
         for tensor in tensors_of(self._optimizers, gone) if self.shards is None else ():
