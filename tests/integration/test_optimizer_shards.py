@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,9 +52,10 @@ def layers() -> list[Any]:
 
 
 def train(
-    run: resilient.Run, stages: int, steps: int = STEPS, which: str = "adamw", shard: bool = True
+    run: resilient.Run, stages: int, steps: int = STEPS, which: str = "adamw", shard: bool = True, hold: str = ""
 ) -> tuple[int, int]:
-    """Elements of optimizer state that are here, and of all that there are for the layers here."""
+    """Elements of optimizer state that are here, and of all that there are for the layers here. hold: steps are slow
+    until this file is there."""
     chunks.CHUNK_ELEMENTS = CHUNK  # of a process of its own; the test's own is told by `small_chunks`
     pipe = run.pipeline(
         layers(), loss_of, stages=stages, tied={"layers.3.weight": "layers.0.weight"}, shard_optimizer=shard
@@ -71,6 +75,8 @@ def train(
         second.step()
         scheduler.step()
         first.zero_grad()
+        if hold and not os.path.exists(hold):
+            threading.Event().wait(0.1)
     states = [state for parameter in others if not is_absent(parameter) and (state := first.state.get(parameter))]
     return sum(map(here, states)), sum(value.numel() for state in states for value in state.values() if value.dim())
 
@@ -120,7 +126,7 @@ def test_each_rank_keeps_its_part_only() -> None:
     assert kept[0] > 0 and kept[-1] <= total / 3 + most
 
 
-def test_chunks_move_to_whoever_joins_and_away_from_whoever_leaves() -> None:
+def test_chunks_move_to_whoever_joins_and_away_from_whoever_leaves(tmp_path: Path) -> None:
     done: list[str] = []
 
     def change(report: SeatReport, hand: crew.Hand) -> None:
@@ -132,9 +138,11 @@ def test_chunks_move_to_whoever_joins_and_away_from_whoever_leaves() -> None:
             done.append("left")
             hand.room(2)
             hand.ask_to_leave(plan.members[0])
+        if len(done) == 2 and plan is not None and plan.size == 2:
+            (tmp_path / "go").touch()
 
-    steps = 400
-    found = crew.run(train, 1, steps, workers=(2, 3), room=2, on_report=change)
+    steps = 150
+    found = crew.run(train, 1, steps, "adamw", True, str(tmp_path / "go"), workers=(2, 3), room=2, on_report=change)
     check(found, alone(steps))
     assert [plan.size for plan in found.plans] == [2, 3, 3, 2]
     emptied = [plan.emptied for plan in found.plans]
@@ -142,7 +150,25 @@ def test_chunks_move_to_whoever_joins_and_away_from_whoever_leaves() -> None:
     assert all(plan.kind in ("initial", "planned") for plan in found.plans), "nothing is aborted"
 
 
-def test_a_death_loses_state() -> None:
+def test_a_broken_link_loses_nothing(tmp_path: Path) -> None:
+    """All form again, and have the values of each other's chunks, whatever was under way."""
+    cut: list[int] = []
+
+    def break_links(report: SeatReport, hand: crew.Hand) -> None:
+        plan = hand.plan
+        if plan is not None and len(cut) < 3 and report.step >= 3 + 3 * len(cut) and plan.size == 3:
+            cut.append(report.step)
+            hand.cut(plan.members[0], plan.members[1])
+        if plan is not None and plan.kind == "unplanned" and len(cut) == 3:
+            (tmp_path / "go").touch()
+
+    found = crew.run(train, 2, 100, "adamw", True, str(tmp_path / "go"), workers=(3, 3), room=3, on_report=break_links)
+    check(found, alone(100))
+    assert {plan.kind for plan in found.plans} >= {"initial", "unplanned"}
+    assert all(plan.members == found.plans[0].members for plan in found.plans)
+
+
+def test_a_death_loses_state(tmp_path: Path) -> None:
     """Others can't go on, although they have all parameters."""
     killed: list[int] = []
 
@@ -151,7 +177,8 @@ def test_a_death_loses_state() -> None:
             killed.append(hand.plan.members[-1])
             hand.kill(killed[0])
 
-    found = crew.run(train, 1, 400, workers=(2, 3), room=3, on_report=kill)
+    hold = str(tmp_path / "never")
+    found = crew.run(train, 1, 400, "adamw", True, hold, workers=(2, 3), room=3, on_report=kill)
     assert found.end is not None and found.end.outcome == "failed"
     assert "optimizer state" in found.end.reason
     assert [plan.kind for plan in found.plans] == ["initial"]
