@@ -49,7 +49,7 @@ class Moving:
         known = member.stage.spelling() if initial or has_state else NOTHING
         member.stage.take_spelling(self._group.gather_bytes(known))
         owned = self._deal_shards(initial)
-        member.stage.bring(plan, self._rank, initial=initial)
+        member.bring(plan, self._rank, initial=initial)
         if initial and self._all_equal():
             return
         stage = plan.stage_of(self._rank)
