@@ -88,7 +88,8 @@ class Moving:
         mine = capture(member.objects()) if rows[self._rank][1] else None
         skeleton = self._skeleton(mine, rows)
         specs = Skeleton.from_bytes(skeleton).tensors
-        moves = (*transfers(*self._has_and_wants(specs, rows)), *self._shard_transfers(specs, owned))
+        chunks = self._shard_transfers(specs, owned)
+        moves = (*transfers(*self._has_and_wants(specs, rows)), *chunks)
         coming = [each for each in moves if each.receiver == self._rank]
         own = mine or StateTable.empty(skeleton, merged((each.start, each.stop) for each in coming))
         sends = [part for each in moves if each.sender == self._rank for part in _pieces(own, each, each.receiver)]
@@ -96,6 +97,7 @@ class Moving:
         self._group.post_host(sends, receives).wait()
         member.require_current(plan.generation)
         self._compare(own, specs, rows)
+        self._compare_shards(own, chunks)
         if mine is None:
             member.load(plan.generation, own)
 
@@ -108,6 +110,20 @@ class Moving:
                 mine[",".join(map(str, users))] = _digest(table, ranges)
         told = [json.loads(text) for text in self._group.gather_bytes(json.dumps(mine).encode())]
         check_equal(rows, told)
+
+    def _compare_shards(self, table: StateTable, moved: Sequence[Transfer]) -> None:
+        """What has been received with what was sent."""
+        if self._member.stage.shards is None:
+            return
+        mine = {
+            place: _digest(table, ((each.start, each.stop),))
+            for place, each in enumerate(moved)
+            if self._rank in (each.sender, each.receiver)
+        }
+        told = [json.loads(text) for text in self._group.gather_bytes(json.dumps(mine).encode())]
+        for place, each in enumerate(moved):
+            if told[each.sender][str(place)] != told[each.receiver][str(place)]:
+                raise LinkBroken(f"rank {each.receiver} did not receive optimizer state as rank {each.sender} sent it")
 
     def _has_and_wants(
         self, specs: Sequence[TensorSpec], rows: Sequence[Sequence[int]]
