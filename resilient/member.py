@@ -464,6 +464,15 @@ class Member:
         if self._snapshots is not None:
             self._snapshots.gate()
 
+    def bring(self, plan: Plan, rank: int, *, initial: bool) -> None:
+        """Memory for this rank's stage; never for a generation that was left behind, in which training goes on."""
+        if initial:  # layers are built, which may take long; nobody trains yet
+            self.stage.bring(plan, rank, initial=True)
+            return
+        with self._changed:
+            self.require_current(plan.generation)
+            self.stage.bring(plan, rank)
+
     @property
     def has_stages(self) -> bool:
         return self._loop is not None and self._loop.stage is not None

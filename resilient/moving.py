@@ -53,8 +53,7 @@ class Moving:
         with member.changing(plan.generation):
             member.stage.take_spelling(told)
         owned = self._deal_shards(initial)
-        with member.changing(plan.generation):
-            member.stage.bring(plan, self._rank, initial=initial)
+        member.bring(plan, self._rank, initial=initial)
         if initial and self._all_equal():
             return
         stage = plan.stage_of(self._rank)
@@ -93,7 +92,8 @@ class Moving:
         mine = capture(member.objects()) if rows[self._rank][1] else None
         skeleton = self._skeleton(mine, rows)
         specs = Skeleton.from_bytes(skeleton).tensors
-        moves = (*transfers(*self._has_and_wants(specs, rows)), *self._shard_transfers(specs, owned))
+        chunks = self._shard_transfers(specs, owned)
+        moves = (*transfers(*self._has_and_wants(specs, rows)), *chunks)
         coming = [each for each in moves if each.receiver == self._rank]
         received = StateTable.empty(skeleton, merged((each.start, each.stop) for each in coming))
         receives = [part for each in coming for part in _pieces(received, each, each.sender)]
@@ -105,6 +105,7 @@ class Moving:
             raise
         if mine is None:
             self._compare(received, specs, rows)
+            self._compare_shards(received, chunks)
             member.load(plan.generation, received)
             return
         with member.changing(plan.generation):
@@ -112,6 +113,7 @@ class Moving:
                 for target, source in zip(_pieces(mine, each, 0), _pieces(received, each, 0), strict=True):
                     target.data.copy_(source.data)
         self._compare(mine, specs, rows)
+        self._compare_shards(mine, chunks)
 
     def compare_restored(self) -> None:
         """The same when all have taken their part from a snapshot."""
@@ -127,6 +129,20 @@ class Moving:
                 mine[",".join(map(str, users))] = _digest(table, ranges)
         told = [json.loads(text) for text in self._group.gather_bytes(json.dumps(mine).encode())]
         check_equal(rows, told)
+
+    def _compare_shards(self, table: StateTable, moved: Sequence[Transfer]) -> None:
+        """What has been received with what was sent."""
+        if self._member.stage.shards is None:
+            return
+        mine = {
+            place: _digest(table, ((each.start, each.stop),))
+            for place, each in enumerate(moved)
+            if self._rank in (each.sender, each.receiver)
+        }
+        told = [json.loads(text) for text in self._group.gather_bytes(json.dumps(mine).encode())]
+        for place, each in enumerate(moved):
+            if told[each.sender][str(place)] != told[each.receiver][str(place)]:
+                raise LinkBroken(f"rank {each.receiver} did not receive optimizer state as rank {each.sender} sent it")
 
     def _has_and_wants(
         self, specs: Sequence[TensorSpec], rows: Sequence[Sequence[int]]
