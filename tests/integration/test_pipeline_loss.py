@@ -22,7 +22,7 @@ EVERY_STEP = resilient.Snapshot(every=1, linger_s=60.0)
 def slowly(run: resilient.Run, hold: str) -> None:
     """Until the file is there."""
     if not os.path.exists(hold):
-        threading.Event().wait(0.1)
+        threading.Event().wait(0.8)
 
 
 def pipeline(name: str, **settings: Any) -> Any:
