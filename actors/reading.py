@@ -9,7 +9,10 @@ Requests (op):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import xxhash
 
 from actors.holdings import Holdings
 from actors.links import Address, Fields, Links
@@ -18,6 +21,7 @@ from snapshot.arena import SlotChanged, SlotError, SlotView
 from snapshot.core.inventory import SnapshotKey
 from snapshot.fields import key_fields, key_from, text, whole
 from snapshot.image import key_of
+from snapshot.slot import PAGE_BYTES, SlotHead, read_head, read_preamble
 
 _RANGE_BYTES = 16 << 20
 
@@ -80,18 +84,59 @@ def fetch_slot(address: Address, secret: str, *, key: SnapshotKey, node: str, ra
     node: whose image it is in; the keeper may be another node's, which has decoded it.
     Raises TransferError: PeerLost, TransferRefused if the keeper does not have it, TransferCorrupt if it is damaged.
     """
+    with _slot_at(address, secret, key, node, rank) as (buffer, read):
+        read(0, len(buffer))
+    return _verified(buffer, _name(address, key, rank), key, rank)
+
+
+def fetch_front(
+    address: Address, secret: str, *, key: SnapshotKey, node: str, rank: int, skeleton: bool = False
+) -> tuple[SlotHead, bytes]:
+    """What a rank's slot holds, without the share; and the skeleton, if it is asked for. As `fetch_slot`."""
+    name = _name(address, key, rank)
+    with _slot_at(address, secret, key, node, rank) as (buffer, read), memoryview(buffer) as view:
+        read(0, PAGE_BYTES)
+        try:
+            preamble = read_preamble(view, name)
+            if preamble is None:
+                raise SlotChanged(f"{name} is not committed")
+            read(PAGE_BYTES, preamble.sums_at)
+            head = read_head(view, preamble, name)
+        except SlotError as error:
+            raise TransferCorrupt(str(error)) from error
+        _check_whose(head, name, key, rank)
+        stop = preamble.payload_at + (head.skeleton_bytes if skeleton else 0)
+        read(preamble.payload_at, stop)
+        data = bytes(view[preamble.payload_at : stop])
+    if skeleton and xxhash.xxh3_128_hexdigest(data) != head.skeleton:
+        raise TransferCorrupt(f"{name}: the skeleton is damaged")
+    return head, data
+
+
+@contextmanager
+def _slot_at(
+    address: Address, secret: str, key: SnapshotKey, node: str, rank: int
+) -> Iterator[tuple[bytearray, Callable[[int, int], None]]]:
+    """A buffer as long as the slot's image, and what reads bytes start..stop of it into there."""
     links = Links(secret)
     try:
         with links.open(node, address) as link:
             fields = {"op": "slot", "key": key_fields(key), "node": node, "rank": rank}
             buffer = bytearray(link.request(fields)["image_bytes"])
-            view = memoryview(buffer)
-            for start in range(0, len(buffer), _RANGE_BYTES):
-                stop = min(start + _RANGE_BYTES, len(buffer))
-                link.request({**fields, "start": start, "stop": stop}, receive_into=view[start:stop])
+
+            def read(start: int, stop: int) -> None:
+                for begin in range(start, stop, _RANGE_BYTES):
+                    end = min(begin + _RANGE_BYTES, stop)
+                    into = memoryview(buffer)[begin:end]
+                    link.request({**fields, "start": begin, "stop": end}, receive_into=into)
+
+            yield buffer, read
     finally:
         links.close()
-    return _verified(buffer, f"the slot of rank {rank} of {key} from {address[0]}:{address[1]}", key, rank)
+
+
+def _name(address: Address, key: SnapshotKey, rank: int) -> str:
+    return f"the slot of rank {rank} of {key} from {address[0]}:{address[1]}"
 
 
 def _verified(buffer: bytearray, name: str, key: SnapshotKey, rank: int) -> SlotView:
@@ -102,9 +147,13 @@ def _verified(buffer: bytearray, name: str, key: SnapshotKey, rank: int) -> Slot
         raise TransferCorrupt(str(error)) from error
     if bad:
         raise TransferCorrupt(f"{name}: chunks {', '.join(map(str, bad[:8]))} are damaged")
+    _check_whose(head, name, key, rank)
+    return slot
+
+
+def _check_whose(head: SlotHead, name: str, key: SnapshotKey, rank: int) -> None:
     if (key_of(head), head.rank) != (key, rank):
         raise TransferCorrupt(f"{name} is that of rank {head.rank} of {key_of(head)}")
-    return slot
 
 
 def _range(request: Mapping[str, object], length: int) -> tuple[int, int]:

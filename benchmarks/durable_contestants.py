@@ -75,12 +75,11 @@ def sealed(training: Training) -> tuple[SlotHead, memoryview, list[int]]:
         member=1,
         rank=0,
         world=1,
-        start=0,
-        stop=table.nbytes,
+        ranges=((0, table.nbytes),),
         state_bytes=table.nbytes,
         skeleton=xxhash.xxh3_128_hexdigest(table.skeleton),
         skeleton_bytes=len(table.skeleton),
-        chunks=tuple(len(table.skeleton) + end for end in (0, *ends_within(ends, 0, table.nbytes))),
+        chunks=tuple(len(table.skeleton) + end for end in (0, *ends_within(ends, ((0, table.nbytes),)))),
         durable=True,
     )
     payload = bytearray(table.skeleton)

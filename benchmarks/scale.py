@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.outcome import Target, write
+from resilient.core.chain import Costs, Rank
 from resilient.core.control import Control
 from resilient.core.detector import Detector, Vital
 from resilient.core.events import (
@@ -33,7 +34,9 @@ from resilient.core.events import (
     Tick,
 )
 from resilient.core.instructions import CreateGeneration, Instruction, Spawn
+from resilient.core.partition import Partition, partition
 from resilient.core.plan import Address, Plan
+from resilient.core.planner import SMALL_GAIN
 from resilient.core.recovery import Limits
 from resilient.core.seat import SeatReport
 from resilient.core.tree import owned
@@ -51,13 +54,22 @@ LOOK_EVERY_S = 0.05
 GOALS_MS = {"a rank's death": 50.0, "a node's death": 50.0, "a full re-plan": 1000.0}
 SMALL = ("a report", "a report that a generation has formed", "a heartbeat", "a tick", "a look for the dead")
 SMALL_GOAL_MS = 0.1
+LAYERS = 200
+STAGES = 32
+STAGES_GOAL_MS = 1000.0
 Samples = dict[str, list[float]]
 
 
 def main() -> None:
     sizes = [int(size) for size in sys.argv[1:]] or list(NODES)
     samples = {f"{nodes} x {ranks}": Cluster(nodes, ranks).measured() for ranks in RANKS_PER_NODE for nodes in sizes}
-    write(OUT, targets(samples), {"unit": "ms", **samples})
+    pipelines = {f"{size} ranks, {LAYERS} layers, {STAGES} stages": Pipeline(size).measured() for size in sizes}
+    found = targets(samples) + [
+        Target(name=f"{size}: {what}", value=statistics.median(times), unit="ms", goal=STAGES_GOAL_MS)
+        for size, pipeline in pipelines.items()
+        for what, times in pipeline.items()
+    ]
+    write(OUT, found, {"unit": "ms", **samples, **pipelines})
 
 
 def targets(samples: dict[str, Samples]) -> list[Target]:
@@ -68,6 +80,41 @@ def targets(samples: dict[str, Samples]) -> list[Target]:
         for what, times in found.items()
         if what in goals
     ]
+
+
+class Pipeline:
+    """Layers and ranks made into stages, as many micro-batches as ranks, with steps allowed to be a little longer."""
+
+    def __init__(self, ranks: int) -> None:
+        layer_s = tuple((0.01, 0.012, 0.02, 0.05)[layer * layer % 7 % 4] for layer in range(LAYERS))
+        layer_bytes = tuple(100_000_000 * (1 + layer % 3) for layer in range(LAYERS))
+        self.costs, self.size = Costs(layer_s=layer_s, layer_bytes=layer_bytes), ranks
+        self.found: Samples = {}
+
+    def measured(self) -> Samples:
+        for _ in range(ROUNDS):
+            ranks = self._held([Rank()] * self.size)
+            lost = self.size // 3
+            self._stages("stages, a node of 8 lost", ranks[:lost] + ranks[lost + 8 :])
+            self._stages("stages, the first one lost", [rank for rank in ranks if rank.holds != ranks[0].holds])
+            self._stages("stages, 3 slow ranks", self._slower(ranks, 3))
+            self._stages("stages, all speeds", [replace(r, speed=0.5 + at % 101 / 100) for at, r in enumerate(ranks)])
+        return self.found
+
+    def _held(self, ranks: list[Rank]) -> list[Rank]:
+        for stage in self._stages("stages, from nothing", ranks).stages:
+            for rank in stage.ranks:
+                ranks[rank] = replace(ranks[rank], holds=(stage.first, stage.stop))
+        return ranks
+
+    def _slower(self, ranks: list[Rank], count: int) -> list[Rank]:
+        return [replace(rank, speed=0.7) if at < count else rank for at, rank in enumerate(ranks)]
+
+    def _stages(self, what: str, ranks: list[Rank]) -> Partition:
+        began = time.process_time_ns()
+        found = partition(self.costs, ranks, stages=STAGES, micro_batches=self.size, slack=SMALL_GAIN)
+        self.found.setdefault(what, []).append((time.process_time_ns() - began) / 1e6)
+        return found
 
 
 class Cluster:

@@ -79,6 +79,29 @@ class Buffers:
         self._put(buffer, value)
         buffer.version -= 1
 
+    def lend(self, prefix: str) -> None:
+        """Forward may write into copies of the buffers whose names begin so, and keep them for backward."""
+        for buffer in self._below(prefix):
+            if buffer.current is not None:
+                buffer.owner._buffers[buffer.key] = buffer.tensor.detach().clone()
+
+    def take_lent(self, prefix: str) -> dict[str, Tensor]:
+        """What forward has changed in these copies, by name; the buffers themselves are back in their places."""
+        changed: dict[str, Tensor] = {}
+        for name, buffer in self._found.items():
+            if not name.startswith(prefix):
+                continue
+            lent, buffer.owner._buffers[buffer.key] = buffer.current, buffer.tensor
+            if lent is not None and not _equal_bits(lent, buffer.value):
+                changed[name] = lent.detach()
+        return changed
+
+    def _below(self, prefix: str) -> list[_Buffer]:
+        return [buffer for name, buffer in self._found.items() if name.startswith(prefix)]
+
+    def has(self, name: str) -> bool:
+        return name in self._found
+
     def template(self, name: str) -> Tensor:
         return self._found[name].value
 

@@ -36,18 +36,22 @@ _given_up: list[Tensor] = []
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """Of all ranks' roots: whose they are, by which tag they go, and in which order they are folded."""
+    """Of all roots of a stage's ranks: whose they are, by which tag they go, and in which order they are folded."""
 
     plan: Plan
+    ranks: tuple[int, ...]
+    """Of the stage, ascending."""
     owners: dict[Node, int]
     """From left to right."""
     tags: dict[Node, int]
     order: tuple[Fold, ...]
 
     @classmethod
-    def of(cls, plan: Plan) -> Route:
-        owners, order = owned(plan.owners())
-        return cls(plan=plan, owners=owners, tags={root: tag for tag, root in enumerate(owners)}, order=order)
+    def of(cls, plan: Plan, rank: int) -> Route:
+        ranks = plan.team(rank)
+        owners, order = owned(plan.owners(ranks))
+        tags = {root: tag for tag, root in enumerate(owners)}
+        return cls(plan=plan, ranks=ranks, owners=owners, tags=tags, order=order)
 
 
 @dataclass(slots=True)
@@ -57,10 +61,10 @@ class Scratch:
     flat: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _route: Route | None = None
 
-    def route(self, plan: Plan) -> Route:
+    def route(self, plan: Plan, rank: int) -> Route:
         """Made once per plan: at thousands of ranks it takes longer than many a step."""
         if self._route is None or self._route.plan is not plan:
-            self._route = Route.of(plan)
+            self._route = Route.of(plan, rank)
         return self._route
 
     def give_up(self) -> None:
@@ -93,19 +97,19 @@ def exchange(
     scratch: Scratch,
     counts: Mapping[Node, Sequence[int]] | None,
 ) -> None:
-    """Fold all ranks' sums into `result` (same bytes and counts on every rank).
+    """Fold the sums of all ranks of this one's stage into `result` (same bytes and counts on each of them).
 
-    sums: this rank's roots. counts: presence per root of every rank, or None where all hold the same
+    sums: this rank's roots. counts: presence per root of each of them, or None where all hold the same
     tensors. Raises LinkBroken; then result and scratch must be given up.
     """
-    route = scratch.route(plan)
+    route = scratch.route(plan, group.rank)
     owners, order = route.owners, route.order
     assert set(sums) == {root for root, rank in owners.items() if rank == group.rank}, (sums.keys(), owners)
     _set_counts(result, plan, sums, order, counts)
-    if group.size == 1:
+    if len(route.ranks) == 1:
         _fold(result.layout, sums, {}, order, result.flat, 0, result.layout.nbytes, counts)
         return
-    parts = slices(result.layout.nbytes, group.size)
+    parts = dict(zip(route.ranks, slices(result.layout.nbytes, len(route.ranks)), strict=True))
     start, stop = parts[group.rank]
     foreign = [root for root in owners if owners[root] != group.rank]
     rows = dict(zip(foreign, scratch.rows(len(foreign), stop - start, result.flat.device), strict=True))
@@ -114,7 +118,7 @@ def exchange(
 
 def _run(
     group: Group,
-    parts: Sequence[tuple[int, int]],
+    parts: Mapping[int, tuple[int, int]],
     route: Route,
     sums: Mapping[Node, Payload],
     rows: Mapping[Node, Tensor],
@@ -123,8 +127,9 @@ def _run(
 ) -> None:
     start, _ = parts[group.rank]
     mine = chunks(*parts[group.rank])
-    rounds = max(len(chunks(*part)) for part in parts)
-    peers = [(group.rank + hop) % group.size for hop in range(1, group.size)]
+    rounds = max(len(chunks(*part)) for part in parts.values())
+    mine_at = route.ranks.index(group.rank)
+    peers = [*route.ranks[mine_at + 1 :], *route.ranks[:mine_at]]
 
     def there(turn: int) -> tuple[list[Move], list[Move]]:
         sends = [

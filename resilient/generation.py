@@ -28,12 +28,15 @@ from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal
 from snapshot.table import StateTable
 
-from .core.lane import NOBODYS
+from .core.lane import NOBODYS, AgreedLane, StepLane
+from .core.outcome import Outcome
 from .core.plan import Plan, Restore
 from .core.tree import Node
 from .errors import StateDiverged
 from .exchange import CHUNK_BYTES, Scratch, exchange, exchange_fast
+from .moving import Moving
 from .payload import Payload
+from .stage_exchange import close_step
 
 if TYPE_CHECKING:
     from .member import Member
@@ -53,6 +56,10 @@ class Holding:
     has_state: bool
     complete: int
     kept: Payload | None
+    reduced: Payload | None = None
+    """Of step complete + 1, this rank's stage's sums, if it got so far: what others know of the step is not in it."""
+    layers: range = range(0)
+    """Those whose state this rank has, in a pipeline."""
 
 
 class GenerationThread(threading.Thread):
@@ -65,6 +72,7 @@ class GenerationThread(threading.Thread):
         self._steps: queue.Queue[int | None] = queue.Queue()
         self._scratch = Scratch()
         self._in_flight: Payload | None = None
+        self.reduced: Payload | None = None
         self.group: Group | None = None
 
     def submit(self, step: int) -> None:
@@ -103,13 +111,17 @@ class GenerationThread(threading.Thread):
     def _level(self, group: Group) -> tuple[int, Payload | None]:
         if self.plan.restore is not None:
             return self._restore(group, self.plan.restore), None
+        if self.plan.kind == "unplanned" and self.plan.stages:
+            self._member.stage.carry_on(self.plan)
         held = self._holding
         kept_step = held.complete if held.kept is not None else NEVER_STEP
         rows = group.gather([int(held.has_state), held.complete, kept_step])
         newest = max((complete for has_state, complete, _ in rows if has_state), default=-1)
         behind = [rank for rank, row in enumerate(rows) if row[0] and row[1] < newest]
         caught_up = None
-        if behind:
+        if behind and len(self.plan.stages) > 1:
+            caught_up = self._learn_outcome(group, held, newest)
+        elif behind:
             holders = [rank for rank, row in enumerate(rows) if row[2] == newest]
             assert holders, f"nobody holds the result of step {newest}: {rows}"
             caught_up = self._catch_up(group, held, holders, behind)
@@ -117,7 +129,9 @@ class GenerationThread(threading.Thread):
             if held.has_state and self.plan.kind == "initial":
                 self._member.wait_for_boundary(self.plan.generation)
             joiners = [rank for rank, row in enumerate(rows) if not row[0]]
-            if joiners:
+            if self.plan.stages:
+                Moving(self._member, self.plan, self.rank, group).move(held.has_state, held.layers)
+            elif joiners:
                 self._welcome(group, [rank for rank, row in enumerate(rows) if row[0]], joiners)
             if not held.has_state:
                 self._member.state_received(self.plan, newest)
@@ -127,13 +141,32 @@ class GenerationThread(threading.Thread):
     def _restore(self, group: Group, restore: Restore) -> int:
         """Everybody takes the snapshot's state instead of their own, as far as they have one."""
         self._member.wait_until_parked(self.plan.generation)
-        table = self._member.fetch(restore)
+        if self.plan.stages:
+            self._member.leave_memory()
+            with self._member.changing(self.plan.generation):
+                self._member.stage.begin_anew(self.plan, self.rank)
+        table = self._member.fetch(restore, self.plan)
         self._member.load(self.plan.generation, table)
+        if self.plan.stages:
+            Moving(self._member, self.plan, self.rank, group).compare_restored()
         complete = restore.key.step - 1
         self._member.trust(Ordinal(self.plan.branch, restore.key.step))
         self._member.state_received(self.plan, complete)
         group.minimum([0])
         return complete
+
+    def _learn_outcome(self, group: Group, held: Holding, newest: int) -> Payload | None:
+        """In a pipeline of several stages whoever is behind has its own stage's sums: nobody has the complete result
+        before all have these. What is lacking is what others know of the step."""
+        sums = self._member.sums
+        known = held.kept.outcome if held.kept is not None and held.complete == newest else None
+        nothing = [NOBODYS] * (1 + sums.micro_batches + len(sums.names))
+        low = group.minimum(nothing if known is None else known.row())
+        if held.complete == newest:
+            return None
+        assert held.reduced is not None, f"neither has step {newest} been completed here, nor this stage's part of it"
+        held.reduced.outcome = Outcome.of(low, sums.micro_batches)
+        return held.reduced
 
     def _catch_up(self, group: Group, held: Holding, holders: Sequence[int], behind: Sequence[int]) -> Payload | None:
         """Those behind receive the kept result, each holder sending its slice of the bytes."""
@@ -209,26 +242,33 @@ class GenerationThread(threading.Thread):
 
     def _exchange(self, group: Group, step: int) -> None:
         sums, member = self._member.sums, self._member
-        newest = member.newest_held(self.plan.generation)
-        control = member.control_digest()
-        mask = sums.mask()
-        layout = sums.fingerprint()
         wish = member.wish(self.plan, step)
-        lane = [newest, layout, -layout, control, -control, int(mask is not None), mask or 0, -(mask or 0)]
-        low = group.minimum([*lane, *wish.lane()])
-        snapshot = member.agreed_on_snapshots(self.plan, step, low[len(lane) :])
-        if snapshot.differs:
+        lane = StepLane(
+            newest=member.newest_held(self.plan.generation),
+            control=member.control_digest(),
+            buffers=sums.buffers_digest(),
+            layout=sums.fingerprint(),
+            mask=sums.mask(),
+            spelled_anew=member.spelled_anew(),
+            wish=wish,
+        )
+        stages = max(1, len(self.plan.stages))
+        low = AgreedLane.of(group.minimum(lane.row(self.plan.stage_number(self.rank), stages)), stages)
+        member.agreed_on_snapshots(self.plan, step, low.snapshot)
+        if low.snapshot.differs:
             mine = [NOBODYS if wish.digest is None else wish.digest, member.verified(self.plan)]
             member.state_differs(self.plan, step, group.gather(mine))
             return
-        agreed = low[0]
-        if low[1] != -low[2]:
+        if low.layouts_differ:
             names = [json.loads(text) for text in group.gather_bytes(json.dumps(sums.known_buffers).encode())]
             member.widen(self.plan.generation, [name for row in names for name in row])
-            low[5] = 0
-        if low[3] != -low[4]:
+        if low.control_differs:
             _explain_difference(group, member.control_state(), step)
-        counts = None if low[5] and low[6] == -low[7] else self._all_counts(group)
+        if low.spell:
+            told = group.gather_bytes(member.stage.spelling())
+            with member.changing(self.plan.generation):
+                member.stage.take_spelling(told)
+        counts = self._all_counts(group) if low.masks_differ or low.layouts_differ else None
         result = self._in_flight = member.take_result(self.plan.generation)
         sums.partial.freeze()
         nodes = dict(sums.partial.nodes)
@@ -236,14 +276,22 @@ class GenerationThread(threading.Thread):
             exchange_fast(group, nodes, result)
         else:
             exchange(group, self.plan, nodes, result, self._scratch, counts)
+        if len(self.plan.stages) > 1:
+            close_step(group, self.plan, member.stage.uses, sums, result, self._stage_done)
         self._in_flight = None
-        member.exchanged(self.plan, step, agreed, snapshot, result)
+        member.exchanged(self.plan, step, low.newest, low.snapshot, result)
+
+    def _stage_done(self, result: Payload) -> None:
+        """From here on nobody writes into it any more."""
+        self._member.require_current(self.plan.generation)
+        self.reduced, self._in_flight = result, None
 
     def _all_counts(self, group: Group) -> dict[Node, list[int]]:
         """Which tensors each root holds, of all ranks: asked for only when they differ."""
         mine = [[node.start, node.stop, counts] for node, counts in self._member.sums.counts().items()]
         rows = group.gather_bytes(json.dumps(mine).encode())
-        return {Node(start, stop): counts for row in rows for start, stop, counts in json.loads(row)}
+        own = [json.loads(rows[rank]) for rank in self.plan.team(self.rank)]
+        return {Node(start, stop): counts for row in own for start, stop, counts in row}
 
 
 def _parts(nbytes: int, ways: int) -> list[list[tuple[int, int]]]:

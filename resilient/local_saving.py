@@ -13,6 +13,7 @@ from snapshot import store
 from snapshot.capture import capture
 from snapshot.core.branches import Branch, Lineage
 from snapshot.core.chunks import ends_within
+from snapshot.core.ranges import merged
 from snapshot.files import open_files
 from snapshot.load import load
 from snapshot.manifests import folder_of
@@ -71,7 +72,8 @@ class LocalSaving:
         payload = bytearray(table.skeleton)
         for piece in table.pieces(0, table.nbytes):
             payload += piece.cpu().numpy().data
-        ends = ends_within(table.chunk_ends(), 0, table.nbytes)
+        ranges = merged([(0, table.nbytes)])
+        ends = ends_within(table.chunk_ends(), ranges)
         head = SlotHead(
             run=self._run,
             attempt=self._attempt,
@@ -81,8 +83,7 @@ class LocalSaving:
             member=1,
             rank=0,
             world=1,
-            start=0,
-            stop=table.nbytes,
+            ranges=ranges,
             state_bytes=table.nbytes,
             skeleton=xxhash.xxh3_128_hexdigest(table.skeleton),
             skeleton_bytes=len(table.skeleton),

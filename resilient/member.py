@@ -13,16 +13,19 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from actors.group import Group
+from actors.post import Post
 from actors.priority import raise_priority
 from actors.rank import Host
 from snapshot.capture import capture
+from snapshot.core.digest import StatePart
 from snapshot.core.lifecycle import Ordinal
 from snapshot.load import load
 from snapshot.table import StateTable, still
@@ -32,6 +35,7 @@ from .core.events import RankCrashed, RankFailed, RankReady, RankReported, RankR
 from .core.lane import Agreed, Wish
 from .core.pace import Pace
 from .core.plan import Address, Plan, Restore
+from .core.schedule import Action
 from .core.seat import (
     Applied,
     Apply,
@@ -62,6 +66,7 @@ from .probe import probe
 from .records import StepValues, Untold
 from .restoring import fetch, fetch_stored
 from .snapshots import Seating, Snapshots
+from .stage_side import StageSide
 from .sums import StepSums
 from .team import Loop
 
@@ -109,6 +114,8 @@ class Member:
         """The training thread has a leaf in hand, and may be folding it: nobody else touches the partial sums."""
         self._to_discard = False
         """The partial sums, that leaf's too, are dropped as soon as it is folded."""
+        self._crossing = False
+        """The training thread is at a step's boundary, and reads the state."""
         self._parked = False
         """The training thread waits outside of the user's code, and keeps its hands off the state."""
         self._loading = threading.Lock()
@@ -155,11 +162,14 @@ class Member:
             self._ready = RankReady(
                 member=self.number,
                 node=self._host.node,
-                address=Address(host=self._host.ip, port=self._host.store_port),
+                address=Address(
+                    host=self._host.ip, port=self._host.store_port, post=loop.stage.post_port if loop.stage else 0
+                ),
                 micro_batches=loop.sums.micro_batches,
                 steps=loop.steps,
                 probe=digest,
                 probe_fields=fields,
+                pipeline=loop.shape,
             )
         self.report()
         self.park()
@@ -190,6 +200,51 @@ class Member:
                 self._come_to_rest()
                 self._changed.wait(WAKE_S)
 
+    def next_of(self, choose: Callable[[frozenset[int]], Action | None]) -> Action | Apply | Park:
+        with self._changed:
+            while True:
+                todo = self._seat.next()
+                if isinstance(todo, Apply | Park):
+                    self._host.words.moved("computing", self._seat.step, self.generation)
+                    return todo
+                if isinstance(todo, Compute) and (action := choose(self._seat.work - self._seat.folded)) is not None:
+                    self._host.words.moved("computing", self._seat.step, self.generation)
+                    self._computing = True
+                    return action
+                self._computing = False
+                self._host.words.moved("waiting", self._seat.step, self.generation)
+                if isinstance(todo, Reduce):
+                    self._submit(todo)
+                self._come_to_rest()
+                self._changed.wait(WAKE_S)
+
+    def wait_for(self, ready: Callable[[], bool]) -> bool:
+        with self._changed:
+            while not self._seat.restoring and not ready():
+                self._host.words.moved("waiting", self._seat.step, self.generation)
+                self._changed.wait(WAKE_S)
+            self._host.words.moved("computing", self._seat.step, self.generation)
+            return not self._seat.restoring
+
+    def parked(self) -> bool:
+        with self._changed:
+            return self._seat.restoring
+
+    def post(self) -> Post:
+        return Post(self._host.ip, self._host.secret, arrived=self.mail, broken=self.unreachable)
+
+    def mail(self) -> None:
+        """Something has come from another stage."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def unreachable(self, peer: object, why: str) -> None:
+        """What is sent to this member can't be: a link of the generation is broken, if the member is in it."""
+        with self._changed:
+            plan = self._seat.plan
+        if plan is not None and peer in plan.ranks:
+            self.link_broken(plan, why)
+
     def _come_to_rest(self) -> None:
         """If the others go on without this rank, and it has done and told all that it had to."""
         if self._seat.departed and self._seat.at_boundary and not self._seat.at_rest:
@@ -217,6 +272,7 @@ class Member:
 
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         with self._changed:
+            self._crossing = True
             step = self._seat.step
             account = StepValues(
                 branch=self._seat.plan.branch if self._seat.plan else 0,
@@ -233,6 +289,9 @@ class Member:
         if self._snapshots is not None:
             self._capture(self._snapshots)
         self._hold_for_joiners()
+        with self._changed:
+            self._crossing = False
+            self._changed.notify_all()
 
     def _hold_for_joiners(self) -> None:
         """They receive the state of this boundary while the step is under way."""
@@ -260,7 +319,20 @@ class Member:
                 return
             seating = agreed[1]
         durable = wanted and agreed is not None and agreed[2]
-        snapshots.boundary(Ordinal(plan.branch, step), self.objects(), seating, wanted=wanted, durable=durable)
+        ordinal = Ordinal(plan.branch, step)
+        if not self.has_stages:
+            snapshots.boundary(ordinal, self.objects(), seating, wanted=wanted, durable=durable)
+        elif not self.stage.spelled_anew():  # else the others would spell another structure than this rank
+            stage = self.stage
+            snapshots.boundary(
+                ordinal,
+                self.objects(),
+                seating,
+                wanted=wanted,
+                durable=durable,
+                ranges=stage.captured,
+                compared=stage.whereabouts.is_common,
+            )
 
     def roll_back(self, rollback: Rollback) -> None:
         with self._changed:
@@ -322,6 +394,9 @@ class Member:
         """Say how things stand; repeated from time to time, since any message may be lost."""
         with self._changed:
             report = replace(self._seat.report(), leaf_s=self._pace.leaf_s)
+            if self.has_stages:
+                timing = self.stage.timing
+                report = replace(report, layer_s=timing.layer_s, idle=timing.idle)
             messages: list[Any] = [RankReported(report=report)]
             for once in (self._ready, self._failed, self._returned):
                 if once is not None:
@@ -344,8 +419,9 @@ class Member:
         self._failed = RankFailed(member=self.number, step=step, traceback=text)
         self.report()
 
-    def returned(self, digest: str) -> None:
-        self._returned = RankReturned(member=self.number, step=self._seat.step, digest=digest)
+    def returned(self, digest: str | StatePart) -> None:
+        whole, part = (digest, None) if isinstance(digest, str) else ("", digest)
+        self._returned = RankReturned(member=self.number, step=self._seat.step, digest=whole, part=part)
         self.report()
 
     # Brought by a generation's thread
@@ -366,16 +442,49 @@ class Member:
             self._do(self._seat.handle(StateReceived(generation=plan.generation, complete=complete)))
 
     def formed(self, plan: Plan, complete: int, caught_up: Payload | None) -> None:
-        with self._changed:
+        with self._loading, self._changed:
             if not self._is_current(plan):
                 return
             self._retired, self._held = None, None
             if caught_up is not None:
                 self.sums.accept(caught_up)
+            if self.has_stages:
+                self._settle(plan)
             self._do(self._seat.handle(Formed(generation=plan.generation, complete=complete)))
             self._changed.notify_all()
         if plan.rank_of(self.number) == 0:
             self.repeat_records()  # whoever was rank 0 before may have died with the last rows untold
+
+    def _settle(self, plan: Plan) -> None:
+        self.leave_memory()
+        self.stage.settle(plan, plan.rank_of(self.number))
+
+    def leave_memory(self) -> None:
+        """Nothing is copied from the state any more: some of its memory may be given back."""
+        if self._snapshots is not None:
+            self._snapshots.gate()
+
+    def bring(self, plan: Plan, rank: int, *, initial: bool) -> None:
+        """Memory for this rank's stage; never for a generation that was left behind, in which training goes on."""
+        if initial:  # layers are built, which may take long; nobody trains yet
+            self.stage.bring(plan, rank, initial=True)
+            return
+        with self._changed:
+            self.require_current(plan.generation)
+            self.stage.bring(plan, rank)
+
+    @property
+    def has_stages(self) -> bool:
+        return self._loop is not None and self._loop.stage is not None
+
+    @property
+    def stage(self) -> StageSide:
+        """What this rank holds of a pipeline."""
+        assert self._loop is not None and self._loop.stage is not None
+        return self._loop.stage
+
+    def spelled_anew(self) -> bool:
+        return self.has_stages and self.stage.spelled_anew()
 
     def exchanged(self, plan: Plan, step: int, agreed: int, snapshot: Agreed, result: Payload) -> None:
         with self._changed:
@@ -410,7 +519,7 @@ class Member:
 
     def wait_for_boundary(self, generation: int) -> None:
         with self._changed:
-            while not self._seat.at_boundary:
+            while not self._seat.at_boundary or self._crossing:
                 self.require_current(generation)
                 self._changed.wait(WAKE_S)
             self.require_current(generation)
@@ -431,14 +540,23 @@ class Member:
                 self._changed.wait(WAKE_S)
             self.require_current(generation)
 
-    def load(self, generation: int, table: StateTable) -> None:
-        """Write this state into the user's objects; one at a time, since a thread left behind may still do so."""
+    @contextmanager
+    def changing(self, generation: int) -> Iterator[None]:
+        """Around changes to what this rank holds: one thread at a time, and none that was left behind."""
         with self._loading:
             self.require_current(generation)
+            yield
+
+    def load(self, generation: int, table: StateTable) -> None:
+        """Write this state into the user's objects; one at a time, since a thread left behind may still do so."""
+        with self.changing(generation):
             load(self.objects(), table)
 
-    def fetch(self, restore: Restore) -> StateTable:
-        return fetch_stored(self._storage, restore.folder) if restore.folder else fetch(restore, self._host.secret)
+    def fetch(self, restore: Restore, plan: Plan) -> StateTable:
+        wanted = self.stage.wanted(plan, plan.rank_of(self.number)) if self.has_stages else None
+        if restore.folder:
+            return fetch_stored(self._storage, restore.folder, wanted)
+        return fetch(restore, self._host.secret, wanted)
 
     def wish(self, plan: Plan, step: int) -> Wish:
         """What this rank brings into the lane about the snapshot of the state after `step`."""
@@ -448,12 +566,10 @@ class Member:
         ordinal = Ordinal(plan.branch, step + 1)
         return self._snapshots.wish(ordinal, plan.generation, steps, renewed=plan.base > 0)
 
-    def agreed_on_snapshots(self, plan: Plan, step: int, low: Sequence[int]) -> Agreed:
-        """What the lane says about the same: the minimum over all ranks' wishes."""
-        agreed = Agreed.of(low)
+    def agreed_on_snapshots(self, plan: Plan, step: int, agreed: Agreed) -> None:
+        """What the lane says about the same."""
         if self._snapshots is not None:
             self._snapshots.agreed(Ordinal(plan.branch, step + 1), agreed, plan.generation)
-        return agreed
 
     def verified(self, plan: Plan) -> int:
         return -1 if self._snapshots is None else self._snapshots.verified(plan.branch)
@@ -537,6 +653,8 @@ class Member:
             has_state=self._seat.has_state,
             complete=self._seat.complete,
             kept=self.sums.kept if self._loop is not None else None,
+            reduced=None if former is None else former.reduced,
+            layers=self.stage.held if self.has_stages else range(0),
         )
         self._current = GenerationThread(self, plan, holding)
         self._current.start()

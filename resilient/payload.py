@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .core.outcome import Outcome
+
 ALIGN_BYTES = 64
 """Tensors and slices begin at multiples of this, so that no element is ever cut."""
 
@@ -113,7 +115,7 @@ class Payload:
     `flat` is a uint8 tensor of shape (layout.nbytes,); `views[i]` is entry i in its own type and shape.
     """
 
-    __slots__ = ("counts", "flat", "layout", "views")
+    __slots__ = ("counts", "flat", "foreign", "layout", "outcome", "views")
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout = layout
@@ -122,6 +124,10 @@ class Payload:
             self.flat[entry.start : entry.stop].view(entry.dtype).view(entry.shape) for entry in layout.entries
         ]
         self.counts = [0] * len(layout.entries)
+        self.foreign: dict[str, Tensor] = {}
+        """Of a complete result: sums of uses of shared parameters in other stages, by name."""
+        self.outcome: Outcome | None = None
+        """Of a complete result in a pipeline of several stages: what only some ranks have computed."""
 
     def repacked(self, layout: Layout) -> Payload:
         """The same content in a wider layout."""
@@ -190,6 +196,7 @@ class Pool:
     def take(self) -> Payload:
         payload = self._free.pop() if self._free else Payload(self.layout, self.device)
         payload.counts = [0] * len(self.layout.entries)
+        payload.foreign, payload.outcome = {}, None
         return payload
 
     def give_back(self, payload: Payload) -> None:

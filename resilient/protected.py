@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
 from .errors import LoopError
+from .pipeline import Pipeline
 
 Kind = TypeVar("Kind")
 
@@ -59,6 +60,11 @@ class Protected:
             frozen=frozen,
         )
 
+    @property
+    def in_stages(self) -> bool:
+        """Whether ranks may hold different parts of the model."""
+        return any(isinstance(module, Pipeline) for _, module in self.modules)
+
     def check_schedulers(self) -> None:
         """Again when the loop begins. Raises ValueError for a scheduler that was created after protect."""
         for name, optimizer in self.optimizers:
@@ -82,7 +88,7 @@ class Protected:
                 for key, value in group.items():
                     if key != "params":
                         values[f"{name}.param_groups[{number}].{key}"] = _plain(value)
-            for place, state in enumerate(optimizer.state.values()):
+            for place, state in enumerate(optimizer.state.values() if not self.in_stages else ()):
                 counter = state.get("step")
                 if counter is not None and (not isinstance(counter, Tensor) or counter.device.type == "cpu"):
                     values[f"{name}.state[{place}].step"] = float(counter)

@@ -25,6 +25,7 @@ class Result:
     """What came of checkpoints: durable (step of the newest one, -1 for none), committed, failures, last_failure,
     stored_bytes (of the newest one)."""
     digest: str
-    """xxh3-128 of the final state's bits: parameters, buffers, optimizer, scheduler, run.state."""
+    """xxh3-128 of the final state: of its skeleton, and of the digests of its chunks. It covers the bits of parameters,
+    buffers, optimizer, scheduler and run.state."""
     value: Any = None
     """What the training function returned on rank 0."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,16 +14,22 @@ from torch import Tensor
 
 from snapshot.capture import capture
 from snapshot.core.branches import data_position
+from snapshot.core.digest import StatePart
 
 from .backward import watched_backward
 from .buffers import Buffers
+from .clipping import Untouched, clip
 from .core.order import derive_seed
 from .core.seat import Apply, Compute, Park, Rollback
 from .data import Feed
+from .elementwise import check_elementwise
 from .errors import LoopError
 from .gates import Gates, Reduced
+from .pipeline import Layer, Pipeline
 from .protected import Protected
 from .randomness import seed_everything
+from .stage_side import StageSide
+from .steps import Step, StepLoop, clipping_refused
 from .sums import StepSums
 from .team import Loop, Team, mean
 
@@ -44,6 +51,11 @@ class Run:
         self._seed = seed
         self._on_nonfinite = on_nonfinite
         self._protected: Protected | None = None
+        self._pipeline: Pipeline | None = None
+        self._stage: StageSide | None = None
+        self._norms: dict[str, float] | None = None
+        """Of the mean gradients of the step that is being committed, if some of them are on other ranks."""
+        self._untouched: Untouched | None = None
         self._loop: weakref.ref[Generator[Any, None, None]] | None = None
         """The loop that was asked for. Held by the user alone, so that a break ends it at once."""
         self._entered = False
@@ -116,10 +128,28 @@ class Run:
         The order of samples depends on the run's seed and the epoch only. Raises ValueError naming
         field, value and what is allowed.
         """
+        feed = self._feed(dataset, global_batch, micro_batch, steps, epochs, loader, "run.batches")
+        if self._pipeline is not None:
+            raise ValueError("run.batches was called in a run with a pipeline; its loop is: for step in run.steps(...)")
+        assert self._protected is not None
+        loop = self._iterate(feed, self._protected)
+        self._loop = weakref.ref(loop)
+        return loop
+
+    def _feed(
+        self,
+        dataset: Any,
+        global_batch: int,
+        micro_batch: int,
+        steps: int | None,
+        epochs: int | None,
+        loader: Mapping[str, Any],
+        what: str,
+    ) -> Feed:
         if self._protected is None:
-            raise ValueError("run.batches was called before run.protect; call protect(model=..., optimizer=...) first")
+            raise ValueError(f"{what} was called before run.protect; call protect(model=..., optimizer=...) first")
         if self._loop is not None:
-            raise ValueError("run.batches was called twice; a run has one loop: ask for all its steps at once")
+            raise ValueError(f"{what} was called twice; a run has one loop: ask for all its steps at once")
         feed = Feed(
             dataset,
             global_batch=global_batch,
@@ -136,9 +166,90 @@ class Run:
                 f"(global_batch {global_batch} / micro_batch {micro_batch}) and every rank needs one: "
                 f"use workers of at most {feed.micro_batches}, or a smaller micro_batch"
             )
-        loop = self._iterate(feed, self._protected)
+        return feed
+
+    def pipeline(
+        self,
+        layers: Sequence[Layer],
+        loss: Callable[..., Tensor],
+        *,
+        stages: int,
+        tied: Mapping[str, str] | None = None,
+        checkpoint: bool = False,
+        schedule: Literal["1f1b", "gpipe"] = "1f1b",
+        rank_bytes: int | None = None,
+        shard_optimizer: bool = False,
+    ) -> Pipeline:
+        """A model as a chain of layers, cut into stages over the ranks; to be trained with `run.steps`.
+
+        layers: modules, or callables that build them: then a rank has memory only for those that it holds. Each is
+        called with what the one before returns, a tensor or a tuple of them. loss: called with what the last layer
+        returns and the target. stages: how many, if there are enough ranks. tied: {"layers.5.weight":
+        "layers.0.weight"} trains a later layer's parameter as one with an earlier one's; modules that share a parameter
+        do so anyway. checkpoint: keep only each layer's input for backward, and compute the rest again. schedule:
+        "gpipe" goes forward through all micro-batches first. rank_bytes: the most bytes of parameters and buffers that
+        a rank may hold. shard_optimizer: of what an optimizer keeps for a parameter, each rank of the parameter's stage
+        has only some chunks, and updates these; the others are told the new values. It needs optimizers that update
+        each element by itself. A rank's death loses its chunks, so then all go back to a snapshot. Raises ValueError or
+        TypeError, naming the argument.
+        """
+        if self._protected is not None:
+            raise ValueError("run.pipeline was called after protect; build the pipeline first, and protect it")
+        if self._team.reduction != "exact":
+            raise ValueError('run.pipeline needs reduction="exact": pipelines have no other')
+        self._pipeline = Pipeline(
+            layers,
+            loss,
+            stages=stages,
+            tied=tied or {},
+            checkpoint=checkpoint,
+            schedule=schedule,
+            rank_bytes=rank_bytes,
+            shard_optimizer=shard_optimizer,
+            seed=self._seed,
+            device=self.device,
+        )
+        return self._pipeline
+
+    def steps(
+        self,
+        dataset: Any,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        steps: int | None = None,
+        epochs: int | None = None,
+        **loader: Any,
+    ) -> Iterator[Step]:
+        """The steps of a loop over a pipeline, each to be given to `pipe.train_step`. Arguments as of `batches`.
+
+        A micro-batch is a pair (inputs, target).
+        """
+        if self._pipeline is None:
+            raise ValueError("run.steps needs a pipeline: pipe = run.pipeline(...); other models use run.batches")
+        feed = self._feed(dataset, global_batch, micro_batch, steps, epochs, loader, "run.steps")
+        assert self._protected is not None
+        if all(module is not self._pipeline for _, module in self._protected.modules):
+            raise ValueError("run.steps: the pipeline is not protected; pass it as protect(model=pipe, ...)")
+        for name, optimizer in self._protected.optimizers if self._pipeline.shard_optimizer else ():
+            check_elementwise(name, optimizer)
+        loop = self._iterate_steps(feed, self._protected, self._pipeline)
         self._loop = weakref.ref(loop)
         return loop
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradient so that its 2-norm over the whole model is at most `max_norm`; the norm before that.
+
+        As `torch.nn.utils.clip_grad_norm_`, for pipelines too, on whatever ranks their layers are.
+        """
+        if self._protected is None:
+            raise ValueError("run.clip_grad_norm_ was called before run.protect")
+        if not self.committing:
+            return torch.tensor(float("nan"))
+        if self._untouched is not None:
+            self._untouched.check()
+            self._untouched = None
+        return clip(self._protected.parameters, self._norms, max_norm)
 
     def log(self, **values: float | Tensor) -> None:
         """Record values for this step. What each micro-batch logs is averaged over the step.
@@ -242,6 +353,64 @@ class Run:
             self._leaf = None
             gates.take_off()
             feed.close()
+
+    def _iterate_steps(self, feed: Feed, protected: Protected, pipe: Pipeline) -> Generator[Step, None, None]:
+        self._entered = True
+        loop = StepLoop(
+            team=self._team,
+            feed=feed,
+            protected=protected,
+            pipe=pipe,
+            seed=self._seed,
+            position=self._position,
+            commit=lambda: self._commit_step(loop.sums, gates),
+            post=self._team.post(),
+        )
+        gates = Gates(protected, loop.update)
+        self._stage, sums = loop.stage, loop.sums
+        sums.check_finite = self._on_nonfinite != "ignore"
+        protected.check_schedulers()
+        gates.set()
+        pipe.bind(loop.train)
+        try:
+            with clipping_refused(protected):
+                self._team.enter(replace(self._brought(feed, protected, sums), stage=loop.stage, shape=loop.shape))
+                while self._has_more(feed) or not self._team.finished():
+                    if self._team.parked():
+                        loop.drop()
+                        self._park(sums, sums.buffers)
+                        continue
+                    gates.check_in_place()
+                    sums.buffers.begin_step()
+                    step = loop.begin()
+                    self._leaf = next(iter(self._team.leaves()), 0)
+                    yield step
+                    loop.check_trained()
+                    if self._rollback is None and not self._team.parked():
+                        self._backward_done = True
+                        self._end_iteration(gates)
+                    gates.close()
+                    if self._rollback is not None:
+                        self._go_back(self._rollback, sums)
+                    elif self.committing or self._skipping:
+                        self._cross_boundary(sums.buffers)
+        except GeneratorExit:
+            self._leave(gates, sums.buffers)
+            raise
+        finally:
+            self._leaf = None
+            pipe.bind(None)
+            gates.take_off()
+            feed.close()
+
+    def _commit_step(self, sums: StepSums, gates: Gates) -> float:
+        self._commit_or_go_on(sums, gates)
+        if self.committing:
+            outcome = sums.kept.outcome if sums.kept is not None else None
+            norms = None if outcome is None else zip(sums.names, outcome.norms, strict=True)
+            self._norms = None if norms is None else {name: norm for name, norm in norms if norm is not None}
+            self._untouched = Untouched(sums.parameters) if norms is not None else None
+        return self._reduced.get("loss", float("nan")) if self.committing else mean(sums.losses())
 
     def _go_back(self, rollback: Rollback, sums: StepSums) -> None:
         self._drop_step(sums)
@@ -380,10 +549,12 @@ class Run:
         if loop is not None:
             loop.close()
 
-    def digest(self) -> str:
-        """xxh3-128 of the bits of all that is protected, and of run.state."""
+    def digest(self) -> str | StatePart:
+        """xxh3-128 of the bits of all that is protected, and of run.state; of a stage what it has to give to that."""
         assert self._protected is not None
-        return capture({**self._protected.objects, "run.state": self.state}).digest()
+        objects = {f"user:{name}": thing for name, thing in self._protected.objects.items()}
+        table = capture({**objects, "run.state": self.state})
+        return table.digest() if self._stage is None or self._stage.is_only_one else self._stage.part(table)
 
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""

@@ -26,10 +26,12 @@ from torch import Tensor
 from actors.standing import Standing, read_standing
 from actors.vault import wake_vault
 from snapshot.arena import NoRoom, Slot, SlotHead, required_bytes
-from snapshot.core.chunks import ends_within, share_of
+from snapshot.core.chunks import are_chunks, ends_within, share_of
 from snapshot.core.lifecycle import Lifecycle, Ordinal
-from snapshot.front import Targets
+from snapshot.core.ranges import Ranges, merged
+from snapshot.front import FrontShare, Targets
 from snapshot.recapture import Recapture
+from snapshot.skeleton import TensorSpec
 from snapshot.table import StateTable
 
 from .core.cadence import Cadence
@@ -128,6 +130,7 @@ class Snapshots:
         self._seating: Seating | None = None
         self._recapture = Recapture()
         self._digests = Digests() if verify else None
+        self._compared: Callable[[TensorSpec], bool] = lambda spec: True
         self._verified: Ordinal | None = None
         self._targets: dict[Slot, Targets] = {}
         self._copy: _Copy | None = None
@@ -236,15 +239,21 @@ class Snapshots:
         *,
         wanted: bool,
         durable: bool = False,
+        ranges: Callable[[StateTable], Ranges] | None = None,
+        compared: Callable[[TensorSpec], bool] = lambda spec: True,
     ) -> None:
         """The state at the start of step `ordinal.step` stands. `wanted`: all ranks capture it; `durable`: for
-        their keepers to write it to storage."""
+        their keepers to write it to storage. `ranges`: which bytes of it this rank captures, whole chunks that it
+        holds, so that those of all ranks are everything once; None: one stretch, as even as chunks allow.
+        `compared`: of the tensors that are here, those that the ranks it is compared with hold too."""
         began = time.monotonic()
         if self._no_room is not None:
             raise self._no_room
         self._measure(began, seating)
         if wanted or seating != self._seating:
-            self._capture(ordinal, self._recapture.capture(objects), seating, wanted=wanted, durable=durable)
+            table, share_in = self._recapture.capture(objects), ranges or _even_share(seating)
+            self._compared = compared
+            self._capture(ordinal, table, seating, share_in(table), wanted=wanted, durable=durable)
         self._seating = seating
         self._waited_s = time.monotonic() - began
         self.tally.blocked_s += self._waited_s
@@ -265,9 +274,11 @@ class Snapshots:
                 self._say(said)
         self._began_at, self._copy = now, None
 
-    def _capture(self, ordinal: Ordinal, table: StateTable, seating: Seating, *, wanted: bool, durable: bool) -> None:
+    def _capture(
+        self, ordinal: Ordinal, table: StateTable, seating: Seating, ranges: Ranges, *, wanted: bool, durable: bool
+    ) -> None:
         ends = table.chunk_ends()
-        start, stop = share_of(ends, seating.rank, seating.world)
+        assert are_chunks(ends, ranges), f"rank {seating.rank}: {ranges} are not whole chunks"
         head = SlotHead(
             run=self._run,
             attempt=self._attempt,
@@ -277,12 +288,11 @@ class Snapshots:
             member=self._member,
             rank=seating.rank,
             world=seating.world,
-            start=start,
-            stop=stop,
+            ranges=ranges,
             state_bytes=table.nbytes,
             skeleton=xxhash.xxh3_128_hexdigest(table.skeleton),
             skeleton_bytes=len(table.skeleton),
-            chunks=tuple(len(table.skeleton) + end for end in (0, *ends_within(ends, start, stop))),
+            chunks=tuple(len(table.skeleton) + end for end in (0, *ends_within(ends, ranges))),
             durable=durable,
         )
         with self._lock:
@@ -301,20 +311,21 @@ class Snapshots:
         buffer = slot.begin(head)
         buffer[: head.skeleton_bytes] = table.skeleton
         room = torch.frombuffer(buffer, dtype=torch.uint8)[head.skeleton_bytes :]
-        front = table.front_share(head.start, head.stop)
+        front, behind = table.front_share(head.ranges)
         known = self._targets.get(slot)
         if known is None or not known.fit(room, front):
+            self._forget_targets(front)
             known = self._targets[slot] = Targets.within(room, front)
         if known.moving:
             torch._foreach_copy_(known.moving, front.moving_views(table))
         later: list[tuple[Tensor, Tensor]] = []
         watched, at = list(front.watched), front.nbytes
-        for place, piece in table.numbered_pieces(head.start + at, head.stop):
+        for place, piece in (each for start, stop in behind for each in table.numbered_pieces(start, stop)):
             target = room[at : at + piece.numel()]
             at += piece.numel()
             if place in table.calm:
                 later.append((target, piece))
-                watched.append(table.tensors[place])
+                watched.append(table.watched(place, piece))
             else:
                 target.copy_(piece)
         ready = None
@@ -323,9 +334,15 @@ class Snapshots:
             ready.record()
         targets = [*known.calm, *(target for target, _ in later)]
         sources = [*known.sources, *(source for _, source in later)]
-        digesting = None if self._digests is None else self._digests.begin(table)
+        digesting = None if self._digests is None else self._digests.begin(table, self._compared)
         self._copy = _Copy(ordinal, slot, targets, sources, watched, list(map(_VERSION, watched)), ready, digesting)
         self._jobs.put(self._copy)
+
+    def _forget_targets(self, front: FrontShare) -> None:
+        """Those of other fronts, which keep memory that the state may have left."""
+        for slot, known in list(self._targets.items()):
+            if known.front is not front:
+                self._targets.pop(slot, None)
 
     # The copying thread
 
@@ -418,6 +435,10 @@ class Snapshots:
         if self.tally.captured == 0:
             self._no_room = error
         self._say(f"no memory for snapshots could be had: {error}")
+
+
+def _even_share(seating: Seating) -> Callable[[StateTable], Ranges]:
+    return lambda table: merged([share_of(table.chunk_ends(), seating.rank, seating.world)])
 
 
 def _hopeless(slots: Iterable[Ordinal | None], branch: int, here: Standing) -> list[Ordinal]:

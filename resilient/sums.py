@@ -10,8 +10,10 @@ partial sums at most (log2 L + 1) S, results 2 S, `.grad` S, receiving buffers (
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +27,42 @@ from .payload import Layout, Payload, Pool, Rule
 LOSS = "loss"
 
 
+class SharedUse(Protocol):
+    """A further use of a parameter that several layers share."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tensor(self) -> Tensor: ...
+
+
 class StepSums:
     """Gradients, changed buffers and losses of one rank."""
 
-    def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], buffers: Buffers, micro_batches: int) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        buffers: Buffers,
+        micro_batches: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """device: that of the parameters; to be given if there are none yet."""
         self.parameters = parameters
+        self.uses: Sequence[SharedUse] = ()
+        """Further uses of shared parameters here, each summed by itself."""
         self.buffers = buffers
         self.micro_batches = micro_batches
-        self.device = parameters[0][1].device
+        self.users: Mapping[str, Sequence[str]] = {}
+        """Of each parameter that several layers use, all uses in the order of the layers, itself first; the same on all
+        ranks."""
+        self.names: Sequence[str] = tuple(name for name, _ in parameters)
+        """Of all parameters of the model, in order, the same on all ranks."""
+        self.check_finite = False
+        """Whether it matters if gradients are finite."""
+        self.elsewhere: frozenset[str] = frozenset()
+        """Those of them that are in the layers of other stages."""
+        self.device = parameters[0][1].device if device is None else device
         self.known_buffers: tuple[str, ...] = ()
         """Buffers seen to change; only these take part in the exchange."""
         self.layout = self._lay_out()
@@ -42,22 +72,42 @@ class StepSums:
         """Complete result of the newest step that has one here."""
         self._mean = Payload(self.layout, self.device)
 
+    def reshape(
+        self, parameters: Sequence[tuple[str, nn.Parameter]], uses: Sequence[SharedUse], buffers: Buffers
+    ) -> None:
+        """Others are here from now on, at a step's boundary: nothing of a step has begun, or is kept."""
+        assert not self.partial.nodes, "a step has begun"
+        self.parameters, self.uses, self.buffers, self.kept = parameters, uses, buffers, None
+        self.layout = self._lay_out()
+        self.pool = Pool(self.layout, self.device)
+        self.partial = PartialSums(self.micro_batches, self.pool)
+        self._mean = Payload(self.layout, self.device)
+
     # A micro-batch
 
     def fold_leaf(self, leaf: int, loss: Tensor | None) -> None:
         """Take over `.grad` of every parameter and all changed buffers; both are clean afterwards."""
-        gradients = [self._gradient(name, parameter) for name, parameter in self.parameters]
-        changed = self.buffers.take_changes()
-        if not set(changed) <= set(self.known_buffers):
-            self.widen([*self.known_buffers, *changed])
         losses = torch.zeros(self.micro_batches, dtype=torch.float64)
         losses[leaf] = float("nan") if loss is None else loss.detach().double().cpu()
-        named: dict[str, Tensor | None] = {LOSS: losses.to(self.device), **changed}
-        for (name, _), gradient in zip(self.parameters, gradients, strict=True):
-            named[f"gradient:{name}"] = gradient
+        self.fold(leaf, losses.to(self.device), self.buffers.take_changes())
+
+    def fold_stage(self, leaf: int, loss: Tensor | None, changed: Mapping[str, Tensor]) -> None:
+        """The same for one stage of a pipeline: only the last one has losses."""
+        losses = None
+        if loss is not None:
+            losses = torch.zeros(self.micro_batches, dtype=torch.float64)
+            losses[leaf] = loss.double().cpu()
+        self.fold(leaf, losses, changed)
+
+    def fold(self, leaf: int, losses: Tensor | None, changed: Mapping[str, Tensor]) -> None:
+        if not set(changed) <= set(self.known_buffers):
+            self.widen([*self.known_buffers, *changed])
+        named: dict[str, Tensor | None] = {LOSS: losses, **changed}
+        for name, tensor in (*self.parameters, *((use.name, use.tensor) for use in self.uses)):
+            named[f"gradient:{name}"] = self._gradient(name, tensor)
         self.partial.add_leaf(leaf, [named.get(entry.name) for entry in self.layout.entries])
 
-    def _gradient(self, name: str, parameter: nn.Parameter) -> Tensor | None:
+    def _gradient(self, name: str, parameter: Tensor) -> Tensor | None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None and gradient.layout != torch.strided:
             raise LoopError(
@@ -70,7 +120,7 @@ class StepSums:
 
     def widen(self, buffers: Sequence[str]) -> None:
         """Let these buffers take part too. The sums so far keep their bits."""
-        self.known_buffers = tuple(sorted(set(buffers)))
+        self.known_buffers = tuple(sorted({*self.known_buffers, *buffers}))
         self.layout = self._lay_out()
         self.partial.widen(self.layout)
         self._mean = Payload(self.layout, self.device)
@@ -78,6 +128,10 @@ class StepSums:
     def fingerprint(self) -> int:
         """Of the layout, 62 bits, to compare between ranks."""
         return _hash(repr([(entry.name, tuple(entry.shape), str(entry.dtype)) for entry in self.layout.entries]))
+
+    def buffers_digest(self) -> int:
+        """Of which buffers take part, 62 bits."""
+        return _hash(repr(self.known_buffers))
 
     def mask(self) -> int | None:
         """Which tensors are present, if in all micro-batches alike; None if it depends on them."""
@@ -110,12 +164,18 @@ class StepSums:
     def losses(self) -> list[float]:
         """The loss of each micro-batch, by the complete result."""
         assert self.kept is not None
+        if self.kept.outcome is not None:
+            return [float("nan") if loss is None else loss for loss in self.kept.outcome.losses]
         return [float(loss) for loss in self.kept.views[self.kept.layout.index()[LOSS]].tolist()]
 
     def is_finite(self, *, gradients: bool) -> bool:
         """Whether all losses of the complete result are, and all gradients if asked for."""
-        result = self.kept
-        assert result is not None
+        assert self.kept is not None
+        outcome = self.kept.outcome
+        return self.finite(self.kept, gradients=gradients) if outcome is None else outcome.finite
+
+    def finite(self, result: Payload, *, gradients: bool) -> bool:
+        """The same of what lies in this result."""
         present = [
             view
             for entry, view, count in zip(result.layout.entries, result.views, result.counts, strict=True)
@@ -137,21 +197,59 @@ class StepSums:
             if is_gradient and section.stop > section.start:
                 sums, means = (side.flat[section.start : section.stop].view(section.dtype) for side in (result, mean))
                 torch.div(sums, self.micro_batches, out=means)
+        shared = self.shared_sums(result)
         for name, parameter in self.parameters:
             number = places[f"gradient:{name}"]
-            parameter.grad = mean.views[number] if result.counts[number] else None
+            if name in shared:
+                total = shared[name]
+                parameter.grad = None if total is None else total / self.micro_batches
+            else:
+                parameter.grad = mean.views[number] if result.counts[number] else None
         for name in self.known_buffers:
             if name in places and result.counts[places[name]]:
                 self.buffers.put(name, _mean_of(result, places[name]))
         return self.losses()
 
+    def shared_sums(self, result: Payload) -> dict[str, Tensor | None]:
+        """Of each parameter here that several layers use, its gradients' sum over all of them, added in their order."""
+        found: dict[str, Tensor | None] = {}
+        here = {name for name, _ in self.parameters}
+        for name, uses in self.users.items():
+            if name not in here:
+                continue
+            parts = [self.sum_of(result, use) for use in uses]
+            there = [part for part in parts if part is not None]
+            found[name] = functools.reduce(torch.add, there) if there else None
+        return found
+
+    def sum_of(self, result: Payload, use: str) -> Tensor | None:
+        """The sum of a parameter's, or a use's, gradients over all micro-batches; of one in another stage as it was
+        received."""
+        number = result.layout.index().get(f"gradient:{use}")
+        if number is not None and use not in self.elsewhere:
+            return result.views[number] if result.counts[number] else None
+        return result.foreign.get(use)
+
+    def template(self, use: str) -> Tensor:
+        """A tensor like the sum of this use of a shared parameter that is here too."""
+        name = next(name for name, users in self.users.items() if use in users)
+        return dict(self.parameters)[name].detach()
+
+    def mean_gradients(self, result: Payload) -> Iterator[tuple[str, Tensor | None]]:
+        """By name, of every parameter here: the mean of the complete result."""
+        shared = self.shared_sums(result)
+        for name, _ in self.parameters:
+            total = shared[name] if name in shared else self.sum_of(result, name)
+            yield name, None if total is None else total / self.micro_batches
+
     def _lay_out(self) -> Layout:
         tensors: list[tuple[str, Tensor, Rule]] = [
-            (f"gradient:{name}", parameter.detach(), "sum") for name, parameter in self.parameters
+            (f"gradient:{name}", parameter, "sum")
+            for name, parameter in (*self.parameters, *((use.name, use.tensor) for use in self.uses))
         ]
         sums = Layout.of(tensors)
         others: list[tuple[str, Tensor, Rule]] = [(LOSS, torch.empty(self.micro_batches, dtype=torch.float64), "sum")]
-        for name in self.known_buffers:
+        for name in filter(self.buffers.has, self.known_buffers):
             value = self.buffers.template(name)
             rule: Rule = "sum" if value.is_floating_point() or value.is_complex() else "first"
             others.append((name, value, rule))

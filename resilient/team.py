@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from .core.plan import Address, Place, Plan
+from actors.post import Post
+
+from .core.events import PipelineShape
+from .core.plan import Address, Place, Plan, Stage
 from .core.planner import dealt_anew
+from .core.schedule import Action
 from .core.seat import (
     Applied,
     Apply,
@@ -22,6 +26,7 @@ from .core.seat import (
     Rollback,
     Seat,
 )
+from .core.staging import Staging
 from .errors import LoopError
 from .exchange import exchange_alone
 from .records import RecentLosses, mean_values
@@ -29,6 +34,7 @@ from .sums import StepSums
 
 if TYPE_CHECKING:
     from .local_saving import LocalSaving
+    from .stage_side import StageSide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,9 @@ class Loop:
     """Values that must be equal on all ranks in every step: learning rates, scheduler and step counters."""
     leave: Callable[[], None]
     """Take off all that the loop has put around torch and the user's objects, wherever it stands."""
+    stage: StageSide | None = None
+    """Of a pipeline, what this rank holds of it."""
+    shape: PipelineShape | None = None
 
 
 class Team(Protocol):
@@ -53,6 +62,7 @@ class Team(Protocol):
     generation: int
     step: int
     workers: tuple[int, int]
+    reduction: Literal["exact", "fast"]
     skipped: tuple[int, ...]
     """Positions in the data that are left out, ascending."""
 
@@ -64,6 +74,20 @@ class Team(Protocol):
 
     def park(self) -> None:
         """The user's code has been left, the step dropped. Blocks until a snapshot has taken its place."""
+
+    def next_of(self, choose: Callable[[frozenset[int]], Action | None]) -> Action | Apply | Park:
+        """The same for a stage of a pipeline. choose: of own micro-batches that are not folded yet, what is ready to be
+        done; asked again whenever something has come from other stages."""
+
+    def wait_for(self, ready: Callable[[], bool]) -> bool:
+        """Blocks until this is so; asked again whenever something has come from other ranks. False if the step is to be
+        given up meanwhile."""
+
+    def parked(self) -> bool:
+        """Whether the step is to be given up, and `park` called."""
+
+    def post(self) -> Post | None:
+        """What a pipeline's stages send each other goes over this; None where there are no others."""
 
     def leaves(self) -> tuple[int, ...]:
         """The micro-batches this rank owns in this and the following steps, as far as is known."""
@@ -96,6 +120,7 @@ class Alone:
     size: int = 1
     generation: int = 1
     workers: tuple[int, int] = (1, 1)
+    reduction: Literal["exact", "fast"] = "exact"
     skipped: tuple[int, ...] = ()
     _seat: Seat = field(default_factory=lambda: Seat(member=1))
     _loop: Loop | None = None
@@ -109,6 +134,10 @@ class Alone:
     def enter(self, loop: Loop) -> None:
         self._loop = loop
         step = 0
+        if loop.stage is not None:
+            if loop.stage.shards is not None:
+                loop.stage.shards.deal(self._plan())
+            loop.stage.bring(self._plan(), 0, initial=True)
         if self.saving is not None:
             step, self.skipped = self.saving.resume(self._objects())
         self._sit_down(step)
@@ -118,12 +147,16 @@ class Alone:
         return {**self._loop.objects(), "run.losses": self._recent}
 
     def _sit_down(self, step: int) -> None:
+        plan = self._plan()
         self._seat = Seat(member=1, step=step, complete=step - 1)
-        self._seat.handle(PlanArrived(plan=self._plan()))
+        self._seat.handle(PlanArrived(plan=plan))
+        if self._loop is not None and self._loop.stage is not None:
+            self._loop.stage.settle(plan, 0)
         self._seat.handle(Formed(generation=1, complete=step - 1))
 
     def _plan(self) -> Plan:
         assert self._loop is not None
+        shape = self._loop.shape
         place = Place(member=1, node="here", address=Address(host="", port=0))
         return dealt_anew(
             generation=1,
@@ -133,6 +166,7 @@ class Alone:
             joiners=[],
             micro_batches=self._loop.sums.micro_batches,
             reason="a run in one process",
+            staging=_all_layers(len(shape.layer_bytes), self._loop.sums.micro_batches) if shape else None,
         )
 
     def leaves(self) -> tuple[int, ...]:
@@ -149,6 +183,14 @@ class Alone:
         assert isinstance(todo, Compute | Apply), todo
         return todo
 
+    def next_of(self, choose: Callable[[frozenset[int]], Action | None]) -> Action | Apply | Park:
+        todo = self.next()
+        if not isinstance(todo, Compute):
+            return todo
+        action = choose(self._seat.work - self._seat.folded)
+        assert action is not None, "one process has all that it needs"
+        return action
+
     def roll_back(self, rollback: Rollback) -> None:
         """Only what was asked for by itself: the state has not been touched by the step, so it stays."""
         if rollback.skip_from is None:
@@ -160,6 +202,16 @@ class Alone:
 
     def park(self) -> None:
         raise AssertionError("a run in one process never parks")
+
+    def wait_for(self, ready: Callable[[], bool]) -> bool:
+        assert ready(), "one process waits for nobody"
+        return True
+
+    def parked(self) -> bool:
+        return False
+
+    def post(self) -> Post | None:
+        return None
 
     def folded(self, leaf: int) -> None:
         self._seat.handle(LeafFolded(step=self._seat.step, leaf=leaf))
@@ -186,6 +238,16 @@ class Alone:
         """This process goes on without the run: nothing of its loop may stay."""
         if self._loop is not None:
             self._loop.leave()
+
+
+def _all_layers(layers: int, micro_batches: int) -> Staging:
+    return Staging(
+        seated=(1,),
+        stages=(Stage(first=0, stop=layers, ranks=(0,)),),
+        leaves=(tuple(range(micro_batches)),),
+        slowest_s=0.0,
+        reason="",
+    )
 
 
 def mean(values: list[float]) -> float:

@@ -74,7 +74,7 @@ class RankBody:
             self._host.tell(ReturnValue(member=self._host.member, value=value))
             self._member.returned(digest)
 
-    def _train(self) -> tuple[bytes, str]:
+    def _train(self) -> tuple[bytes, Any]:
         import torch
 
         torch.set_num_threads(self._job.settings.threads)
@@ -96,7 +96,7 @@ class RankBody:
         self._member.repeat_records()
 
 
-def call(function: bytes, team: Any, settings: Settings, device: Any) -> tuple[Any, str]:
+def call(function: bytes, team: Any, settings: Settings, device: Any) -> tuple[Any, Any]:
     """Run the user's function on this team; its value, and the digest of the state it ended with."""
     from .run import Run
 

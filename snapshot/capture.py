@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from snapshot.absent import PLAIN
+from snapshot.memory import Place, address_of, dense_of, describe, place_of
 from snapshot.sharded import is_sharded, local_of, place_of_any, shard_of
 from snapshot.skeleton import Skeleton, TensorSpec
-from snapshot.table import DTYPES, Place, StateTable, describe, memory_order, place_of
+from snapshot.table import DTYPES, StateTable
 from snapshot.tree import Json, encode
 
 if TYPE_CHECKING:
@@ -210,7 +212,7 @@ class Capturing:
         held = base.tensors[index] if base and index < self._first else self.tensors[index - self._first]
         # The table refers to it, and has no copy. Not a DTensor: torch counts no writes to its local tensor, so who
         # copies that while it may change would not find out that it did.
-        if held.data_ptr() == tensor.data_ptr() and not is_sharded(tensor):
+        if not is_sharded(tensor) and address_of(held) == address_of(tensor):
             self.calm.add(index)
         return index
 
@@ -218,7 +220,7 @@ class Capturing:
         return ("tensor", self.calmly(path, value)) if isinstance(value, Tensor) else self._leaf(path, value)
 
     def tensor(self, path: str, tensor: Tensor) -> int:
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        plain = type(tensor) in PLAIN and tensor.layout is torch.strided
         if not plain and is_sharded(tensor):
             return self._shard(path, tensor)
         if not plain or tensor.is_meta or _dtype_name(tensor.dtype) not in DTYPES:
@@ -227,7 +229,7 @@ class Capturing:
 
     def _shard(self, path: str, tensor: "DTensor") -> int:
         local = local_of(tensor)
-        plain = type(local) in (Tensor, nn.Parameter) and local.layout is torch.strided
+        plain = type(local) in PLAIN and local.layout is torch.strided
         if not plain or local.is_meta or _dtype_name(local.dtype) not in DTYPES:
             raise _refusal(f"{path}: local tensor", local)
         return self._number(path, tensor, place_of_any(tensor))
@@ -276,16 +278,6 @@ class Capturing:
         if isinstance(value, torch.device):
             return "device", str(value)
         return None
-
-
-def dense_of(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The tensor itself if it has its bytes for itself, else a copy; and how its axes lie in memory."""
-    dense = tensor.detach().resolve_conj().resolve_neg()
-    order = memory_order(dense)
-    if order is None:
-        dense = dense.clone(memory_format=torch.contiguous_format)
-        order = tuple(range(dense.dim()))
-    return dense, order
 
 
 def _is_portable(dtype: np.dtype[Any]) -> bool:

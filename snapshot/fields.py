@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from snapshot.core.inventory import NodeImage, ParityFound, ShardFound, SnapshotKey
+from snapshot.core.ranges import Range
 from snapshot.core.stripes import Group
 
 Fields: TypeAlias = "dict[str, Any]"
@@ -34,7 +35,7 @@ def group_from(value: object) -> Group:
 
 
 def image_fields(image: NodeImage) -> Fields:
-    shards = [[s.rank, s.world, s.start, s.stop, s.state_bytes, s.skeleton] for s in image.shards]
+    shards = [[s.rank, s.world, [list(each) for each in s.ranges], s.state_bytes, s.skeleton] for s in image.shards]
     return {"node": image.node, "image_bytes": image.image_bytes, "shards": shards}
 
 
@@ -95,13 +96,17 @@ def sequence(value: object, name: str, length: int | None = None) -> list[Any]:
     return value
 
 
+def _range_from(value: object) -> Range:
+    start, stop = sequence(value, "shard: ranges", 2)
+    return whole(start, "shard: ranges"), whole(stop, "shard: ranges")
+
+
 def _shard_from(value: object) -> ShardFound:
-    rank, world, start, stop, state_bytes, skeleton = sequence(value, "shard", 6)
+    rank, world, ranges, state_bytes, skeleton = sequence(value, "shard", 5)
     return ShardFound(
         rank=whole(rank, "shard: rank"),
         world=whole(world, "shard: world"),
-        start=whole(start, "shard: start"),
-        stop=whole(stop, "shard: stop"),
+        ranges=tuple(_range_from(each) for each in sequence(ranges, "shard: ranges")),
         state_bytes=whole(state_bytes, "shard: state_bytes"),
         skeleton=text(skeleton, "shard: skeleton"),
     )

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from snapshot.absent import is_absent
 from snapshot.core.chunks import chunk_ends
+from snapshot.core.ranges import Ranges, size_of
 from snapshot.skeleton import TensorSpec
 
 if TYPE_CHECKING:
@@ -19,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FrontShare:
-    """A byte range of a table's front as 1-D uint8 views, in order. The same object: the same views.
+    """Byte ranges of a table's front as 1-D uint8 views, in order. The same object: the same views.
 
     sizes: bytes of each view.
-    calm: (which view, view) of the tensors that only an optimizer's step changes; watched: those tensors.
+    calm: (which view, view) of the tensors that only an optimizer's step changes; watched: those tensors, or parts.
     moving: (which view, place, first byte in its tensor) of all others, which `moving_views` makes.
     """
 
@@ -33,9 +35,7 @@ class FrontShare:
     moving: tuple[tuple[int, int, int], ...]
 
     def moving_views(self, table: "StateTable") -> list[Tensor]:
-        return [
-            bytes_of(table.tensors[place])[begin : begin + self.sizes[which]] for which, place, begin in self.moving
-        ]
+        return [table.view(place, begin, self.sizes[which]) for which, place, begin in self.moving]
 
 
 class Front:
@@ -46,33 +46,35 @@ class Front:
 
     def __init__(self, specs: Sequence[TensorSpec], tensors: list[Tensor], calm: frozenset[int]) -> None:
         self.tensors, self.calm = tensors, calm
+        self.is_whole = not any(map(is_absent, tensors))
         self.offsets = tuple(accumulate((spec.nbytes for spec in specs), initial=0))
         self.ends = chunk_ends_of(specs)
-        self._share: tuple[tuple[int, int], FrontShare] | None = None
+        self._share: tuple[Ranges, FrontShare] | None = None
 
     @property
     def nbytes(self) -> int:
         return self.offsets[-1]
 
-    def share(self, table: "StateTable", start: int, stop: int) -> FrontShare:
-        """Kept until another range is asked for: a rank has the same share in step after step."""
-        if self._share is None or self._share[0] != (start, stop):
-            self._share = (start, stop), self._cut(table, start, stop)
+    def share(self, table: "StateTable", ranges: Ranges) -> FrontShare:
+        """Kept until other ranges are asked for: a rank has the same share in step after step."""
+        if self._share is None or self._share[0] != ranges:
+            self._share = ranges, self._cut(table, ranges)
         return self._share[1]
 
-    def _cut(self, table: "StateTable", start: int, stop: int) -> FrontShare:
-        pieces = list(table.numbered_pieces(start, stop))
-        first = pieces[0][0] if pieces else 0
+    def _cut(self, table: "StateTable", ranges: Ranges) -> FrontShare:
+        pieces: list[tuple[int, int, Tensor]] = []
+        for start, stop in ranges:
+            at = start
+            for place, piece in table.numbered_pieces(start, stop):
+                pieces.append((place, at - self.offsets[place], piece))
+                at += piece.numel()
+        numbered = list(enumerate(pieces))
         return FrontShare(
-            nbytes=stop - start,
-            sizes=tuple(piece.numel() for _, piece in pieces),
-            calm=tuple((which, piece) for which, (place, piece) in enumerate(pieces) if place in self.calm),
-            watched=tuple(self.tensors[place] for place, _ in pieces if place in self.calm),
-            moving=tuple(
-                (which, place, start - self.offsets[place] if place == first else 0)
-                for which, (place, _) in enumerate(pieces)
-                if place not in self.calm
-            ),
+            nbytes=size_of(ranges),
+            sizes=tuple(piece.numel() for _, _, piece in pieces),
+            calm=tuple((which, piece) for which, (place, _, piece) in numbered if place in self.calm),
+            watched=tuple(table.watched(place, piece) for place, _, piece in pieces if place in self.calm),
+            moving=tuple((which, place, begin) for which, (place, begin, _) in numbered if place not in self.calm),
         )
 
 

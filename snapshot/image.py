@@ -188,8 +188,7 @@ def _shard(head: SlotHead) -> ShardFound:
     return ShardFound(
         rank=head.rank,
         world=head.world,
-        start=head.start,
-        stop=head.stop,
+        ranges=head.ranges,
         state_bytes=head.state_bytes,
         skeleton=head.skeleton,
     )

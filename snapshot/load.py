@@ -5,6 +5,9 @@ Three phases. Everything is checked and planned; then the objects that judge for
 a mismatch changes nothing. Tensors keep their identity, device and requires_grad wherever one of the right
 shape and dtype is already there, and what shared a tensor when captured shares one again.
 
+Where the state is spread over ranks, the objects say what of it is needed: a tensor of theirs that is absent or held
+in part (see `snapshot.absent`) stays so, and takes only the bytes that it holds. What else the table has is left alone.
+
 Optimizers are not restored through `Optimizer.load_state_dict`: it casts fp32 state to the dtype of a bf16
 parameter.
 """
@@ -19,10 +22,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from snapshot.absent import absent_like, hold_parts, is_absent, parts_of
 from snapshot.capture import buffer_places, kind_of, parts_with_extra_state
+from snapshot.memory import Place
+from snapshot.partial import fillings, not_here
 from snapshot.sharded import describe_any, distributed, fill, has_layout, local_of, place_of_any
 from snapshot.skeleton import TensorSpec
-from snapshot.table import Place, StateTable
+from snapshot.table import StateTable
 from snapshot.tree import DecodeLeaf, Json, decode
 
 _KINDS = ("module", "optimizer", "values", "object")
@@ -201,7 +207,7 @@ class _Loading:
             raise ValueError(f"{path}: expected it tied to {tied}, found a tensor of its own in the table")
         if known is None:
             self._targets[index] = target
-            self._copies.append((target, source))
+            self._copies.extend(fillings(path, target, source))
 
     def tensor(self, index: int, current: object, device: torch.device, beside: object = None) -> Tensor:
         """The tensor that takes the stored one's place: the current one if it fits, else a new one.
@@ -220,15 +226,27 @@ class _Loading:
             if known is None and same and not overlaps and place not in self._claimed:
                 self._claimed[place] = index
                 self._targets[index] = current
-                self._copies.append((current, source))
+                self._copies.extend(fillings(spec.name, current, source))
                 return current
         if known is None:
             known = self._targets[index] = self._new(index, device, current, beside)
         return known
 
     def _new(self, index: int, device: torch.device, *likes: object) -> Tensor:
-        spec, local = self._table.layout.tensors[index], self.source(index).to(device, copy=True)
+        spec, source = self._table.layout.tensors[index], self.source(index)
+        if is_absent(source):
+            return self._new_absent(index, device)
+        local = source.to(device, copy=True)
         return local if spec.shard is None else distributed(local, spec, likes)
+
+    def _new_absent(self, index: int, device: torch.device) -> Tensor:
+        """With the parts that the table holds."""
+        spec, source = self._table.layout.tensors[index], self.source(index)
+        if spec.shard is not None:
+            raise not_here(spec.name)
+        tensor = absent_like(source, device)
+        hold_parts(tensor, [(first, part.to(device, copy=True)) for first, part in parts_of(source)])
+        return tensor
 
     def tree(
         self,
@@ -257,6 +275,8 @@ class _Loading:
                 spec = self._table.layout.tensors[index]
                 if spec.shard is not None and isinstance(here, Tensor) and not has_layout(here, spec.shard):
                     raise self.misfit(spec.name, index, here)
+                if is_absent(self.source(index)):
+                    raise not_here(spec.name)
                 made[index] = self._new(index, _default_device(spec, None), here)
             return made[index]
 
@@ -289,7 +309,10 @@ def leaf_decoder(place: Callable[[int, object], Tensor]) -> DecodeLeaf:
             case "tensor":
                 return place(payload, current)
             case "array":
-                return place(payload, None).cpu().numpy()
+                tensor = place(payload, None)
+                if is_absent(tensor):
+                    raise not_here(f"an array of shape {tuple(tensor.shape)}")
+                return tensor.cpu().numpy()
             case "scalar":
                 dtype, data = payload
                 return np.frombuffer(bytes.fromhex(data), dtype)[0]

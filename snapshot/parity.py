@@ -34,7 +34,7 @@ from snapshot.room import reserve
 from snapshot.slot import PAGE_BYTES, fence, pack_sums, padded
 from snapshot.tree import to_bytes
 
-FORMAT = 1
+FORMAT = 2
 HEAD_BYTES = 128 << 10
 """Enough for some thousand shards."""
 SUMMED_BYTES = 1 << 20

@@ -13,6 +13,7 @@ import xxhash
 
 from snapshot.coding import CodingError, Decoder
 from snapshot.core.manifest import ShardManifest
+from snapshot.core.ranges import cuts_of
 from snapshot.files import Files
 
 PIECE_BYTES = 4 << 20
@@ -39,8 +40,14 @@ class StoredShard:
         self.name = name
         self.shard = shard
         self._files = files
+        self.ranges = shard.ranges
         self.ends = tuple(chunk.end for chunk in shard.chunks)
         self.stored_ends = shard.stored_ends
+
+    def segments(self) -> Iterator[tuple[int, int, int]]:
+        """Bytes (start, stop) of the state that it has, and the first one's offset in the share."""
+        for (start, stop), end in zip(self.ranges, cuts_of(self.ranges), strict=True):
+            yield start, stop, end - (stop - start)
 
     def span(self, number: int) -> tuple[int, int]:
         """A chunk's bytes in the share."""

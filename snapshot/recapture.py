@@ -18,11 +18,13 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from snapshot.capture import Capturing, capture_steady, capture_upon, capture_values, dense_of, kind_of
+from snapshot.absent import is_absent
+from snapshot.capture import Capturing, capture_steady, capture_upon, capture_values, kind_of
 from snapshot.front import Front
+from snapshot.memory import address_of, dense_of, place_of
 from snapshot.sharded import is_sharded, local_of, place_of_any
 from snapshot.skeleton import Skeleton, spelled, spelled_specs
-from snapshot.table import StateTable, place_of
+from snapshot.table import StateTable
 from snapshot.tree import Json, to_bytes
 from snapshot.watch import Changed, Memory, WatchedModule, WatchedOptimizer
 
@@ -73,7 +75,7 @@ class _Known:
         self._layouts = {place[2:] for place in steady.index}
         # What has gaps in memory, so that the table has a copy.
         pairs = zip(map(local_of, steady.originals), steady.tensors, strict=True)
-        self._copied = [number for number, (own, held) in enumerate(pairs) if own.data_ptr() != held.data_ptr()]
+        self._copied = [number for number, (own, held) in enumerate(pairs) if address_of(own) != address_of(held)]
         self._calm = steady.all_calm()
         self._specs, self._spelled_specs = tuple(steady.specs), spelled_specs(steady.specs)
         self._front = Front(steady.specs, steady.tensors, self._calm)
@@ -121,6 +123,8 @@ class _Known:
         if (
             type(buffer) is not type(former)
             or is_sharded(buffer)
+            or is_absent(buffer)
+            or is_absent(former)
             or buffer.layout is not former.layout
             or buffer.numel() == 0
         ):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from snapshot.memory import Place, describe, place_of
 from snapshot.skeleton import ShardSpec, TensorSpec
-from snapshot.table import Place, describe, place_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement

@@ -11,6 +11,7 @@ import xxhash
 
 from snapshot.coding import Encoded, Encoder
 from snapshot.core.manifest import StoredChunk
+from snapshot.core.ranges import byte_at
 from snapshot.skeleton import Skeleton
 from snapshot.slot import RottenSlot, SlotHead
 
@@ -47,7 +48,7 @@ class ShareParts:
         layout = Skeleton.from_bytes(bytes(self._skeleton))
         offsets, ready = layout.offsets, bytearray()
         for begin, end, total in self._checked():
-            tensor = layout.tensors[bisect_right(offsets, self._head.start + begin) - 1]
+            tensor = layout.tensors[bisect_right(offsets, byte_at(self._head.ranges, begin)) - 1]
             encoded = encoder.encode(self._share[begin:end], tensor.itemsize)
             self._note(end, total, encoded)
             ready += encoded.data

@@ -24,10 +24,11 @@ from typing import Any
 
 import xxhash
 
+from snapshot.core.ranges import Ranges, check_ranges, cuts_of
 from snapshot.tree import to_bytes
 
 PAGE_BYTES = 4096
-FORMAT = 1
+FORMAT = 2
 HEAD_LIMIT_BYTES = 16 << 20
 SUM_BYTES = 8
 
@@ -66,8 +67,8 @@ class SlotHead:
 
     run, attempt, branch, generation, step: which snapshot; the state at the start of `step`.
     member: the incarnation that wrote it. rank, world: whose share, of how many.
-    start, stop: the share, as bytes of the concatenation of all tensors, which has state_bytes.
-    chunks: where each chunk of the payload ends, in bytes, ascending; the first is the skeleton.
+    ranges: the share: which bytes of the concatenation of all tensors, which has state_bytes; see `core.ranges`.
+    chunks: where each chunk of the payload ends, in bytes, ascending; the first is the skeleton, none spans two ranges.
     skeleton: digest of the skeleton, in hexadecimal.
     durable: it is to be made so: the keeper writes it to storage.
     """
@@ -80,8 +81,7 @@ class SlotHead:
     member: int
     rank: int
     world: int
-    start: int
-    stop: int
+    ranges: Ranges
     state_bytes: int
     chunks: tuple[int, ...]
     skeleton: str
@@ -101,8 +101,10 @@ class SlotHead:
             raise ValueError(f"slot head: durable: {self.durable!r:.80} is neither true nor false")
         if self.rank >= self.world:
             raise ValueError(f"slot head: rank: {self.rank} is not within 0..{self.world - 1}")
-        if not self.start <= self.stop <= self.state_bytes:
-            raise ValueError(f"slot head: share {self.start}..{self.stop} is not within 0..{self.state_bytes}")
+        try:
+            check_ranges(self.ranges, self.state_bytes)
+        except ValueError as error:
+            raise ValueError(f"slot head: {error}") from error
         self._check_chunks()
 
     def _check_chunks(self) -> None:
@@ -112,8 +114,15 @@ class SlotHead:
             raise ValueError(f"slot head: chunks: the first must be the skeleton, 0..{self.skeleton_bytes}")
         if any(end <= former for former, end in zip(self.chunks, self.chunks[1:], strict=False)):
             raise ValueError("slot head: chunks: the ends do not ascend")
-        if self.chunks[-1] != self.skeleton_bytes + self.stop - self.start:
+        cuts = [self.skeleton_bytes + end for end in (0, *cuts_of(self.ranges))]
+        if self.chunks[-1] != cuts[-1]:
             raise ValueError(f"slot head: chunks: they end at {self.chunks[-1]}, not with the share")
+        if len(cuts) > 2 and not set(self.chunks).issuperset(cuts):
+            raise ValueError("slot head: chunks: one spans two ranges")
+
+    @property
+    def share_bytes(self) -> int:
+        return self.payload_bytes - self.skeleton_bytes
 
     @property
     def payload_bytes(self) -> int:
@@ -126,7 +135,8 @@ class SlotHead:
 
     def to_bytes(self) -> bytes:
         """Raises ValueError if there are so many chunks that no reader would accept them."""
-        data = to_bytes({name: getattr(self, name) for name in self.__slots__} | {"chunks": list(self.chunks)})
+        lists = {"chunks": list(self.chunks), "ranges": [list(each) for each in self.ranges]}
+        data = to_bytes({name: getattr(self, name) for name in self.__slots__} | lists)
         if len(data) > HEAD_LIMIT_BYTES:
             raise ValueError(f"slot head: chunks: {len(self.chunks)} need more than {HEAD_LIMIT_BYTES} bytes")
         return data
@@ -138,7 +148,7 @@ class SlotHead:
             raise ValueError(f"slot head: {len(data)} bytes, more than {HEAD_LIMIT_BYTES}")
         try:
             node: Any = json.loads(data)
-            head = cls(**{**node, "chunks": tuple(node["chunks"])})
+            head = cls(**{**node, "chunks": tuple(node["chunks"]), "ranges": tuple(map(tuple, node["ranges"]))})
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not the head of a slot: {error!r:.200}") from error
         if head.to_bytes() != data:
@@ -146,7 +156,8 @@ class SlotHead:
         return head
 
 
-_COUNTS = tuple(name for name in SlotHead.__slots__ if name not in ("run", "chunks", "skeleton", "durable"))
+_OTHERS = ("run", "ranges", "chunks", "skeleton", "durable")
+_COUNTS = tuple(name for name in SlotHead.__slots__ if name not in _OTHERS)
 _DIGEST = re.compile("[0-9a-f]{8,128}")
 
 

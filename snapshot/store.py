@@ -70,7 +70,7 @@ def write_shard(
     parts = ShareParts(head, payload, sums, pause)
     file = shard_file(head.rank, head.world)
     source: Iterator[Part] = parts.plain() if compression is None else parts.packed(Encoder(compression))
-    file_bytes = files.write(f"{folder}/{file}", ahead(source), at_most_bytes=head.stop - head.start)
+    file_bytes = files.write(f"{folder}/{file}", ahead(source), at_most_bytes=head.share_bytes)
     if head.rank == 0:
         files.write(f"{folder}/{SKELETON}", [skeleton])
     same = {name: getattr(head, name) for name in _SAME}

@@ -12,6 +12,7 @@ from threading import Lock
 
 from snapshot.core.manifest import Manifest
 from snapshot.core.names import MANIFEST, SKELETON, is_temporary, shard_file, shard_manifest
+from snapshot.core.ranges import byte_at
 from snapshot.core.spelling import ManifestError
 from snapshot.files import Files, StorageError
 from snapshot.manifests import read_manifest, read_shards, read_skeleton
@@ -55,7 +56,9 @@ class Stored:
         self._files = files
         self._offsets = skeleton.offsets
         self._shards = shards
-        self._stops = [shard.shard.stop for shard in shards]
+        self._segments = sorted((*each, number) for number, shard in enumerate(shards) for each in shard.segments())
+        """Bytes (start, stop) of the state, the first one's offset in a share, and which shard's this is."""
+        self._stops = [stop for _, stop, *_ in self._segments]
 
     @classmethod
     def open(cls, files: Files, found: Found | str) -> Stored:
@@ -126,7 +129,9 @@ class Stored:
                     progress(done, total)
 
         jobs = (
-            (shard, run) for shard in self._shards for run, _ in shard.runs(range(len(shard.ends)), 0, shard.shard.stop)
+            (shard, run)
+            for shard in self._shards
+            for run, _ in shard.runs(range(len(shard.ends)), 0, shard.shard.share_bytes)
         )
         in_threads(check, jobs, self._threads(total))
         return sorted(bad, key=lambda each: (each.file, each.chunk or 0))
@@ -134,7 +139,7 @@ class Stored:
     def check(self, start: int, stop: int) -> None:
         """Raises RottenCheckpoint if a chunk that has some of these bytes is not as it was written."""
         for shard, first, last in self._overlaps(start, stop):
-            for run, _ in shard.runs(shard.within(first, last), 0, shard.shard.stop):
+            for run, _ in shard.runs(shard.within(first, last), 0, shard.shard.share_bytes):
                 for _, found in shard.read_coded(run):
                     if isinstance(found, RottenChunk):
                         raise RottenCheckpoint(str(self._bad(shard, found))) from found
@@ -173,14 +178,14 @@ class Stored:
             filled += last - first
 
     def _overlaps(self, start: int, stop: int) -> Iterator[tuple[StoredShard, int, int]]:
-        """The shards that have some of these bytes, and which of theirs."""
-        number = bisect_right(self._stops, start)
+        """The shards that have some of these bytes, and which of their share they are."""
+        position = bisect_right(self._stops, start)
         while start < stop:
-            shard = self._shards[number]
-            end = min(stop, shard.shard.stop)
+            begin, end, offset, number = self._segments[position]
+            end = min(stop, end)
             if start < end:
-                yield shard, start - shard.shard.start, end - shard.shard.start
-            start, number = end, number + 1
+                yield self._shards[number], offset + start - begin, offset + end - begin
+            start, position = end, position + 1
 
     def _read(self, piece: Piece) -> None:
         try:
@@ -190,7 +195,8 @@ class Stored:
 
     def _bad(self, shard: StoredShard, rotten: RottenChunk) -> BadChunk:
         begin, end = shard.span(rotten.number)
-        tensors = self.tensors(shard.shard.start + begin, shard.shard.start + end)
+        at = byte_at(shard.ranges, begin)
+        tensors = self.tensors(at, at + end - begin)
         return BadChunk(file=shard.name, chunk=rotten.number, tensors=tensors, why=rotten.why)
 
     def _strangers(self) -> list[BadChunk]:

@@ -1,17 +1,19 @@
 """A state as a table: a skeleton, and the tensors that hold its bytes."""
 
-from bisect import bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
-from typing import TypeAlias
+from itertools import accumulate, islice, pairwise
 
 import torch
 import xxhash
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from snapshot.absent import absent_like, hold_parts, is_absent, parts_of
+from snapshot.core.digest import state_digest
+from snapshot.core.ranges import Ranges, clipped, holds, merged
 from snapshot.front import Front, FrontShare, bytes_of, chunk_ends_of
+from snapshot.memory import describe, memory_order
 from snapshot.skeleton import Skeleton, TensorSpec
 
 # Not the quantized and sub-byte ones, whose bytes torch does not copy.
@@ -35,7 +37,8 @@ class StateTable:
         bytes.
     tensors: each once, in the layout's order; references into the captured objects, not copies, so the
         table shows later changes until it is read. Only a tensor with gaps or overlaps in memory (a slice, an
-        expanded one) is copied, once, by `capture`; it shows no later changes.
+        expanded one) is copied, once, by `capture`; it shows no later changes. Some may be absent, or held in part
+        (see `snapshot.absent`): the rest of the state is on other ranks.
     calm: places of the tensors that only an optimizer's step changes: parameters and optimizer state.
     """
 
@@ -83,6 +86,25 @@ class StateTable:
     def nbytes(self) -> int:
         return self._offsets[-1]
 
+    def held_ranges(self) -> Ranges:
+        """Which bytes of the concatenation are here."""
+        return merged(
+            (offset + begin, offset + end)
+            for tensor, offset in zip(self.tensors, self._offsets, strict=False)
+            for begin, end, _ in _spans(tensor)
+        )
+
+    def held(self, start: int, stop: int) -> bool:
+        """Whether all of bytes start..stop are here."""
+        return self.is_whole or holds(self.held_ranges(), start, stop)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all bytes are here."""
+        if self._front is None:
+            return not any(map(is_absent, self.tensors))
+        return self._front.is_whole and not any(map(is_absent, self.tensors[len(self._front.tensors) :]))
+
     @property
     def front(self) -> Front | None:
         """What this table has in common with those before and after it, if anything."""
@@ -96,20 +118,22 @@ class StateTable:
         behind = chunk_ends_of(self.layout.tensors[len(front.tensors) :])
         return (*front.ends, *(front.nbytes + end for end in behind))
 
-    def front_share(self, start: int, stop: int) -> FrontShare:
-        """The first part of bytes start..stop, ready made; `numbered_pieces` has what follows.
+    def front_share(self, ranges: Ranges) -> tuple[FrontShare, Ranges]:
+        """The first part of these bytes, ready made, and the ranges of what follows, for `numbered_pieces`.
 
         The part is empty if this table has nothing in common with others.
         """
-        if self._front is None or start >= self._front.nbytes:
-            return FrontShare(nbytes=0, sizes=(), calm=(), watched=(), moving=())
-        return self._front.share(self, start, min(stop, self._front.nbytes))
+        edge = 0 if self._front is None else self._front.nbytes
+        inside, behind = clipped(ranges, 0, edge), clipped(ranges, edge, self.nbytes)
+        if self._front is None or not inside:
+            return FrontShare(nbytes=0, sizes=(), calm=(), watched=(), moving=()), behind
+        return self._front.share(self, inside), behind
 
     def pieces(self, start: int, stop: int) -> Iterator[Tensor]:
         """1-D uint8 views that cover bytes start..stop of the concatenation of all tensors, in order.
 
         They lie on their tensors' devices. Writing into them writes the table's tensors: so a receiver fills
-        a table made by `empty`.
+        a table made by `empty`. The caller owes that all of the range is `held`.
         """
         for _, piece in self.numbered_pieces(start, stop):
             yield piece
@@ -121,37 +145,100 @@ class StateTable:
         position = bisect_right(self._offsets, start) - 1
         while start < stop:
             offset, end = self._offsets[position], min(stop, self._offsets[position + 1])
-            if start < end:
+            if start < end and is_absent(self.tensors[position]):
+                yield from ((position, piece) for piece in self._bytes_in_parts(position, start - offset, end - offset))
+            elif start < end:
                 yield position, bytes_of(self.tensors[position])[start - offset : end - offset]
             start, position = max(start, end), position + 1
 
+    def view(self, place: int, start: int, length: int) -> Tensor:
+        """These bytes of a tensor, all of it or all in one part that is held."""
+        if is_absent(self.tensors[place]):
+            return next(self._bytes_in_parts(place, start, start + length))
+        return bytes_of(self.tensors[place])[start : start + length]
+
+    def watched(self, place: int, piece: Tensor) -> Tensor:
+        """Whose writes are those to a piece of this tensor: what torch counts them for."""
+        return piece if is_absent(self.tensors[place]) else self.tensors[place]
+
+    def _bytes_in_parts(self, position: int, start: int, stop: int) -> Iterator[Tensor]:
+        """Bytes of a tensor that is held in part."""
+        for begin, end, part in _spans(self.tensors[position]):
+            if begin <= start < min(end, stop):
+                yield bytes_of(part)[start - begin : min(end, stop) - begin]
+                start = min(end, stop)
+        assert start == stop, f"bytes {start}..{stop} of {self.layout.tensors[position].name} are not held here"
+
     def digest(self) -> str:
-        """xxh3_128 over the skeleton and every byte, in hexadecimal. Tensors not in CPU memory are copied."""
-        hashed = xxhash.xxh3_128(self.skeleton)
-        for piece in self.pieces(0, self.nbytes):
-            hashed.update(piece.cpu().numpy().data)
-        return hashed.hexdigest()
+        """See `state_digest`. Tensors not in CPU memory are copied. The caller owes that the table is whole."""
+        assert self.is_whole, "a digest takes all bytes of the state; some are not held here"
+        return state_digest(self.skeleton, self.chunk_digests(0, self.nbytes))
+
+    def chunk_digests(self, start: int, stop: int) -> bytes:
+        """The xxh3_128 of each chunk of bytes start..stop, one after the other. They are whole, and held here."""
+        ends = (0, *self.chunk_ends())
+        cuts = ends[bisect_left(ends, start) : bisect_right(ends, stop)] if start < stop else ()
+        assert start == stop or (cuts[0], cuts[-1]) == (start, stop), f"{start}..{stop} are not whole chunks"
+        digests = []
+        for begin, end in pairwise(cuts):
+            hashed = xxhash.xxh3_128()
+            for piece in self.pieces(begin, end):
+                hashed.update(piece.cpu().numpy().data)
+            digests.append(hashed.digest())
+        return b"".join(digests)
 
     @classmethod
-    def empty(cls, skeleton: bytes) -> "StateTable":
+    def empty(cls, skeleton: bytes, ranges: Ranges | None = None) -> "StateTable":
         """A table on CPU with uninitialised tensors, for a receiver to fill through `pieces`.
 
+        ranges: holds only these bytes, of whole elements; None for all.
         Raises ValueError if the skeleton is not one, or names a dtype that this torch does not have.
         """
         layout = Skeleton.from_bytes(skeleton)
         tensors = []
-        for spec in layout.tensors:
-            tensors.append(shaped(spec, torch.empty(spec.nbytes, dtype=torch.uint8)))
+        for spec, offset in zip(layout.tensors, layout.offsets, strict=False):
+            tensor = shaped(spec, torch.empty(spec.nbytes, dtype=torch.uint8))
+            held = (
+                ((offset, offset + spec.nbytes),) if ranges is None else clipped(ranges, offset, offset + spec.nbytes)
+            )
+            if not holds(held, offset, offset + spec.nbytes):
+                tensor = _part_of(tensor, [(start - offset, stop - offset) for start, stop in held])
+            tensors.append(tensor)
         return cls(layout=layout, tensors=tuple(tensors))
+
+
+def _part_of(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """One like it of which only these bytes are here, uninitialised."""
+    size, parts = tensor.element_size(), []
+    for begin, end in spans:
+        assert begin % size == end % size == 0, f"bytes {begin}..{end} of {describe(tensor)} are not whole elements"
+        parts.append((begin // size, torch.empty((end - begin) // size, dtype=tensor.dtype, device=tensor.device)))
+    partial = absent_like(tensor)
+    hold_parts(partial, parts)
+    return partial
+
+
+def _spans(tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """The bytes of a tensor that are here, and the tensor that they are all of."""
+    if not is_absent(tensor):
+        yield 0, tensor.nbytes, tensor
+        return
+    for first, part in parts_of(tensor):
+        yield first * part.element_size(), (first + part.numel()) * part.element_size(), part
 
 
 def still(table: StateTable) -> StateTable:
     """As long as no optimizer steps, it stays what it is: of all that may move meanwhile it has copies."""
-    tensors = (
-        tensor if place in table.calm else tensor.clone(memory_format=torch.preserve_format)
-        for place, tensor in enumerate(table.tensors)
-    )
+    tensors = (tensor if place in table.calm else _copied(tensor) for place, tensor in enumerate(table.tensors))
     return StateTable(layout=table.layout, tensors=tuple(tensors), calm=table.calm)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    if not is_absent(tensor):
+        return tensor.clone(memory_format=torch.preserve_format)
+    other = absent_like(tensor)
+    hold_parts(other, [(first, part.clone()) for first, part in parts_of(tensor)])
+    return other
 
 
 def shaped(spec: TensorSpec, data: Tensor) -> Tensor:
@@ -164,34 +251,3 @@ def shaped(spec: TensorSpec, data: Tensor) -> Tensor:
         raise ValueError(f"skeleton: {spec.name}: dtype {spec.dtype} of {spec.itemsize} bytes")
     in_memory = data.view(dtype).view([spec.shape[axis] for axis in spec.order])
     return in_memory.permute([spec.order.index(axis) for axis in range(len(spec.order))])
-
-
-Place: TypeAlias = "tuple[object, ...]"
-
-
-def place_of(tensor: Tensor) -> Place:
-    """Equal for two tensors that are the same elements in the same memory; if empty, the same object."""
-    if tensor.numel() == 0 or tensor.is_meta:
-        return (id(tensor),)
-    layout = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-    return (tensor.device, tensor.data_ptr(), *layout)
-
-
-def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """The axes from the outermost in memory to the innermost, or None if there are gaps or overlaps."""
-    axes = range(tensor.dim())
-    if tensor.is_contiguous():
-        return tuple(axes)
-    # The stride of an axis of size 1 says nothing and is not kept by copies: such axes come first.
-    strides = [0 if size == 1 else -stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    order = tuple(sorted(axes, key=lambda axis: (tensor.shape[axis] > 1, strides[axis], axis)))
-    return order if tensor.permute(order).is_contiguous() else None
-
-
-def describe(tensor: Tensor) -> str:
-    shape = (
-        "no shape yet"
-        if isinstance(tensor, UninitializedBuffer | UninitializedParameter)
-        else f"shape {tuple(tensor.shape)}"
-    )
-    return f"{type(tensor).__qualname__}({tensor.dtype}, {shape}, {tensor.layout}, {tensor.device})"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from snapshot.absent import is_absent, parts_of
 from snapshot.capture import (
     Capturing,
     capture_group,
@@ -44,14 +45,21 @@ class Changed(Exception):
 
 
 class Memory:
-    """Tensors, and what memory they were; for a DTensor its local tensor stands."""
+    """Tensors, and what memory they were; for a DTensor its local tensor stands.
+
+    Of absent ones only that they still are, and which parts of them are held: they have a type of their own.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         whole = list({id(tensor): tensor for tensor in tensors}.values())
-        self._at = {id(tensor): position for position, tensor in enumerate(whole)}
         self._sharded = list(filter(is_sharded, whole))
         self._parts = list(map(identity_of, self._sharded))
-        self._tensors = list(map(local_of, whole))
+        self._absent = [local for local in map(local_of, whole) if is_absent(local)]
+        self._kinds, self._held = list(map(type, self._absent)), list(map(parts_of, self._absent))
+        present = [tensor for tensor in whole if not is_absent(local_of(tensor))]
+        present.extend(part for _, part in chain.from_iterable(self._held))
+        self._at = {id(tensor): position for position, tensor in enumerate(present)}
+        self._tensors = list(map(local_of, present))
         self._former = [tensor.detach() for tensor in self._tensors]
         self._types, self._dtypes = list(map(type, self._tensors)), list(map(_DTYPE, self._tensors))
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
@@ -59,6 +67,8 @@ class Memory:
     def check(self) -> None:
         """Raises Changed unless each is, laid out alike, the same part of the same storage."""
         if not _same(map(type, self._tensors), self._types) or not _same(map(_DTYPE, self._tensors), self._dtypes):
+            raise Changed
+        if not _same(map(type, self._absent), self._kinds) or not _same(map(parts_of, self._absent), self._held):
             raise Changed
         if self._sharded:
             self._check_sharded()

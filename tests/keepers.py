@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from snapshot.core.inventory import ImageFound, Inventory, NodeImage, ParityFound, ShardFound, SnapshotKey
+from snapshot.core.ranges import merged
 from snapshot.core.stripes import Group
 
 STATE_BYTES = 1000
@@ -27,8 +28,7 @@ def images_of(image_bytes: Mapping[str, int]) -> dict[str, NodeImage]:
                 ShardFound(
                     rank=rank,
                     world=len(nodes),
-                    start=cuts[rank],
-                    stop=cuts[rank + 1],
+                    ranges=merged([(cuts[rank], cuts[rank + 1])]),
                     state_bytes=STATE_BYTES,
                     skeleton="5ce1",
                 ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import xxhash
 from snapshot.core.branches import Branch, Lineage
 from snapshot.core.chunks import chunk_ends, ends_within, share_of
 from snapshot.core.manifest import Manifest
+from snapshot.core.ranges import Ranges, merged
 from snapshot.files import Files
 from snapshot.manifests import folder_of
 from snapshot.skeleton import Skeleton, TensorSpec
@@ -54,6 +55,8 @@ class State:
     world: int = 2
     run: str = "gpt"
     token: str = TOKEN
+    spread: tuple[Ranges, ...] | None = None
+    """By rank its share; None for the usual ones."""
 
     @property
     def folder(self) -> str:
@@ -64,7 +67,8 @@ class State:
         return chunk_ends((spec.nbytes // spec.itemsize, spec.itemsize) for spec in self.skeleton.tensors)
 
     def head(self, rank: int) -> SlotHead:
-        raw, (start, stop) = self.skeleton.to_bytes(), share_of(self.ends, rank, self.world)
+        raw = self.skeleton.to_bytes()
+        ranges = merged([share_of(self.ends, rank, self.world)]) if self.spread is None else self.spread[rank]
         return SlotHead(
             run=self.run,
             attempt=self.attempt,
@@ -74,17 +78,16 @@ class State:
             member=rank + 100,
             rank=rank,
             world=self.world,
-            start=start,
-            stop=stop,
+            ranges=ranges,
             state_bytes=len(self.data),
-            chunks=(len(raw), *(len(raw) + end for end in ends_within(self.ends, start, stop))),
+            chunks=(len(raw), *(len(raw) + end for end in ends_within(self.ends, ranges))),
             skeleton=xxhash.xxh3_128_hexdigest(raw),
             skeleton_bytes=len(raw),
         )
 
     def payload(self, rank: int) -> memoryview:
-        head = self.head(rank)
-        return memoryview(self.skeleton.to_bytes() + self.data[head.start : head.stop])
+        share = b"".join(self.data[start:stop] for start, stop in self.head(rank).ranges)
+        return memoryview(self.skeleton.to_bytes() + share)
 
     def write(self, files: Files, rank: int, compression: int | None = None) -> None:
         head, payload = self.head(rank), self.payload(rank)
@@ -117,6 +120,15 @@ def state_of(step: int = 500, shapes: tuple[Shape, ...] = SMALL, **fields: objec
     )
     skeleton = Skeleton(tensors=specs, objects={"model": {"values": {"dict": [["step", step]]}}})
     return State(skeleton=skeleton, data=data, step=step, **fields)  # type: ignore[arg-type]
+
+
+def scattered(state: State, seed: int = 0) -> State:
+    """The same, each chunk in the share of any rank."""
+    chance, ends = random.Random(seed), state.ends
+    owners = [chance.randrange(state.world) for _ in ends]
+    spans = [*zip((0, *ends), ends, owners, strict=False)]
+    ranges = (merged((a, b) for a, b, owner in spans if owner == rank) for rank in range(state.world))
+    return replace(state, spread=tuple(ranges))
 
 
 def flip(path: Path, at: int, bit: int) -> None:

@@ -22,6 +22,7 @@ from snapshot.core.branches import Branch, Lineage
 from snapshot.core.election import Elected, NotRecoverable, elect
 from snapshot.core.inventory import Inventory, SnapshotKey
 from snapshot.core.lifecycle import Ordinal
+from snapshot.core.ranges import merged
 from snapshot.core.stripes import Group
 
 RUN, SECRET, SKELETON_BYTES = "gpt", "between us", 100
@@ -57,8 +58,7 @@ def head_of(ring: Ring, key: SnapshotKey, rank: int, share_bytes: int, more_byte
         member=rank + 100,
         rank=rank,
         world=world,
-        start=cuts[rank],
-        stop=cuts[rank + 1],
+        ranges=merged([(cuts[rank], cuts[rank + 1])]),
         state_bytes=cuts[-1],
         chunks=ends,
         skeleton="5ce1e704",

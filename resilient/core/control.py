@@ -58,6 +58,7 @@ from .plan import Plan
 from .restoring import Restoring
 from .seat import Rollback
 from .speeds import Speeds
+from .staging import Timings
 from .standing import Member
 from .starting import Starting
 from .storage import Storage
@@ -78,6 +79,7 @@ class Control:
     next_member: int = 1
     newest: int = 0
     chronicle: Chronicle = field(default_factory=Chronicle)
+    timings: Timings = field(default_factory=Timings)
     failures: Failures = field(init=False)
     restoring: Restoring = field(init=False)
     going_back: GoingBack = field(init=False)
@@ -173,6 +175,7 @@ class Control:
         if member.report is not None and report.serial < member.report.serial:
             return
         member.report = report
+        self.timings.take(report.member, report.layer_s)
         self.membership.changed(member)
         if report.formed and report.formed in self.plans and self._counts_as_formed(report.member, report.formed):
             self._rule(formed=self.plans[report.formed], current=self.current)
@@ -217,6 +220,7 @@ class Control:
     def _declare_gone(self, member: Member, why: str, silent_s: float, *, node_lost: bool) -> None:
         seat = self._seat_of(member)
         member.gone = True
+        self.timings.forget([member.number])
         self.membership.changed(member)
         self._unheard.discard(member.number)
         self._starting.died(member)
@@ -247,7 +251,8 @@ class Control:
     def _rank_returned(self, event: RankReturned) -> None:
         member = self.membership.members.get(event.member)
         if member is not None and not member.gone:
-            member.digest = event.digest
+            member.part = event.part
+            member.digest = event.digest if event.part is None else event.part.skeleton.hex()
             self.membership.changed(member)
 
     def _generation_created(self, event: GenerationCreated) -> None:
@@ -397,6 +402,7 @@ class Control:
             waited_s=self.for_s("enough", enough),
             may_wait_s=self.leaving.may_wait_s(self.current),
             leaf_s=self.speeds.known,
+            layer_s=self.timings.known,
             uneven=self.speeds.uneven,
         )
 

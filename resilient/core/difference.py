@@ -18,15 +18,25 @@ from .seat import Rollback
 def odd_ones(digests: Sequence[int]) -> tuple[int, ...]:
     """By rank: those whose digest is not that of the majority. None of them if there is no majority."""
     counted = Counter(digest for digest in digests if digest != NOBODYS)
+    if not counted:
+        return ()
     ((most, votes),) = counted.most_common(1)
     if 2 * votes <= counted.total():
         return ()
     return tuple(rank for rank, digest in enumerate(digests) if digest not in (NOBODYS, most))
 
 
+def odd_of_stages(plan: Plan, digests: Sequence[int]) -> tuple[int, ...]:
+    """The same stage by stage: ranks of different stages hold different parts of the state."""
+    if not plan.stages:
+        return odd_ones(digests)
+    odd = [stage.ranks[place] for stage in plan.stages for place in odd_ones([digests[rank] for rank in stage.ranks])]
+    return tuple(sorted(odd))
+
+
 def rollback_after(plan: Plan, step: int, digests: Sequence[int], verified: int) -> Rollback:
     """What all ranks ask for, who know the same. verified: newest step at whose start all held the same state."""
-    odd = odd_ones(digests)
+    odd = odd_of_stages(plan, digests)
     if odd:
         names = ", ".join(f"rank {rank} (node {plan.places[rank].node[:8]})" for rank in odd)
         what = f"{names} had another state at the start of step {step} than the majority of ranks"

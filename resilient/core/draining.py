@@ -39,8 +39,8 @@ def choose(membership: Membership, current: Plan, *, least: int, most: int, want
     """
     leavers = [member for number in current.members if (member := membership.members[number]).leaving]
     staying = current.size - len(leavers)
-    most = min(most, current.micro_batches)
-    room = most - staying if staying else min(most, current.micro_batches - 1)
+    most = min(most, current.seats)
+    room = most - staying if staying else min(most, current.seats - 1)
     joiners = membership.ready_unseated(current.ranks)[: max(0, room)]
     kept = max(least - staying - len(joiners), 0 if staying else 1)
     leavers.sort(key=lambda member: (-member.leave_by, member.node, member.number))

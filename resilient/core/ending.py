@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from snapshot.core.digest import put_together
+
 from .instructions import End
 from .membership import Membership
 from .plan import Plan
@@ -20,7 +22,15 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
     digests = sorted(seated.values("digest"))
     if len(digests) > 1:
         return End(outcome="failed", reason=f"ranks ended with different states: {', '.join(digests)}")
-    return End(outcome="finished", reason="every rank has returned", digest=digests[0])
+    digest = digests[0]
+    if plan.stages:
+        living = (membership.members[number] for number in plan.members if not membership.is_gone(number))
+        parts = [member.part for member in living if member.part is not None]
+        try:
+            digest = put_together(parts) if parts else digest
+        except ValueError as error:
+            return End(outcome="failed", reason=f"ranks ended with states that do not fit together: {error}")
+    return End(outcome="finished", reason="every rank has returned", digest=digest)
 
 
 def _somebody_is_left_alone(seated: Tally) -> bool:

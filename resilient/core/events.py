@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snapshot.core.digest import StatePart
 from snapshot.core.inventory import CheckpointFound, Inventory
 
 from .plan import Address, Plan
@@ -61,6 +62,20 @@ class NodeDrained:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineShape:
+    """What there is to know of a pipeline before it has run."""
+
+    stages: int
+    """How many the user asked for."""
+    layer_bytes: tuple[int, ...]
+    """Of each layer's parameters and buffers."""
+    rank_bytes: int | None = None
+    """The most of those that a rank may hold, if there is a limit."""
+    sharded: bool = False
+    """Whether optimizer state is in shards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankReady:
     """A rank has reached its training loop and waits to be seated (or repeats that it had)."""
 
@@ -74,6 +89,8 @@ class RankReady:
     """Digest of a fixed computation: equal digests promise equal bits."""
     probe_fields: str
     """What the digest depends on, in words, for the error message."""
+    pipeline: PipelineShape | None = None
+    """Of a model that is cut into stages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +128,14 @@ class RankFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReturned:
+    """The user's function has returned here, with the state of this digest, or with this part of it."""
+
     """The user's function has returned."""
 
     member: int
     step: int
     digest: str
+    part: StatePart | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,7 +82,7 @@ class GoingBack:
         ended = tuple(member.number for member in control.membership.members.values() if member.gone)
         control.instruct(self.restoring.ask(ended, control.now))
         if (found := self._newer_on_storage()) is not None:
-            self._begin_from(found, self.restoring.line_to_go_on(found.key.step), reason, situation)
+            self._begin_from(found, self._line_to_go_on(found.key.step), reason, situation)
         elif self._memory_has_none(lost_for_s):
             assert self.restoring.none is not None
             self._from_storage(f"{reason}, and {self.restoring.none.reason}", situation)
@@ -123,7 +123,7 @@ class GoingBack:
         if self.restoring.elected is not None and not self._storage_may_have_newer():
             why = f"{reason}; {self.restoring.elected.reason}"
             restore = self.restoring.restore()
-            self._begin(restore, self.restoring.line_to_go_on(restore.key.step), why, situation)
+            self._begin(restore, self._line_to_go_on(restore.key.step), why, situation)
 
     def _from_storage(self, reason: str, situation: recovery.Situation) -> None:
         control = self.control
@@ -136,7 +136,7 @@ class GoingBack:
         if found is None:
             control.fail(f"{reason}, and there is no checkpoint of it on storage: start again from the beginning")
         else:
-            self._begin_from(found, self.restoring.line_to_go_on(found.key.step), reason, situation)
+            self._begin_from(found, self._line_to_go_on(found.key.step), reason, situation)
 
     def _storage_answers(self, reason: str) -> bool:
         control = self.control
@@ -155,6 +155,8 @@ class GoingBack:
     def _begin(self, restore: Restore, line: Lineage, why: str, situation: recovery.Situation) -> None:
         control = self.control
         choose = recovery.restored if self.restoring.rollback is None else recovery.rolled_back
+        if self._a_stage_is_lost():
+            choose = recovery.rolled_back
         match choose(situation, restore, line, why):
             case recovery.Make(plan=plan):
                 self.storage.tried[restore.folder] += 1
@@ -162,6 +164,17 @@ class GoingBack:
                     self._make(plan)
             case recovery.NeedNodes(reason=need):
                 control.wait_for_nodes(need)
+
+    def _line_to_go_on(self, step: int) -> Lineage:
+        """A new one if ranks live on that have gone further on this one, and captured what they came to."""
+        if self.restoring.rollback is None and self._a_stage_is_lost():
+            return self.restoring.opened(step)
+        return self.restoring.line_to_go_on(step)
+
+    def _a_stage_is_lost(self) -> bool:
+        """Whether ranks are seated that live, though the state is lost: that of a stage of a pipeline."""
+        formed, membership = self.control.formed, self.control.membership
+        return formed is not None and bool(formed.stages) and membership.tally(formed).count("gone") < formed.size
 
     def _in_vain(self, rollback: Rollback | None) -> bool:
         """Whether this has been tried too often: it would come again for ever."""

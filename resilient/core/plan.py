@@ -7,6 +7,7 @@ happens next gets a new number. Every message and every key carries that number.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any, Literal
@@ -27,6 +28,8 @@ class Address:
 
     host: str
     port: int
+    post: int = 0
+    """Where it takes in what other stages of a pipeline send it; 0 if there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +66,22 @@ class Restore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Consecutive layers first..stop-1 of a pipeline, and the ranks that hold them, ascending."""
+
+    first: int
+    stop: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Who does what in one generation.
 
-    Invariants: every leaf 0..micro_batches-1 is owned by exactly one place; every place owns at
-    least one; joiners are members; only an initial or planned generation has joiners; an unplanned
-    one has only members of its base; all members of a restored one begin from its snapshot, whatever
-    they held before.
+    Invariants: in every stage each leaf 0..micro_batches-1 is owned by exactly one place; every place owns at
+    least one, and is in one stage; the stages' layers follow on each other from 0; joiners are members; only an initial
+    or planned generation has joiners; an unplanned one has only members of its base; all members of a restored one
+    begin from its snapshot, whatever they held before.
     """
 
     generation: int
@@ -86,6 +98,15 @@ class Plan:
     branches: tuple[Branch, ...] = (Branch(number=0),)
     """The run's lines of steps so far; this generation goes on with the newest."""
     restore: Restore | None = None
+    stages: tuple[Stage, ...] = ()
+    """Of a pipeline, in the order of its layers; none where every rank holds the whole model."""
+    since: int = 0
+    """The generation with which the state was last taken from a snapshot; 0 if it never was. What ranks have sent each
+    other before then counts no more."""
+    sharded: bool = False
+    """Whether each rank has optimizer state that no other has."""
+    emptied: tuple[int, ...] = ()
+    """Members that own no chunk of it, since they are to leave next."""
     members: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """By rank."""
     ranks: dict[int, int] = field(init=False, repr=False, compare=False)
@@ -97,13 +118,23 @@ class Plan:
         object.__setattr__(self, "members", tuple(place.member for place in self.places))
         object.__setattr__(self, "ranks", {member: rank for rank, member in enumerate(self.members)})
         object.__setattr__(self, "longest", max(map(len, self.leaves), default=0))
-        owned = sorted(chain.from_iterable(self.leaves))
-        assert owned == list(range(self.micro_batches)), f"leaves not dealt exactly once: {self}"
+        for ranks in (stage.ranks for stage in self.stages) if self.stages else (range(self.size),):
+            owned = sorted(chain.from_iterable(self.leaves[rank] for rank in ranks))
+            assert owned == list(range(self.micro_batches)), f"leaves not dealt exactly once: {self}"
+        self._check_stages()
         assert len(self.leaves) == len(self.places) and all(self.leaves), self
         assert len(self.ranks) == len(self.places), self
         assert len(set(self.joiners)) < self.size and self.ranks.keys() >= set(self.joiners), self
         assert not (self.kind in ("unplanned", "restored") and self.joiners), self
         assert (self.kind == "restored") == (self.restore is not None), self
+
+    def _check_stages(self) -> None:
+        reached = 0
+        for stage in self.stages:
+            assert stage.first == reached < stage.stop and stage.ranks, f"layers left out or repeated: {self}"
+            reached = stage.stop
+        seated = sorted(chain.from_iterable(stage.ranks for stage in self.stages))
+        assert not self.stages or seated == list(range(self.size)), f"ranks not in exactly one stage: {self}"
 
     @property
     def branch(self) -> int:
@@ -119,6 +150,11 @@ class Plan:
         return len(self.places)
 
     @property
+    def seats(self) -> int:
+        """The most ranks that can have a micro-batch."""
+        return self.micro_batches * max(1, len(self.stages))
+
+    @property
     def store(self) -> Address:
         """The store over which this generation forms: that of its first rank."""
         return self.places[0].address
@@ -132,11 +168,23 @@ class Plan:
     def leaves_of(self, member: int) -> tuple[int, ...]:
         return self.leaves[self.rank_of(member)]
 
-    def owners(self) -> list[int]:
-        """The rank that owns each micro-batch."""
+    def team(self, rank: int) -> tuple[int, ...]:
+        """The ranks of its stage, ascending: they hold the same layers, and share out the micro-batches."""
+        stage = self.stage_of(rank)
+        return tuple(range(self.size)) if stage is None else stage.ranks
+
+    def stage_number(self, rank: int) -> int:
+        """Of this rank's stage; 0 where there is only one."""
+        return next((number for number, stage in enumerate(self.stages) if rank in stage.ranks), 0)
+
+    def stage_of(self, rank: int) -> Stage | None:
+        return next((stage for stage in self.stages if rank in stage.ranks), None)
+
+    def owners(self, ranks: Iterable[int] | None = None) -> list[int]:
+        """The rank of these (a stage's; all of them if that is None) that owns each micro-batch."""
         found = [0] * self.micro_batches
-        for rank, leaves in enumerate(self.leaves):
-            for leaf in leaves:
+        for rank in range(self.size) if ranks is None else ranks:
+            for leaf in self.leaves[rank]:
                 found[leaf] = rank
         return found
 
@@ -151,10 +199,20 @@ class Plan:
             for place in raw.pop("places")
         )
         leaves = tuple(tuple(leaves) for leaves in raw.pop("leaves"))
-        joiners = tuple(raw.pop("joiners"))
+        joiners, emptied = tuple(raw.pop("joiners")), tuple(raw.pop("emptied", ()))
         restore = _restore_from(raw.pop("restore"))
         branches = tuple(Branch(**{**branch, "skipped": tuple(branch["skipped"])}) for branch in raw.pop("branches"))
-        return cls(places=places, leaves=leaves, joiners=joiners, restore=restore, branches=branches, **raw)
+        stages = tuple(Stage(**{**stage, "ranks": tuple(stage["ranks"])}) for stage in raw.pop("stages", ()))
+        return cls(
+            places=places,
+            leaves=leaves,
+            joiners=joiners,
+            restore=restore,
+            branches=branches,
+            stages=stages,
+            emptied=emptied,
+            **raw,
+        )
 
 
 def _given(value: Any) -> dict[str, Any]:

@@ -6,13 +6,18 @@ One stage for now: every rank holds the whole model, and only micro-batches are 
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from heapq import heapify, heapreplace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from snapshot.core.branches import Branch
 
-from .plan import Kind, Place, Plan, Restore
+from .plan import Kind, Place, Plan, Restore, Stage
+
+if TYPE_CHECKING:
+    from .staging import Staging
 
 
 def even_runs(micro_batches: int, ranks: int) -> tuple[tuple[int, ...], ...]:
@@ -60,28 +65,51 @@ def slowest_s(leaves: Sequence[Sequence[int]], leaf_s: Sequence[float]) -> float
 
 
 def deal_lost(plan: Plan, survivors: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The survivors' leaves with those of the lost ranks added, nothing taken from anybody.
+    """The survivors' leaves with those of the lost ranks added, nothing taken from anybody (`lost_leaves`).
 
-    Each lost leaf goes to whoever has least so far; among equals to the owner of the nearest leaf,
-    because neighbours complete subtrees and so exchange less; then to the lower rank.
+    In a pipeline somebody of each stage must be left.
     """
-    owned = {member: plan.leaves[plan.ranks[member]] for member in survivors}
-    owners = {leaf: member for member, leaves in owned.items() for leaf in leaves}
+    ranks = [plan.ranks[member] for member in survivors]
+    dealt: dict[int, tuple[int, ...]] = {}
+    for team in (stage.ranks for stage in plan.stages) if plan.stages else (ranks,):
+        left = {rank: plan.leaves[rank] for rank in sorted(set(team) & set(ranks))}
+        dealt |= lost_leaves(left, plan.micro_batches)
+    return tuple(dealt[rank] for rank in ranks)
+
+
+def stages_left(plan: Plan, kept: Sequence[int]) -> tuple[Stage, ...]:
+    """The stages with those ranks of theirs that are kept, ascending, as they are numbered afterwards."""
+    numbers = {rank: number for number, rank in enumerate(kept)}
+    return tuple(
+        replace(stage, ranks=tuple(numbers[rank] for rank in stage.ranks if rank in numbers)) for stage in plan.stages
+    )
+
+
+def lost_leaves(kept: Mapping[int, tuple[int, ...]], micro_batches: int) -> dict[int, tuple[int, ...]]:
+    """The leaves of ranks that hold the same layers, with those that nobody owns added and nothing taken from anybody.
+
+    kept: by rank, the leaves of those that are left, at least one each, ascending. Each lost leaf goes to whoever has
+    least so far; among equals to the owner of the nearest leaf, because neighbours complete subtrees and so exchange
+    less; then to the lower rank.
+    """
+    assert kept and all(kept.values()), kept
+    owned = dict(kept)
+    owners = {leaf: rank for rank, leaves in owned.items() for leaf in leaves}
     nearby: list[int] = []  # ascending: the leaves of those who have least
-    for index in sorted(set(range(plan.micro_batches)) - owners.keys()):
+    for index in sorted(set(range(micro_batches)) - owners.keys()):
         if not nearby:
             least = min(map(len, owned.values()))
             nearby = [leaf for leaf in sorted(owners) if len(owned[owners[leaf]]) == least]
         at = bisect(nearby, index)
         taker = min(
             (owners[leaf] for leaf in nearby[max(at - 1, 0) : at + 1]),
-            key=lambda member: (min(abs(index - own) for own in owned[member]), plan.rank_of(member)),
+            key=lambda rank: (min(abs(index - own) for own in owned[rank]), rank),
         )
         for leaf in owned[taker]:
             nearby.pop(bisect(nearby, leaf) - 1)
         owned[taker] = tuple(sorted((*owned[taker], index)))
         owners[index] = taker
-    return tuple(owned.values())
+    return owned
 
 
 def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str) -> Plan:
@@ -98,6 +126,10 @@ def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str
         joiners=(),
         reason=reason,
         branches=plan.branches,
+        stages=stages_left(plan, [plan.ranks[member] for member in kept]),
+        since=plan.since,
+        sharded=plan.sharded,
+        emptied=tuple(member for member in plan.emptied if member in living),
     )
 
 
@@ -113,22 +145,34 @@ def dealt_anew(
     branches: tuple[Branch, ...] = (Branch(number=0),),
     restore: Restore | None = None,
     leaf_s: Sequence[float] = (),
+    staging: Staging | None = None,
+    since: int = 0,
+    sharded: bool = False,
+    emptied: Sequence[int] = (),
 ) -> Plan:
-    """An initial, planned or restored generation: all leaves dealt in contiguous runs.
+    """An initial, planned or restored generation: all leaves dealt in contiguous runs, or as the staging says.
 
     leaf_s: by rank, what each takes for a micro-batch, to deal in proportion; evenly without it.
     """
+    if staging is not None:
+        leaves = staging.leaves
+    else:
+        leaves = in_proportion(micro_batches, leaf_s) if leaf_s else even_runs(micro_batches, len(places))
     return Plan(
         generation=generation,
         base=base,
         kind=kind,
         places=tuple(places),
-        leaves=in_proportion(micro_batches, leaf_s) if leaf_s else even_runs(micro_batches, len(places)),
+        leaves=leaves,
         micro_batches=micro_batches,
         joiners=tuple(joiners),
         reason=reason,
         branches=branches,
         restore=restore,
+        stages=() if staging is None else staging.stages,
+        since=generation if kind == "restored" else since,
+        sharded=sharded,
+        emptied=tuple(emptied),
     )
 
 

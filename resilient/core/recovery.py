@@ -15,7 +15,10 @@ from snapshot.core.branches import Lineage
 
 from . import draining, planner, speeds
 from .membership import Membership
+from .partition import DoesNotFit
 from .plan import Plan, Restore, first_branch
+from .staging import Measured, Staging, held_by, staged
+from .staging import gain as staging_gain
 from .standing import Member, Tally
 
 
@@ -107,6 +110,8 @@ class Situation:
     """How long those who are to leave may still wait for others to take their place."""
     leaf_s: Mapping[int, float] = field(default_factory=dict)
     """By member that has measured it, what it takes for a micro-batch."""
+    layer_s: Measured = field(default_factory=dict)
+    """In a pipeline, by (member, layer), what a micro-batch takes."""
     uneven: bool = False
     """Whether dealing in proportion to that would have been worth it for long enough."""
 
@@ -169,7 +174,14 @@ def rolled_back(now: Situation, restore: Restore, lineage: Lineage, reason: str)
     return _restored(now, members, restore, lineage, reason)
 
 
-def _restored(now: Situation, members: list[Member], restore: Restore, lineage: Lineage, reason: str) -> Make:
+def _restored(now: Situation, members: list[Member], restore: Restore, lineage: Lineage, reason: str) -> Decision:
+    try:
+        staging = _staging(now, members)
+    except DoesNotFit as error:
+        return NeedNodes(reason=str(error))
+    if staging is not None:
+        members = [now.membership.members[number] for number in staging.seated]
+        reason = f"{reason}; {staging.reason}"
     return Make(
         plan=planner.dealt_anew(
             generation=now.newest + 1,
@@ -181,6 +193,8 @@ def _restored(now: Situation, members: list[Member], restore: Restore, lineage: 
             reason=reason,
             branches=lineage.branches,
             restore=restore,
+            staging=staging,
+            sharded=_sharded(members[0]),
         )
     )
 
@@ -217,7 +231,13 @@ def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
     left += now.membership.count_ready_outside(formed)
     if left < now.limits.min_workers and not finished(seated):
         return NeedNodes(reason=f"{reason}; {left} of at least {now.limits.min_workers} workers are left")
+    if gone and formed.sharded:
+        return Lost(reason=f"{reason}; with it went optimizer state that no other rank has")
     survivors = [member for member in formed.members if member not in gone]
+    for number, stage in enumerate(formed.stages):
+        if all(formed.members[rank] in gone for rank in stage.ranks):
+            layers = f"{stage.first}..{stage.stop - 1}"
+            return Lost(reason=f"{reason}; no rank of stage {number} is left, and only they held layers {layers}")
     return Make(plan=planner.unplanned(formed, now.newest + 1, survivors, reason))
 
 
@@ -226,16 +246,37 @@ def _improve(now: Situation, current: Plan) -> Decision:
         return Stay(reason="the loop has ended")
     if now.membership.tally(current).values("leaving"):
         return _drain(now, current)
-    room = min(now.limits.max_workers, current.micro_batches) - current.size
+    room = min(now.limits.max_workers, current.seats) - current.size
     if room > 0 and now.membership.count_ready_outside(current):
         joiners = now.membership.ready_unseated(current.ranks)[:room]
         nodes = ", ".join(sorted({member.node[:8] for member in joiners}))
         return _dealt(now, joiners, current, f"{len(joiners)} joined (node {nodes})")
+    if current.stages:
+        return _restage(now, current)
     if current.kind == "unplanned" and planner.unbalanced(current):
         return _dealt(now, [], current, "micro-batches dealt evenly again")
     if now.uneven:
         return _dealt(now, [], current, "micro-batches dealt in proportion to the ranks' speed")
     return Stay(reason="all is well")
+
+
+def _restage(now: Situation, current: Plan) -> Decision:
+    """Other stages, if they are worth it: at once after a loss, else when they have been for a while."""
+    if now.uneven:
+        return _dealt(now, [], current, "layers and micro-batches dealt anew, by what they were measured to take")
+    if current.kind == "unplanned" and _would_gain(now, current) > planner.SMALL_GAIN:
+        return _dealt(now, [], current, "layers and micro-batches dealt anew after a loss")
+    return Stay(reason="all is well")
+
+
+def _would_gain(now: Situation, current: Plan) -> float:
+    members = [now.membership.members[number] for number in current.members]
+    ready = members[0].ready
+    assert ready is not None and ready.pipeline is not None
+    try:
+        return staging_gain(current, ready.pipeline, now.layer_s)
+    except DoesNotFit:
+        return 0.0
 
 
 def _drain(now: Situation, current: Plan) -> Decision:
@@ -251,32 +292,80 @@ def _drain(now: Situation, current: Plan) -> Decision:
         return Stay(reason=choice.short, stuck=not choice.waits)
     if choice.waits and now.may_wait_s > 0:
         return Stay(reason="waiting for workers that take the place of those that leave")
+    leave = {member.number for member in choice.leave}
+    sole = any(leave >= {current.members[rank] for rank in stage.ranks} for stage in current.stages)
+    if sole:
+        reason = "those that leave hand over their layers"
+        return _dealt(now, list(choice.join), current, reason, leaving=leave)
+    if current.sharded and not leave <= set(current.emptied):
+        return _dealt(now, [], current, "those that leave hand over their optimizer state", emptied=leave)
     return _dealt(now, list(choice.join), current, choice.reason, [member.number for member in choice.stay])
 
 
 def _dealt(
-    now: Situation, members: list[Member], current: Plan | None, reason: str, staying: list[int] | None = None
+    now: Situation,
+    members: list[Member],
+    current: Plan | None,
+    reason: str,
+    staying: list[int] | None = None,
+    leaving: Collection[int] = (),
+    emptied: Collection[int] = (),
 ) -> Decision:
-    """staying: members of the current generation; all of them if that is None."""
+    """staying: members of the current generation; all of them if that is None. leaving: those who stay only until
+    others hold their layers. emptied: only until others hold their optimizer state."""
     seated = current.places if current else ()
     if staying is not None:
         seated = tuple(place for place in seated if place.member in staying)
-    numbers = [member.number for member in members]
-    micro_batches = current.micro_batches if current else _micro_batches(members)
-    all_of_them = [*(place.member for place in seated), *numbers]
+    places = [*seated, *(member.place for member in members)]
+    try:
+        staging = _staging(now, [now.membership.members[place.member] for place in places], leaving)
+    except DoesNotFit as error:
+        return NeedNodes(reason=str(error)) if current is None else Stay(reason=str(error), stuck=staying is not None)
+    if staging is not None:
+        left_out = set(current.members).difference(staging.seated, current.emptied) if current is not None else ()
+        if left_out and current is not None and current.sharded:  # nobody else would have their optimizer state
+            return _dealt(now, members, current, reason, leaving=left_out)
+        by_member = {place.member: place for place in places}
+        places = [by_member[member] for member in staging.seated]
+        reason = f"{reason}; {staging.reason}"
+    numbers = [member.number for member in members if staging is None or member.number in staging.seated]
     return Make(
         plan=planner.dealt_anew(
             generation=now.newest + 1,
             base=current.generation if current else 0,
             kind="planned" if current else "initial",
-            places=[*seated, *(member.place for member in members)],
-            joiners=numbers if current else numbers[1:],
-            micro_batches=micro_batches,
+            places=places,
+            joiners=numbers if current else [place.member for place in places[1:]],
+            micro_batches=current.micro_batches if current else _micro_batches(members),
             reason=reason,
             branches=current.branches if current else first_branch().branches,
-            leaf_s=speeds.filled(all_of_them, now.leaf_s) if current and now.leaf_s else (),
+            leaf_s=speeds.filled([place.member for place in places], now.leaf_s) if current and now.leaf_s else (),
+            staging=staging,
+            since=current.since if current else 0,
+            sharded=_sharded(now.membership.members[places[0].member]),
+            emptied=sorted({*leaving, *emptied}),
         )
     )
+
+
+def _staging(now: Situation, members: list[Member], leaving: Collection[int] = ()) -> Staging | None:
+    """The stages of a pipeline for these, who are at least one; None where every rank holds the whole model."""
+    shape = members[0].ready.pipeline if members[0].ready is not None else None
+    if shape is None:
+        return None
+    return staged(
+        shape,
+        [member.number for member in members],
+        micro_batches=_micro_batches(members),
+        held=held_by(now.formed),
+        measured=now.layer_s,
+        leaving=leaving,
+    )
+
+
+def _sharded(member: Member) -> bool:
+    shape = member.ready.pipeline if member.ready is not None else None
+    return shape is not None and shape.sharded
 
 
 def _micro_batches(members: list[Member]) -> int:

@@ -15,6 +15,7 @@ Rules
     * Until a new generation has formed, only leaves owned in the former one are computed; in a planned one, its own:
       nobody stands still while it forms. Where it has joiners, not before the state at the boundary is held for them,
       which they receive while the step is under way. It can't be completed, hence not applied, without them.
+      In a pipeline nothing begins before the generation has formed: a rank may have to receive layers itself.
     * Whoever is not in a planned generation holds it as a proposal all the same. When all have agreed it applies the
       step, and comes to rest: it goes on only if an unplanned or restored generation calls it back.
     * A restored plan is adopted at once, and whatever was held before is gone with that. What the training
@@ -182,7 +183,7 @@ class Seat:
     @property
     def awaited(self) -> bool:
         """Whether joiners wait for the state at this boundary, which this rank has yet to hold for them."""
-        planned = self.plan is not None and self.plan.kind == "planned"
+        planned = self.plan is not None and self.plan.kind == "planned" and not self.plan.stages
         return planned and self.forming and self.has_state and self.at_boundary
 
     @property
@@ -244,7 +245,7 @@ class Seat:
             self.has_state = self.member not in plan.joiners
             if self.has_state:
                 self.held_state_in = plan.generation
-                if plan.kind == "planned" and not plan.joiners:
+                if plan.kind == "planned" and not plan.joiners and not plan.stages:
                     self.work = frozenset(plan.leaves_of(self.member))
         return (Form(plan=plan),)
 

@@ -196,5 +196,9 @@ class SeatReport:
     """The others go on without this rank, and it has nothing more to do or to tell."""
     leaf_s: float = field(default=0.0, compare=False)
     """What a micro-batch takes here, as it was measured; 0 while that is not known."""
+    layer_s: tuple[tuple[int, float], ...] = field(default=(), compare=False)
+    """In a pipeline, of its layers: number, and what a micro-batch takes in it, forward and backward."""
+    idle: float = field(default=0.0, compare=False)
+    """In a pipeline, the share of its newest steps for which it waited for other stages."""
     serial: int = field(default=0, compare=False)
     """Grows with everything that happens to the seat: of two reports the greater is the later one."""

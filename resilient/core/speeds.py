@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from . import planner
+from . import planner, staging
 from .events import RankLeaving
+from .partition import DoesNotFit
 from .plan import Plan
 from .standing import Member
 
@@ -64,10 +65,23 @@ class Speeds:
         self._looked_at = control.now
         members = (control.membership.members[number] for number in plan.members)
         self.known = {each.number: each.report.leaf_s for each in members if each.report and each.report.leaf_s > 0}
-        worth_it = len(self.known) == plan.size and gain(plan, self.known) >= WORTH_IT
+        worth_it = self._worth_it(plan)
         self.uneven = control.for_s("uneven", worth_it) >= self.a_while_s and worth_it
         if len(self.known) > 1:
             self._look_for_stragglers(plan, statistics.median_low(self.known.values()))
+
+    def _worth_it(self, plan: Plan) -> bool:
+        """Whether another dealing would save enough."""
+        if not plan.stages:
+            return len(self.known) == plan.size and gain(plan, self.known) >= WORTH_IT
+        first, known = self.control.membership.first_ready(), self.control.timings.known
+        measured = {layer for _, layer in known}
+        if first is None or first.pipeline is None or len(measured) < len(first.pipeline.layer_bytes):
+            return False
+        try:
+            return staging.gain(plan, first.pipeline, known) >= WORTH_IT
+        except DoesNotFit:
+            return False
 
     def _look_for_stragglers(self, plan: Plan, usual_s: float) -> None:
         control = self.control

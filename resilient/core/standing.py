@@ -10,6 +10,8 @@ from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from snapshot.core.digest import StatePart
+
 from .events import RankReady
 from .plan import Place
 from .seat import SeatReport
@@ -33,6 +35,8 @@ class Member:
     report: SeatReport | None = None
     digest: str | None = None
     """Set when the user's function has returned."""
+    part: StatePart | None = None
+    """The same, of a rank that holds a part of the state; then `digest` is that of the state's structure."""
     plan_sent_at: float = float("-inf")
 
     @property

@@ -10,6 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
+from snapshot.core.ranges import Range
+
 CHUNK_ELEMENTS = 256 * 1024
 """At most so many elements per chunk: 1 MiB of fp32."""
 
@@ -44,7 +46,22 @@ def _cut(ends: Sequence[int], part: int, parts: int) -> int:
     return ends[bisect_left(ends, wanted)]
 
 
-def ends_within(ends: Sequence[int], start: int, stop: int) -> list[int]:
-    """The chunk ends of a share, counted from its start."""
-    first, last = bisect_left(ends, start + 1), bisect_left(ends, stop + 1)
-    return [end - start for end in ends[first:last]]
+def ends_within(ends: Sequence[int], ranges: Iterable[Range]) -> list[int]:
+    """The chunk ends of a share of these ranges, counted from its start."""
+    found: list[int] = []
+    before = 0
+    for start, stop in ranges:
+        first, last = bisect_left(ends, start + 1), bisect_left(ends, stop + 1)
+        found.extend(before + end - start for end in ends[first:last])
+        before += stop - start
+    return found
+
+
+def are_chunks(ends: Sequence[int], ranges: Iterable[Range]) -> bool:
+    """Whether each of the ranges begins and ends where chunks do."""
+    return all(_is_cut(ends, at) for each in ranges for at in each)
+
+
+def _is_cut(ends: Sequence[int], at: int) -> bool:
+    position = bisect_left(ends, at)
+    return at == 0 or (position < len(ends) and ends[position] == at)

@@ -16,6 +16,7 @@ from snapshot.core.branches import Lineage
 from snapshot.core.decoding import Decode, Read, Unreadable, plan_images
 from snapshot.core.evidence import Evidence, gather
 from snapshot.core.inventory import Inventory, ShardFound, SnapshotKey
+from snapshot.core.ranges import first_uneven
 
 MOST_SHOWN = 3
 """Of the snapshots that can't be read, in a reason."""
@@ -109,13 +110,13 @@ def _nodes_needed(evidence: Evidence) -> tuple[str, ...]:
 
 
 def _check_covered(shards: Sequence[ShardFound], state_bytes: int) -> None:
-    reached = 0
-    for shard in sorted(shards, key=lambda shard: (shard.start, shard.stop)):
-        if shard.start != reached:
-            raise Unreadable(f"its shards leave out or repeat bytes between {reached} and {shard.start}")
-        reached = shard.stop
-    if reached != state_bytes:
+    uneven = first_uneven((each for shard in shards for each in shard.ranges), state_bytes)
+    if uneven is None:
+        return
+    reached, start = uneven
+    if start == state_bytes:
         raise Unreadable(f"its shards end at byte {reached} of {state_bytes}")
+    raise Unreadable(f"its shards leave out or repeat bytes between {reached} and {start}")
 
 
 def _told(images: Sequence[Read | Decode]) -> str:

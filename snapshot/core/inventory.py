@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snapshot.core.branches import Lineage
+from snapshot.core.ranges import Ranges, check_ranges
 from snapshot.core.stripes import Group
 
 
@@ -28,23 +29,24 @@ class SnapshotKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardFound:
-    """Bytes start..stop of a state of `state_bytes`, as captured by `rank` of `world`.
+    """Some bytes of a state of `state_bytes`, as captured by `rank` of `world`.
 
-    skeleton: digest of the state's skeleton.
+    ranges: which; see `core.ranges`. skeleton: digest of the state's skeleton.
     """
 
     rank: int
     world: int
-    start: int
-    stop: int
+    ranges: Ranges
     state_bytes: int
     skeleton: str
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank: got {self.rank}, must be 0..{self.world - 1}")
-        if not 0 <= self.start <= self.stop <= self.state_bytes:
-            raise ValueError(f"rank {self.rank}: got bytes {self.start}..{self.stop} of {self.state_bytes}")
+        try:
+            check_ranges(self.ranges, self.state_bytes)
+        except ValueError as error:
+            raise ValueError(f"rank {self.rank}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,11 +17,12 @@ from typing import Any, Literal
 import xxhash
 
 from snapshot.core.branches import Branch, Lineage
-from snapshot.core.chunks import CHUNK_ELEMENTS, ends_within
+from snapshot.core.chunks import CHUNK_ELEMENTS, are_chunks, ends_within
 from snapshot.core.names import CheckpointKey, shard_file, shard_manifest
+from snapshot.core.ranges import Ranges, check_ranges, cuts_of, size_of
 from snapshot.core.spelling import ManifestError, spelled, unspelled
 
-SHARD_FORMAT = "resilient-shard"
+SHARD_FORMAT, SHARD_VERSION = "resilient-shard", 2
 FORMAT = "resilient-checkpoint"
 MAX_ITEM_BYTES = 64
 CHUNK_LIMIT_BYTES = CHUNK_ELEMENTS * MAX_ITEM_BYTES
@@ -86,6 +87,8 @@ class StoredChunk:
 class ShardManifest:
     """One rank's share of a checkpoint. See `SlotHead` for the fields that both have.
 
+    ranges: if there is exactly one, the file is of version 1, which says `start` and `stop` instead, and where an empty
+        share lies as well: so one range may be empty.
     file, file_bytes: where the chunks lie, one after the other, from its first byte to its last.
     """
 
@@ -98,8 +101,7 @@ class ShardManifest:
     member: int
     rank: int
     world: int
-    start: int
-    stop: int
+    ranges: Ranges
     state_bytes: int
     skeleton: str
     skeleton_bytes: int
@@ -109,11 +111,10 @@ class ShardManifest:
 
     def __post_init__(self) -> None:
         _check_common(self)
-        _counts(self, "member", "rank", "start", "stop", "file_bytes")
+        _counts(self, "member", "rank", "file_bytes")
         if self.rank >= self.world:
             raise ManifestError(f"rank: {self.rank}, must be 0..{self.world - 1}")
-        if not self.start <= self.stop <= self.state_bytes:
-            raise ManifestError(f"share: {self.start}..{self.stop}, must be within 0..{self.state_bytes}")
+        _check_ranges(self.ranges, self.state_bytes)
         if self.file != shard_file(self.rank, self.world):
             raise ManifestError(f"file: {self.file!r:.80}, must be {shard_file(self.rank, self.world)!r}")
         former = 0
@@ -123,8 +124,10 @@ class ShardManifest:
             except ManifestError as error:
                 raise ManifestError(f"chunks: {number}: {error}") from error
             former = chunk.end
-        if former != self.stop - self.start:
-            raise ManifestError(f"chunks: they end at {former}, must at {self.stop - self.start}, with the share")
+        if former != self.share_bytes:
+            raise ManifestError(f"chunks: they end at {former}, must at {self.share_bytes}, with the share")
+        if not {0, *(chunk.end for chunk in self.chunks)}.issuperset(cuts_of(self.ranges)):
+            raise ManifestError("chunks: one spans two ranges")
         stored_bytes = sum(chunk.stored_bytes for chunk in self.chunks)
         if stored_bytes != self.file_bytes:
             raise ManifestError(f"file_bytes: {self.file_bytes}, but the chunks take {stored_bytes}")
@@ -134,20 +137,33 @@ class ShardManifest:
         return CheckpointKey(**{name: getattr(self, name) for name in _KEY_FIELDS})
 
     @property
+    def share_bytes(self) -> int:
+        return size_of(self.ranges)
+
+    @property
     def stored_ends(self) -> tuple[int, ...]:
         """Where each chunk ends in the file."""
         return tuple(accumulate(chunk.stored_bytes for chunk in self.chunks))
 
     def to_bytes(self) -> bytes:
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        return spelled(SHARD_FORMAT, fields | {"chunks": [chunk.node() for chunk in self.chunks]})
+        fields: dict[str, object] = {}
+        for name in self.__slots__:
+            if name == "ranges" and len(self.ranges) == 1:
+                fields["start"], fields["stop"] = self.ranges[0]
+            else:
+                fields[name] = getattr(self, name)
+        fields["chunks"] = [chunk.node() for chunk in self.chunks]
+        return spelled(SHARD_FORMAT, fields, version=2 if "ranges" in fields else 1)
 
     @classmethod
     def from_bytes(cls, data: bytes, *, file: str) -> ShardManifest:
         """Raises ManifestError, naming the file, for anything that `to_bytes` can't have written."""
         try:
-            node = unspelled(SHARD_FORMAT, data)
-            shard = cls(**{**node, "chunks": tuple(map(StoredChunk.of_node, node["chunks"]))})
+            version, node = unspelled(SHARD_FORMAT, data, SHARD_VERSION)
+            if version == 1:
+                node["ranges"] = ((node.pop("start"), node.pop("stop")),)
+            ranges, chunks = tuple(map(tuple, node["ranges"])), tuple(map(StoredChunk.of_node, node["chunks"]))
+            shard = cls(**{**node, "ranges": ranges, "chunks": chunks})
             _check_spelling(shard.to_bytes(), data)
         except _UNFIT as error:
             raise _refusal(file, error) from error
@@ -239,7 +255,7 @@ class Manifest:
     def from_bytes(cls, data: bytes, *, file: str) -> Manifest:
         """Raises ManifestError, naming the file, for anything that `to_bytes` can't have written."""
         try:
-            node = unspelled(FORMAT, data)
+            _, node = unspelled(FORMAT, data)
             branches = [Branch(**{**each, "skipped": tuple(each["skipped"])}) for each in node["lineage"]]
             for branch in branches:
                 _check_branch(branch)
@@ -256,7 +272,6 @@ def check_cover(shards: Sequence[ShardManifest]) -> None:
     first = shards[0]
     if [shard.rank for shard in shards] != list(range(first.world)):
         raise ManifestError(f"shards: {len(shards)} are there, must be those of ranks 0..{first.world - 1}")
-    at = 0
     for shard in shards:
         for name in ("run", *_KEY_FIELDS, "world", "state_bytes", "skeleton", "skeleton_bytes"):
             if getattr(shard, name) != getattr(first, name):
@@ -264,16 +279,19 @@ def check_cover(shards: Sequence[ShardManifest]) -> None:
                     f"{shard.file}: {name}: {getattr(shard, name)!r:.80}, but {getattr(first, name)!r:.80} "
                     f"in {first.file}"
                 )
-        if shard.start != at:
-            raise ManifestError(f"{shard.file}: start: {shard.start}, must be {at}, where the share before it ends")
-        at = shard.stop
+    at, file = 0, first.file
+    for start, stop, file in sorted((*each, shard.file) for shard in shards for each in shard.ranges):
+        if start != at:
+            raise ManifestError(f"{file}: start: {start}, must be {at}, where the bytes of other shares end")
+        at = stop
     if at != first.state_bytes:
-        raise ManifestError(f"{shards[-1].file}: stop: {at}, must be {first.state_bytes}, the end of the state")
+        raise ManifestError(f"{file}: stop: {at}, must be {first.state_bytes}, the end of the state")
 
 
 def check_cuts(shard: ShardManifest, ends: Sequence[int]) -> None:
     """Raises ManifestError unless its chunks are those of the state. ends: see `snapshot.core.chunks`."""
-    if [chunk.end for chunk in shard.chunks] != ends_within(ends, shard.start, shard.stop):
+    wanted = ends_within(ends, shard.ranges) if are_chunks(ends, shard.ranges) else None
+    if [chunk.end for chunk in shard.chunks] != wanted:
         raise ManifestError(f"{shard.file}: chunks: they don't end where those of the skeleton's tensors do")
 
 
@@ -295,6 +313,16 @@ def _check_common(found: ShardManifest | Manifest) -> None:
         raise ManifestError(f"world: {found.world}, skeleton_bytes: {found.skeleton_bytes}; must be at least 1")
     _digest("skeleton", found.skeleton)
     CheckpointKey(**{name: getattr(found, name) for name in _KEY_FIELDS})
+
+
+def _check_ranges(ranges: Ranges, state_bytes: int) -> None:
+    is_empty = len(ranges) == 1 and len(ranges[0]) == 2 and type(ranges[0][0]) is int and ranges[0][0] == ranges[0][1]
+    if is_empty and type(ranges[0][1]) is int and 0 <= ranges[0][0] <= state_bytes:
+        return
+    try:
+        check_ranges(ranges, state_bytes)
+    except ValueError as error:
+        raise ManifestError(str(error)) from error
 
 
 def _check_spelling(wanted: bytes, found: bytes) -> None:

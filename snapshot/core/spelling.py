@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 VERSION = 1
+"""Of the formats that had no other yet."""
 LIMIT_BYTES = 256 << 20
 
 
@@ -24,12 +25,12 @@ class ManifestError(ValueError):
     """
 
 
-def spelled(form: str, fields: Mapping[str, object]) -> bytes:
+def spelled(form: str, fields: Mapping[str, object], version: int = VERSION) -> bytes:
     """The file. form: the name of its format. fields: in this order.
 
     Raises ManifestError if no reader would accept its length.
     """
-    lines = [f'"{name}":{_value(value)}' for name, value in {"format": form, "version": VERSION, **fields}.items()]
+    lines = [f'"{name}":{_value(value)}' for name, value in {"format": form, "version": version, **fields}.items()]
     body = ("{\n" + ",\n".join(lines) + ",\n").encode("ascii")
     data = b'%b"checksum":"%b"\n}\n' % (body, xxhash.xxh3_128_hexdigest(body).encode())
     if len(data) > LIMIT_BYTES:
@@ -37,10 +38,12 @@ def spelled(form: str, fields: Mapping[str, object]) -> bytes:
     return data
 
 
-def unspelled(form: str, data: bytes) -> dict[str, Any]:
-    """The fields, without format, version and checksum. The caller owes the comparison with the spelling.
+def unspelled(form: str, data: bytes, newest: int = VERSION) -> tuple[int, dict[str, Any]]:
+    """The version, and the fields without format, version and checksum. The caller owes the comparison with the
+    spelling.
 
-    Raises ManifestError for another format, another version, or a wrong checksum.
+    newest: the highest version of this format that there is.
+    Raises ManifestError for another format, a newer version, or a wrong checksum.
     """
     if len(data) > LIMIT_BYTES:
         raise ManifestError(f"{len(data)} bytes, more than {LIMIT_BYTES}: no manifest is so long")
@@ -54,15 +57,15 @@ def unspelled(form: str, data: bytes) -> dict[str, Any]:
     if found != form:
         raise ManifestError(f"format: {found!r:.80}, must be {form!r}")
     if type(version) is not int or version < 1:
-        raise ManifestError(f"version: {version!r:.80}, must be {VERSION}")
-    if version > VERSION:
+        raise ManifestError(f"version: {version!r:.80}, must be 1..{newest}")
+    if version > newest:
         raise ManifestError(
-            f"version: {version}, written by a newer version of this package; upgrade: this one reads up to {VERSION}"
+            f"version: {version}, written by a newer version of this package; upgrade: this one reads up to {newest}"
         )
     body = data[: data.rfind(b'"checksum":')]
     if xxhash.xxh3_128_hexdigest(body) != checksum:
         raise ManifestError(f"checksum: {checksum!r:.80}, but that of the file is {xxhash.xxh3_128_hexdigest(body)!r}")
-    return node
+    return version, node
 
 
 def _value(value: object) -> str:

@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["snapshot"]):
     from snapshot.core.spelling import ManifestError
     from snapshot.files import open_files
     from snapshot.skeleton import Skeleton
-    from tests.shards import state_of
+    from tests.shards import scattered, state_of
 
 
 def one(data: bytes) -> None:
@@ -43,10 +43,10 @@ def with_checksum(data: bytes) -> bytes:
 def seeds(folder: Path) -> None:
     """True ones to begin with."""
     with tempfile.TemporaryDirectory() as base:
-        state = state_of()
-        state.save(open_files(base), 1)
-        for path in (Path(base) / state.folder).iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
+        for state in (state_of(), scattered(state_of(step=501))):
+            state.save(open_files(base), 1)
+            for path in (Path(base) / state.folder).iterdir():
+                (folder / f"{state.step}-{path.name}").write_bytes(path.read_bytes())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import copy
 import json
 import string
 import tracemalloc
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -26,11 +28,21 @@ CHUNKS = (
     StoredChunk(end=1400, stored_bytes=100, coding="zstd", shuffle=4, xxh3_64=1 << 63, stored_xxh3_64=6),
 )
 SHARD = ShardManifest(
-    **COMMON, member=100, rank=0, start=0, stop=1400, file=shard_file(0, 2), file_bytes=1100, chunks=CHUNKS
+    **COMMON, member=100, rank=0, ranges=((0, 1400),), file=shard_file(0, 2), file_bytes=1100, chunks=CHUNKS
 )
 OTHER = ShardManifest(
-    **COMMON, member=101, rank=1, start=1400, stop=3000, file=shard_file(1, 2), file_bytes=1600,
+    **COMMON, member=101, rank=1, ranges=((1400, 3000),), file=shard_file(1, 2), file_bytes=1600,
     chunks=(StoredChunk(end=1600, stored_bytes=1600, coding="raw", shuffle=1, xxh3_64=9, stored_xxh3_64=9),),
+)  # fmt: skip
+SEVERAL = ShardManifest(
+    **COMMON, member=100, rank=0, ranges=((0, 1000), (2000, 2400)), file=shard_file(0, 2), file_bytes=1100,
+    chunks=CHUNKS,
+)  # fmt: skip
+NOTHING = ShardManifest(
+    **COMMON, member=100, rank=0, ranges=(), file=shard_file(0, 2), file_bytes=0, chunks=()
+)  # fmt: skip
+OLD_NOTHING = ShardManifest(
+    **COMMON, member=100, rank=0, ranges=((700, 700),), file=shard_file(0, 2), file_bytes=0, chunks=()
 )  # fmt: skip
 MANIFEST = Manifest(
     **COMMON,
@@ -38,6 +50,9 @@ MANIFEST = Manifest(
     saved_at="2026-01-02T03:04:05Z",
     writer="resilient-runtime 0.1.0",
     shards=tuple(ShardEntry.of(shard, shard.to_bytes()) for shard in (SHARD, OTHER)),
+)
+EACH = pytest.mark.parametrize(
+    "value", [SHARD, SEVERAL, NOTHING, OLD_NOTHING, MANIFEST], ids=["shard", "several", "none", "old none", "manifest"]
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
@@ -57,14 +72,14 @@ def respelled(node: dict[str, Any]) -> bytes:
     form = body.pop("format", "")
     version = body.pop("version", None)
     body.pop("checksum", None)
+    if type(version) is int and version in (1, 2):
+        return spelled(form, body, version)
     data = spelled(form, body)
-    if version == 1:
-        return data
     front = data[: data.rfind(b'"checksum":')].replace(b'"version":1,', b'"version":%b,' % json.dumps(version).encode())
     return front + b'"checksum":"%b"\n}\n' % xxhash.xxh3_128_hexdigest(front).encode()
 
 
-@pytest.mark.parametrize("value", [SHARD, MANIFEST], ids=["shard", "manifest"])
+@EACH
 def test_a_manifest_is_read_as_it_was_written(value: ShardManifest | Manifest) -> None:
     data = value.to_bytes()
     assert read(value, data) == value
@@ -74,12 +89,32 @@ def test_a_manifest_is_read_as_it_was_written(value: ShardManifest | Manifest) -
     assert value.key.folder == "step-000000500-b0-a1-g7-1f2e3d4c"
 
 
+def test_version_1_is_spelled_as_it_ever_was() -> None:
+    found = [xxhash.xxh3_128_hexdigest(each.to_bytes()) for each in (SHARD, OTHER, MANIFEST)]
+    assert found == [
+        "6ff5028738d6eb2959025d54be4284c5",
+        "b9a8e83218fb4ed67910f8779c4fa96c",
+        "af6b57ff9e709717b91137805bfe2f59",
+    ]
+
+
+def test_only_what_version_1_can_not_say_is_version_2() -> None:
+    assert [json.loads(each.to_bytes())["version"] for each in (SHARD, SEVERAL, NOTHING, OLD_NOTHING)] == [1, 2, 2, 1]
+    fields = {("ranges" if name == "start" else name): value for name, value in json.loads(SHARD.to_bytes()).items()}
+    fields |= {"ranges": [[0, fields.pop("stop")]], "version": 2}
+    with pytest.raises(ManifestError, match="not spelled as it must be"):
+        ShardManifest.from_bytes(respelled(fields), file="here.json")
+    for ranges in (((0, 1000), (1000, 1400)), ((0, 900), (2000, 2500)), ((700, 700), (800, 800)), ((5000, 5000),)):
+        with pytest.raises(ManifestError):
+            replace(SEVERAL, ranges=ranges)
+
+
 def places(node: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [here, *(place for key, each in inside for place in places(each, (*here, key)))]
 
 
-@pytest.mark.parametrize("value", [SHARD, MANIFEST], ids=["shard", "manifest"])
+@EACH
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_any_other_value_is_refused(value: ShardManifest | Manifest, data: st.DataObject) -> None:
@@ -109,7 +144,7 @@ def test_any_other_value_is_refused(value: ShardManifest | Manifest, data: st.Da
             assert changed == node
 
 
-@pytest.mark.parametrize("value", [SHARD, MANIFEST], ids=["shard", "manifest"])
+@EACH
 @given(data=st.data())
 def test_any_other_bytes_are_refused(value: ShardManifest | Manifest, data: st.DataObject) -> None:
     right = value.to_bytes()
@@ -168,9 +203,12 @@ def test_shards_that_are_not_all_are_refused(shards: list[ShardManifest], why: s
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"start": 1399}, "start: 1399, must be 1400"),
-        ({"start": 1401}, "start: 1401, must be 1400"),
-        ({"stop": 2999}, "stop: 2999, must be 3000"),
+        ({"ranges": ((1399, 3000),)}, "start: 1399, must be 1400"),
+        ({"ranges": ((1401, 3000),)}, "start: 1401, must be 1400"),
+        ({"ranges": ((1400, 2999),)}, "stop: 2999, must be 3000"),
+        ({"ranges": ((0, 100), (1400, 3000))}, "start: 0, must be 100"),
+        ({"ranges": ((1400, 1500), (1600, 3000))}, "start: 1600, must be 1500"),
+        ({"ranges": ()}, "stop: 1400, must be 3000"),
         ({"state_bytes": 3001}, "state_bytes: 3001, but 3000"),
         ({"token": "00000000"}, "token"),
         ({"skeleton_bytes": 78}, "skeleton_bytes: 78, but 77"),
@@ -178,10 +216,13 @@ def test_shards_that_are_not_all_are_refused(shards: list[ShardManifest], why: s
 )
 def test_shards_that_do_not_cover_the_state_are_refused(change: dict[str, Any], why: str) -> None:
     fields = {name: getattr(OTHER, name) for name in OTHER.__slots__} | change
-    size = fields["stop"] - fields["start"]
-    chunk = StoredChunk(end=size, stored_bytes=size, coding="raw", shuffle=1, xxh3_64=9, stored_xxh3_64=9)
+    sizes = [stop - start for start, stop in fields["ranges"]]
+    chunks = tuple(
+        StoredChunk(end=end, stored_bytes=size, coding="raw", shuffle=1, xxh3_64=9, stored_xxh3_64=9)
+        for end, size in zip(accumulate(sizes), sizes, strict=True)
+    )
     with pytest.raises(ManifestError, match=why):
-        check_cover([SHARD, ShardManifest(**fields | {"file_bytes": size, "chunks": (chunk,)})])
+        check_cover([SHARD, ShardManifest(**fields | {"file_bytes": sum(sizes), "chunks": chunks})])
 
 
 COUNTS = st.integers(0, (1 << 63) - 1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from snapshot.capture import capture
+from snapshot.core.ranges import merged
 from snapshot.recapture import Recapture
 from snapshot.skeleton import Skeleton
 from snapshot.table import StateTable
@@ -190,14 +191,14 @@ def assert_equal(found: StateTable, expected: StateTable) -> None:
 
 def front_and_rest(table: StateTable, start: int, stop: int) -> bytes:
     """The bytes as a rank copies them."""
-    front = table.front_share(start, stop)
+    front, behind = table.front_share(merged([(start, stop)]))
     views = dict(front.calm) | dict(
         zip([which for which, _, _ in front.moving], front.moving_views(table), strict=True)
     )
     assert [views[which].numel() for which in range(len(views))] == list(front.sizes)
     assert sum(front.sizes) == front.nbytes
     pieces = [views[which] for which in range(len(views))]
-    pieces += [piece for _, piece in table.numbered_pieces(start + front.nbytes, stop)]
+    pieces += [piece for _, piece in (each for pair in behind for each in table.numbered_pieces(*pair))]
     return b"".join(piece.numpy().tobytes() for piece in pieces)
 
 

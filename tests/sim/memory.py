@@ -114,8 +114,7 @@ class Memory:
             ShardFound(
                 rank=slot.rank,
                 world=slot.world,
-                start=slot.rank * SHARE_BYTES,
-                stop=(slot.rank + 1) * SHARE_BYTES,
+                ranges=((slot.rank * SHARE_BYTES, (slot.rank + 1) * SHARE_BYTES),),
                 state_bytes=slot.world * SHARE_BYTES,
                 skeleton="same",
             )

@@ -52,8 +52,7 @@ def head_of(step: int = 7, share_bytes: int = 5000, chunk_bytes: int = 2048, ske
         member=4,
         rank=1,
         world=2,
-        start=100,
-        stop=100 + share_bytes,
+        ranges=((100, 100 + share_bytes),) if share_bytes else (),
         state_bytes=100 + share_bytes,
         chunks=ends if share_bytes else (skeleton_bytes,),
         skeleton="0123456789abcdef" * 2,
@@ -105,8 +104,13 @@ def test_a_head_there_and_back() -> None:
         ("step", 1.0, "step: 1.0"),
         ("step", 1 << 63, "step: 9223372036854775808"),
         ("rank", 2, "rank: 2 is not within 0..1"),
-        ("start", 5101, "share 5101..5100"),
-        ("state_bytes", 5099, "share 100..5100 is not within 0..5099"),
+        ("ranges", ((5101, 5100),), "ranges: 5101..5100 is empty"),
+        ("ranges", ((100, 200), (200, 5100)), "ranges: 200..5100 is empty, or not within 201"),
+        ("ranges", ((0, 1000), (1100, 5100)), "chunks: one spans two ranges"),
+        ("ranges", ((100, 5099),), "they end at 5033, not with the share"),
+        ("ranges", ((100,),), "no pairs"),
+        ("ranges", ((100, True),), "no integers"),
+        ("state_bytes", 5099, "ranges: 100..5100 is empty, or not within 0..5099"),
         ("chunks", (), "the first must be the skeleton"),
         ("chunks", (33, "5033"), "not a tuple of integers"),
         ("chunks", (33, True, 5033), "not a tuple of integers"),
@@ -124,6 +128,12 @@ def test_impossible_heads(field: str, value: object, told: str) -> None:
         node = {**json.loads(head_of().to_bytes()), field: value}
         with pytest.raises(ValueError, match=told):
             SlotHead.from_bytes(json.dumps(node, sort_keys=True, separators=(",", ":")).encode())
+
+
+def test_a_share_of_several_ranges() -> None:
+    head = replace(head_of(), ranges=((0, 2048), (3000, 5952)), state_bytes=7000, chunks=(33, 1033, 2081, 5033))
+    assert SlotHead.from_bytes(head.to_bytes()) == head
+    assert (head.share_bytes, head.payload_bytes) == (5000, 5033)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +399,7 @@ def test_lengths_that_lie_are_not_believed(tmp_path: Path) -> None:
     """Right checksums, impossible lengths: nothing is allocated, nothing read past the end."""
     for lengths in ((2**63, 8, 8), (100, 2**64 - 8, 8), (100, 8, 2**64 - 1), (0, 0, 0), (17 << 20, 8, 8)):
         image = bytearray(32 << 20)
-        image[:40] = layout._FIELDS.pack(b"RSLSLOT1", 1, *lengths)
+        image[:40] = layout._FIELDS.pack(b"RSLSLOT1", layout.FORMAT, *lengths)
         image[40:48] = layout._sum(bytes(image[:40])).to_bytes(8, "little")
         image[64:72] = layout._word(image, 1).to_bytes(8, "little")
         with pytest.raises(RottenSlot):

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from snapshot.absent import release
 from snapshot.capture import capture
 from snapshot.load import load
 from snapshot.recapture import Recapture
@@ -118,6 +119,19 @@ def test_where_a_shard_lies_in_words() -> None:
         coordinate=(1, 1),
     )
     assert str(spec.shard) == "shape (5, 3), [Shard(0), Shard(1)] at (1, 1) of mesh (2, 2)"
+
+
+def test_a_shard_that_is_absent_is_described_as_if_it_were_there() -> None:
+    with fake_rank(1, 2) as mesh:
+        model = nn.Module()
+        model.sharded = nn.Parameter(shared_out(torch.rand(5, 3), mesh, Shard(0)))
+        expected = capture({"model": model}).skeleton
+        release(model.sharded._local_tensor)
+        table, recapture = capture({"model": model}), Recapture()
+        assert table.skeleton == expected and table.held_ranges() == ()
+        assert [recapture.capture({"model": model}).skeleton for _ in range(2)] == [expected] * 2
+        load({"model": model}, StateTable.empty(expected, ()))
+        load({"model": model}, StateTable.empty(expected))
 
 
 def build(mesh: DeviceMesh, seed: int) -> Parts:
@@ -382,7 +396,7 @@ def test_capturing_at_every_step(rank: int) -> None:
         for _ in range(5):
             found, expected = recapture.capture(parts), capture(parts)
             assert (found.skeleton, found.digest(), found.calm) == (expected.skeleton, expected.digest(), expected.calm)
-            front = found.front_share(0, found.nbytes)
+            front = found.front_share(((0, found.nbytes),))[0]
             assert sum(view.numel() for view in front.moving_views(found)) > 0
             train(parts, 1)
         assert recapture.full == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from snapshot.files import open_files
-from tests.shards import LARGE, SMALL, Shape, state_of
+from tests.shards import LARGE, SMALL, Shape, scattered, state_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "checkpoint-format.md").read_text(encoding="utf-8")
 
@@ -23,8 +23,12 @@ def example() -> Any:
 
 @pytest.mark.parametrize("shapes", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("compression", [None, 1])
-def test_the_example_reads_a_tensor(tmp_path: Path, shapes: tuple[Shape, ...], compression: int | None) -> None:
+@pytest.mark.parametrize("scatter", [False, True])
+def test_the_example_reads_a_tensor(
+    tmp_path: Path, shapes: tuple[Shape, ...], compression: int | None, scatter: bool
+) -> None:
     state = state_of(shapes=shapes, world=3)
+    state = scattered(state) if scatter else state
     state.save(open_files(str(tmp_path)), compression)
     read_tensor = example()
     for spec, offset in zip(state.skeleton.tensors, state.skeleton.offsets, strict=False):
@@ -32,8 +36,9 @@ def test_the_example_reads_a_tensor(tmp_path: Path, shapes: tuple[Shape, ...], c
         assert found == (spec.dtype, list(spec.shape), state.data[offset : offset + spec.nbytes])
 
 
-def test_every_field_is_described(tmp_path: Path) -> None:
-    state = state_of()
+@pytest.mark.parametrize("scatter", [False, True])
+def test_every_field_is_described(tmp_path: Path, scatter: bool) -> None:
+    state = scattered(state_of()) if scatter else state_of()
     state.save(open_files(str(tmp_path)))
     for path in (tmp_path / state.folder).glob("*.json"):
         node = json.loads(path.read_bytes())

@@ -198,16 +198,20 @@ def test_shards_of_which_nothing_is_known() -> None:
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"start": 400, "stop": 1000}, "leave out or repeat bytes between 500 and 400"),
-        ({"start": 500, "stop": 900}, "end at byte 900 of 1000"),
+        ({"ranges": ((400, 1000),)}, "leave out or repeat bytes between 500 and 400"),
+        ({"ranges": ((600, 1000),)}, "leave out or repeat bytes between 500 and 600"),
+        ({"ranges": ((500, 900),)}, "end at byte 900 of 1000"),
+        ({"ranges": ()}, "end at byte 500 of 1000"),
+        ({"ranges": ((200, 300), (500, 1000))}, "leave out or repeat bytes between 500 and 200"),
+        ({"ranges": ((500, 600), (700, 1000))}, "leave out or repeat bytes between 600 and 700"),
         ({"skeleton": "other"}, "are of different states"),
         ({"rank": 0}, "nodes a and b have different shards of rank 0"),
     ],
 )
 def test_shards_that_do_not_make_a_state(second: dict[str, object], message: str) -> None:
-    shard = ShardFound(rank=1, world=2, start=500, stop=1000, state_bytes=1000, skeleton="s")
+    shard = ShardFound(rank=1, world=2, ranges=((500, 1000),), state_bytes=1000, skeleton="s")
     found = []
-    for node, made in (("a", replace(shard, rank=0, start=0, stop=500)), ("b", replace(shard, **second))):  # type: ignore[arg-type]
+    for node, made in (("a", replace(shard, rank=0, ranges=((0, 500),))), ("b", replace(shard, **second))):  # type: ignore[arg-type]
         image = NodeImage(node=node, image_bytes=10, shards=(made,))
         found.append(Inventory(keeper=node, images=(ImageFound(key=key_of(1), ring=1, image=image),)))
     assert message in not_recoverable(found).reason
@@ -271,7 +275,7 @@ def test_bad_pieces_that_an_image_cannot_have() -> None:
     ("kind", "fields", "message"),
     [
         (ShardFound, {"rank": 2}, "rank: got 2, must be 0..1"),
-        (ShardFound, {"stop": 11}, r"rank 0: got bytes 0..11 of 10"),
+        (ShardFound, {"ranges": ((0, 11),)}, r"rank 0: ranges: 0..11 is empty, or not within 0..10"),
         (NodeImage, {"image_bytes": -1}, "node b: image_bytes: got -1"),
         (ParityFound, {"class_index": 4}, "class_index: got 4, must be 0..3"),
         (ParityFound, {"row": 1}, r"row: got 1, must be 0..0 in group \(a, b, c, d\)"),
@@ -279,7 +283,7 @@ def test_bad_pieces_that_an_image_cannot_have() -> None:
     ],
 )
 def test_impossible_facts(kind: type, fields: dict[str, object], message: str) -> None:
-    shard = {"rank": 0, "world": 2, "start": 0, "stop": 5, "state_bytes": 10, "skeleton": "s"}
+    shard = {"rank": 0, "world": 2, "ranges": ((0, 5),), "state_bytes": 10, "skeleton": "s"}
     image = {"node": "b", "image_bytes": 1}
     images = (NodeImage(node="b", image_bytes=1),)
     parity = {"key": key_of(1), "ring": 1, "group": FOUR, "class_index": 0, "row": 0, "images": images}

@@ -102,7 +102,7 @@ def test_only_connections_between_these_processes_are_cut() -> None:
 
 def slot_of(folder: Path, *, seal: bool = True) -> Path:
     head = SlotHead(
-        run="r", attempt=1, branch=0, generation=1, step=4, member=2, rank=0, world=1, start=0, stop=500,
+        run="r", attempt=1, branch=0, generation=1, step=4, member=2, rank=0, world=1, ranges=((0, 500),),
         state_bytes=500, chunks=(10, 510), skeleton="0123456789abcdef", skeleton_bytes=10,
     )  # fmt: skip
     path = folder / "rank-2.slot-0"

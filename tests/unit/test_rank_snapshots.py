@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from actors.ring import Ring
 from actors.vault import Vault
@@ -20,12 +21,16 @@ from resilient.core.cadence import Cadence
 from resilient.core.lane import Agreed
 from resilient.core.saves import Saves
 from resilient.snapshots import Seating, Snapshots
-from snapshot.arena import NoRoom, find_slots
+from resilient.verification import Digests
+from snapshot.absent import hold_parts, release
+from snapshot.arena import NoRoom, SlotHead, SlotView, find_slots
 from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal
+from snapshot.core.ranges import Ranges, merged
 from snapshot.core.stripes import Group
 from snapshot.load import load
 from snapshot.table import StateTable
+from tests.stages import bytes_in, small_chunks
 from tests.vaults import wait_for
 
 ALONE = Seating(generation=1, rank=0, world=1)
@@ -109,8 +114,6 @@ def copied(table: StateTable) -> StateTable:
 
 def in_slots(folder: Path) -> dict[int, bytes]:
     """The payload of every committed slot, by step."""
-    from snapshot.arena import SlotView
-
     found = {}
     for slot in find_slots(folder):
         if slot.state in ("committed", "sealed"):
@@ -190,8 +193,111 @@ def test_shares_of_all_ranks_are_together_the_state(training: Training) -> None:
         if found.state == "committed" and found.head
     }
     assert sorted(shares) == [0, 1, 2]
-    assert [shares[rank].start for rank in range(3)] == [0, shares[0].stop, shares[1].stop]
-    assert shares[2].stop == state.nbytes
+    assert merged(each for rank in range(3) for each in shares[rank].ranges) == ((0, state.nbytes),)
+    assert sum(shares[rank].share_bytes for rank in range(3)) == state.nbytes
+
+
+def chunks_of(owner: int) -> Callable[[StateTable], Ranges]:
+    """Every other chunk."""
+    return lambda table: merged(list(itertools.pairwise((0, *table.chunk_ends())))[owner::2])
+
+
+def captured(snapshots: Snapshots, training: Training, rank: int) -> dict[int, tuple[SlotHead, bytes]]:
+    """What this rank captures of every other chunk, twice. By step, from its slots."""
+    for _ in range(3):
+        training.compute()
+        snapshots.gate()
+        training.update()
+        wanted = snapshots._made > 0
+        wait_for(functools.partial(is_ready, snapshots, training.steps) if wanted else lambda: True)
+        seating = Seating(generation=1, rank=rank, world=2)
+        ordinal, share = Ordinal(0, training.steps), chunks_of(rank)
+        snapshots.boundary(ordinal, training.objects, seating, wanted=wanted, ranges=share)
+    snapshots.gate()
+    views = [SlotView.open(slot.path) for slot in find_slots(training.folder) if slot.state == "committed"]
+    return {view.head().step: (view.head(), bytes(view.payload)) for view in views}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_captures_the_ranges_that_it_is_told(training: Training, rank: int) -> None:
+    head, payload = captured(training.snapshots, training, rank)[3]
+    table = capture(training.objects)
+    assert head.ranges == chunks_of(rank)(table) and len(head.ranges) > 3
+    pieces = [piece for start, stop in head.ranges for piece in table.pieces(start, stop)]
+    assert payload == table.skeleton + b"".join(piece.numpy().tobytes() for piece in pieces)
+
+
+def with_parts(training: Training) -> Tensor:
+    """The last layer is on another rank, and of its optimizer state all but the second half of one tensor, which is
+    given."""
+    last, state = training.model[2], training.optimizer.state
+    squares = state[last.weight]["exp_avg_sq"]
+    half = squares.view(-1)[8:].clone()
+    release(*last.parameters(), *(tensor for each in last.parameters() for tensor in state[each].values()))
+    hold_parts(squares, [(8, half)])
+    return half
+
+
+def boundary_with_parts(training: Training, step: int) -> Ranges:
+    """Captures all that is held, once there is room."""
+    wait_for(lambda: is_ready(training.snapshots, step))
+    held = capture(training.objects).held_ranges()
+    training.snapshots.boundary(Ordinal(0, step), training.objects, ALONE, wanted=True, ranges=lambda _: held)
+    return held
+
+
+def test_what_a_rank_does_not_hold_need_not_be_in_its_memory(training: Training) -> None:
+    with small_chunks(8):
+        training.ready()
+        training.snapshots.gate()
+        with_parts(training)
+        for step in (50, 51):
+            held = boundary_with_parts(training, step)
+            training.snapshots.gate()
+            table = capture(training.objects)
+            assert in_slots(training.folder)[step] == table.skeleton + bytes_in(table, held)
+        assert len(held) > 1 and not table.is_whole
+    with small_chunks(8):
+        held_here = Digests().begin(capture(training.objects)).finish()
+    assert training.snapshots._digest_of(Ordinal(0, 51)) == held_here, "of what this rank has"
+    assert (training.snapshots.tally.torn, training.said) == (0, [])
+
+
+def test_memory_that_was_released_is_free_after_the_next_snapshot(kept: Training) -> None:
+    with small_chunks(8):
+        kept.ready()
+        for _ in range(6):  # all slots have been written
+            wait_for(functools.partial(is_ready, kept.snapshots, kept.steps + 1))
+            kept.step()
+        kept.snapshots.gate()
+        former = kept.model[2].weight.untyped_storage()
+        with_parts(kept)
+        boundary_with_parts(kept, 50)
+        kept.snapshots.gate()
+        assert torch._C._storage_Use_Count(former._cdata) == 1, "only this test looks at it"
+
+
+def test_a_part_that_is_written_while_it_is_copied_is_noticed(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_chunks(8):
+        training.ready()
+        training.snapshots.gate()
+        part = with_parts(training)
+        begun, go_on, copy = threading.Event(), threading.Event(), torch._foreach_copy_
+
+        def slow(*args: Any) -> None:
+            if threading.current_thread().name == "copying":
+                begun.set()
+                go_on.wait(10)
+            copy(*args)
+
+        monkeypatch.setattr(torch, "_foreach_copy_", slow)
+        boundary_with_parts(training, 50)
+        assert begun.wait(10)
+        part.add_(1.0)
+        go_on.set()
+        wait_for(lambda: training.snapshots.tally.torn == 1)
 
 
 def test_without_a_free_slot_nothing_is_captured_and_that_is_counted(training: Training) -> None:

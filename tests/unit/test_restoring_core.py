@@ -37,7 +37,7 @@ def key(step: int, generation: int = 1) -> SnapshotKey:
 
 def image(node: str) -> NodeImage:
     rank = GROUP.nodes.index(node)
-    shard = ShardFound(rank=rank, world=2, start=rank * 10, stop=(rank + 1) * 10, state_bytes=20, skeleton="s")
+    shard = ShardFound(rank=rank, world=2, ranges=((rank * 10, rank * 10 + 10),), state_bytes=20, skeleton="s")
     return NodeImage(node=node, image_bytes=4096, shards=(shard,))
 
 

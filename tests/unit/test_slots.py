@@ -26,7 +26,7 @@ def test_shares_are_whole_chunks_and_together_everything(world: int) -> None:
     for (_, stop), (start, _) in itertools.pairwise(shares):
         assert stop == start
     assert all(start in (0, *ends) and stop in (0, *ends) for start, stop in shares)
-    within = [end + start for start, stop in shares for end in ends_within(ends, start, stop)]
+    within = [end + start for start, stop in shares for end in ends_within(ends, [(start, stop)])]
     assert within == list(ends)
 
 

@@ -2,14 +2,20 @@
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from snapshot.core.chunks import share_of
+from snapshot.core.names import shard_file, shard_manifest
+from snapshot.core.ranges import merged
 from snapshot.core.spelling import ManifestError
 from snapshot.files import Files, open_files
+from snapshot.manifests import read_shard
+from snapshot.store import commit
 from snapshot.stored import RottenCheckpoint, Stored
-from tests.shards import LARGE, SMALL, Shape, State, flip, some_bit, state_of
+from tests.shards import LARGE, LINEAGE, SAVED_AT, SMALL, Shape, State, flip, scattered, some_bit, state_of
 
 TINY: tuple[Shape, ...] = (("weight", "float32", 4, (9, 10)), ("step", "int64", 8, (20,)), ("noise", "uint8", 1, (50,)))
 
@@ -19,17 +25,26 @@ def files(tmp_path: Path) -> Files:
     return open_files(str(tmp_path))
 
 
-def saved(files: Files, compression: int | None = None, shapes: tuple[Shape, ...] = SMALL, world: int = 2) -> State:
+def saved(
+    files: Files,
+    compression: int | None = None,
+    shapes: tuple[Shape, ...] = SMALL,
+    world: int = 2,
+    scatter: bool = False,
+) -> State:
     state = state_of(shapes=shapes, world=world)
+    state = scattered(state) if scatter else state
     state.save(files, compression)
     return state
 
 
 @pytest.mark.parametrize("shapes", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("compression", [None, 1])
-@pytest.mark.parametrize("world", [1, 3, 7])
-def test_what_was_saved_is_read(files: Files, shapes: tuple[Shape, ...], compression: int | None, world: int) -> None:
-    state = saved(files, compression, shapes, world)
+@pytest.mark.parametrize(("world", "scatter"), [(1, False), (3, False), (7, False), (2, True), (5, True)])
+def test_what_was_saved_is_read(
+    files: Files, shapes: tuple[Shape, ...], compression: int | None, world: int, scatter: bool
+) -> None:
+    state = saved(files, compression, shapes, world, scatter)
     stored = Stored.open(files, state.folder)
     assert stored.skeleton == state.skeleton
     size = stored.state_bytes
@@ -49,6 +64,55 @@ def test_what_was_saved_is_read(files: Files, shapes: tuple[Shape, ...], compres
         stored.check(start, start + len(buffer))
 
 
+def test_empty_shares_of_version_1_are_read(files: Files) -> None:
+    """Which said where they lie, although they have nothing."""
+    state = state_of(world=7)
+    for rank in range(state.world):
+        state.write(files, rank)
+        shard, _ = read_shard(files, state.folder, rank, state.world)
+        if not shard.ranges:
+            at = share_of(state.ends, rank, state.world)
+            name = f"{state.folder}/{shard_manifest(rank, state.world)}"
+            files.remove(name)
+            files.write(name, [replace(shard, ranges=(at,)).to_bytes()])
+    assert commit(files, state.folder, lineage=LINEAGE, saved_at=SAVED_AT) is not None
+    stored = Stored.open(files, state.folder)
+    read = bytearray(stored.state_bytes)
+    stored.read(0, stored.state_bytes, memoryview(read))
+    assert read == state.data and stored.verify() == []
+    assert all(b'"version":1' in files.read(f"{state.folder}/{shard_manifest(rank, 7)}") for rank in range(7))
+
+
+def test_a_chunk_that_two_shares_have_is_refused(files: Files) -> None:
+    state = scattered(state_of(shapes=LARGE))
+    assert state.spread is not None
+    first, second = state.spread
+    for wrong in ((first, merged((*second, first[0]))), (first, second[1:]), (first, ((first[0][0], second[-1][1]),))):
+        folder = replace(state, spread=wrong, token="0000000a")
+        for rank in range(2):
+            folder.write(files, rank)
+        with pytest.raises(ManifestError, match=r"start: |stop: "):
+            commit(files, folder.folder, lineage=LINEAGE, saved_at=SAVED_AT)
+        files.remove_folder(folder.folder)
+
+
+def test_a_bad_chunk_is_named_by_its_tensors_in_scattered_shares_too(files: Files) -> None:
+    state = saved(files, None, LARGE, 2, scatter=True)
+    assert state.spread is not None
+    for rank, ranges in enumerate(state.spread):
+        path = files.path(f"{state.folder}/{shard_file(rank, 2)}")
+        assert path is not None
+        flip(path, path.stat().st_size - 1, 3)
+        (bad,) = Stored.open(files, state.folder).verify()
+        last = ranges[-1][1] - 1
+        (tensor,) = (
+            spec.name for spec, at in zip(state.skeleton.tensors, state.skeleton.offsets, strict=False)
+            if at <= last < at + spec.nbytes
+        )  # fmt: skip
+        assert bad.tensors == (tensor,)
+        flip(path, path.stat().st_size - 1, 3)
+
+
 def test_ranges_that_are_refused(files: Files) -> None:
     stored = Stored.open(files, saved(files).folder)
     for start, stop in ((-1, 1), (0, stored.state_bytes + 1), (5, 3)):
@@ -60,7 +124,7 @@ def test_ranges_that_are_refused(files: Files) -> None:
 
 def test_a_range_is_mapped_if_it_lies_there_as_it_is(files: Files) -> None:
     state = saved(files, shapes=LARGE, world=3)
-    stored, cut = Stored.open(files, state.folder), state.head(1).start
+    stored, cut = Stored.open(files, state.folder), state.head(1).ranges[0][0]
     for start, stop in ((0, 10), (5000, cut), (cut, cut + 70_000), (cut + 12_345, cut + 600_000)):
         view = stored.mapped(start, stop)
         assert view is not None and view == state.data[start:stop]

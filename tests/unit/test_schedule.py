@@ -1,0 +1,103 @@
+"""In which order a rank goes through its micro-batches: never stuck, and no more under way than allowed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resilient.core.schedule import KINDS, Backward, Forward, Kind, choose, under_way_limit
+
+
+class Pipe:
+    """All stages of a pipeline. Every action takes one tick; what is sent is there at the next."""
+
+    def __init__(self, kind: Kind, owners: list[list[int]], ranks: list[int]) -> None:
+        """owners: by stage, of each micro-batch, the rank within the stage."""
+        self.kind, self.owners, self.ranks = kind, owners, ranks
+        self.micro_batches = len(owners[0])
+        places = [(stage, rank) for stage, count in enumerate(ranks) for rank in range(count)]
+        self.fresh = {
+            place: {b for b in range(self.micro_batches) if owners[place[0]][b] == place[1]} for place in places
+        }
+        self.under_way: dict[tuple[int, int], set[int]] = {place: set() for place in places}
+        self.inputs = [set(range(self.micro_batches)), *(set[int]() for _ in ranks[1:])]
+        self.gradients = [set[int]() for _ in ranks]
+        self.most = dict.fromkeys(places, 0)
+        self.ticks = 0
+
+    def tick(self) -> bool:
+        """Whether anybody did anything."""
+        arrived: list[tuple[set[int], int]] = []
+        did = False
+        for (stage, rank), fresh in self.fresh.items():
+            under_way, last = self.under_way[stage, rank], stage == len(self.ranks) - 1
+            action = choose(
+                self.kind,
+                under_way_limit(self.kind, stage, self.ranks, self.micro_batches),
+                fresh=fresh,
+                under_way=under_way,
+                inputs=self.inputs[stage],
+                gradients=self.gradients[stage],
+            )
+            did = did or action is not None
+            match action:
+                case Forward(leaf=leaf):
+                    fresh.remove(leaf)
+                    under_way.add(leaf)
+                    arrived.append((self.gradients[stage] if last else self.inputs[stage + 1], leaf))
+                    self.most[stage, rank] = max(self.most[stage, rank], len(under_way))
+                case Backward(leaf=leaf):
+                    under_way.remove(leaf)
+                    arrived += [(self.gradients[stage - 1], leaf)] if stage else []
+        for where, leaf in arrived:
+            where.add(leaf)
+        self.ticks += 1
+        return did
+
+    @property
+    def done(self) -> bool:
+        return not any(self.fresh.values()) and not any(self.under_way.values())
+
+
+@st.composite
+def pipes(draw: st.DrawFn) -> Pipe:
+    ranks = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    micro_batches = draw(st.integers(max(ranks), 12))
+    owners = [
+        draw(st.lists(st.integers(0, count - 1), min_size=micro_batches, max_size=micro_batches)) for count in ranks
+    ]
+    return Pipe(draw(st.sampled_from(KINDS)), owners, ranks)
+
+
+@given(pipes())
+@settings(max_examples=300, deadline=None)
+def test_it_comes_to_an_end_whoever_owns_what(pipe: Pipe) -> None:
+    while pipe.tick():
+        assert pipe.ticks < 1000
+    assert pipe.done
+
+
+@given(pipes())
+@settings(max_examples=100, deadline=None)
+def test_no_more_are_under_way_than_allowed(pipe: Pipe) -> None:
+    while pipe.tick():
+        pass
+    for (stage, rank), most in pipe.most.items():
+        assert most <= under_way_limit(pipe.kind, stage, pipe.ranks, pipe.micro_batches), (stage, rank)
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 4), (4, 8), (4, 32)])
+def test_the_bubble_of_an_even_pipeline_is_the_known_one(stages: int, micro_batches: int) -> None:
+    """Of a step's 2 M + 2 (S - 1) slots, one for each forward and each backward, every rank is idle in 2 (S - 1)."""
+    pipe = Pipe("1f1b", [[0] * micro_batches for _ in range(stages)], [1] * stages)
+    while not pipe.done:
+        pipe.tick()
+    assert pipe.ticks == 2 * micro_batches + 2 * (stages - 1)
+
+
+def test_gpipe_goes_forward_first() -> None:
+    both = {"fresh": {1}, "under_way": {0}, "inputs": {1}, "gradients": {0}}
+    assert choose("gpipe", 4, **both) == Forward(1)
+    assert choose("1f1b", 4, **both) == Backward(0)
+    assert choose("1f1b", 1, fresh={1}, under_way={0}, inputs={1}, gradients=()) is None
