@@ -95,7 +95,7 @@ class Faults:
             return True
         if self.world.setting.limits.snapshots and self.world.protected.must_be_readable():
             return True
-        return bool(set(self.world.keepers_of_state()) - set(victims))
+        return self.world.state_is_held(without=victims)
 
     def _spend(self) -> None:
         self.world.fault_budget -= 1

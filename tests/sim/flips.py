@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .world import World
 
 SHARE_OF_SEEDS = 0.3
+ON_PURPOSE = "suspect memory or processor"
 
 
 class Flips:
@@ -41,7 +42,8 @@ class Flips:
             return
         rank = self._rng.choice(able)
         assert rank.seat.plan is not None
-        rank.state ^= 1
+        layer = self._rng.choice(rank.layers) if len(rank.layers) > 1 else rank.layers[0]
+        rank.state[layer] ^= 1
         self.world.disturbed = True
         self._at = rank.seat.plan.branch, rank.seat.step
         self.world.seen["a bit flipped"] += 1
@@ -61,6 +63,24 @@ class Flips:
         said = ("ranks ended with different states", "no state from before that is known to be right")
         return self.unseen and any(text in reason for text in said)
 
+    def created(self, plan: Plan) -> None:
+        """A branch that is opened because a stage was lost begins with what was wrong by then."""
+        newest = plan.branches[-1]
+        if self._at is None or ON_PURPOSE in plan.reason or newest.parent != self._at[0]:
+            return
+        if newest.at_step > self._at[1]:
+            self._at = newest.number, newest.at_step
+
+    def line_looked_on(self, plan: Plan) -> Lineage:
+        """By whoever decided on this plan: without the branch that it opens because a stage was lost."""
+        branches = plan.branches
+        opens = self._opens(plan) and ON_PURPOSE not in plan.reason
+        return Lineage(branches=branches[:-1] if opens else branches)
+
+    def _opens(self, plan: Plan) -> bool:
+        others = [other for number, other in self.world.plans_on_record.items() if number < plan.generation]
+        return bool(others) and plan.branch > max(other.branch for other in others)
+
     @property
     def line(self) -> Lineage:
         """Of the newest plan on record."""
@@ -68,6 +88,5 @@ class Flips:
         return Lineage(branches=plans[max(plans)].branches)
 
     def goes_back_on_purpose(self, plan: Plan) -> bool:
-        """Whether this plan opens a branch."""
-        others = [other for number, other in self.world.plans_on_record.items() if number < plan.generation]
-        return bool(others) and plan.branch > max(other.branch for other in others)
+        """Whether this plan opens a branch because states differed."""
+        return self._opens(plan) and ON_PURPOSE in plan.reason
