@@ -60,7 +60,9 @@ class Passing:
         self._under_way &= todo
         stage, number = self._stage()
         fresh = todo - self._under_way
-        inputs = fresh if number == 0 else {leaf for leaf in fresh if self._key(stage.first, leaf, FORWARD) in self._here}
+        inputs = (
+            fresh if number == 0 else {leaf for leaf in fresh if self._key(stage.first, leaf, FORWARD) in self._here}
+        )
         back = {leaf for leaf in self._under_way if self._key(stage.stop, leaf, BACKWARD) in self._here}
         ranks = [len(each.ranks) for each in self.plan.stages]
         return choose(

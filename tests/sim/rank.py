@@ -38,8 +38,8 @@ from snapshot.core.lifecycle import Ordinal
 
 from .capturing import Capturing
 from .passing import Passing
-from .stages import is_staged, layers_of, told_at_the_end
-from .truth import NOBODYS, Complete, State, leaf_values, next_state, state_at_start, written
+from .stages import layers_of, told_at_the_end
+from .truth import NOBODYS, Complete, State, leaf_values, next_state, state_at_start
 
 if TYPE_CHECKING:
     from .world import World

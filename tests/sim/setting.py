@@ -62,7 +62,8 @@ class Setting:
             self if self.limits.snapshots else self.with_snapshots(rng),
             layers=layers,
             pipeline=PipelineShape(
-                stages=rng.randint(1, min(3, layers)), layer_bytes=tuple(rng.choice([10, 20, 40]) for _ in range(layers))
+                stages=rng.randint(1, min(3, layers)),
+                layer_bytes=tuple(rng.choice([10, 20, 40]) for _ in range(layers)),
             ),
         )
 

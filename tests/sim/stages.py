@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resilient.core.plan import Plan
+from resilient.core.plan import Plan, Stage
 from snapshot.core.digest import StatePart
 
 from .truth import NOBODYS, State, digest_of, part_of
@@ -15,15 +15,19 @@ def layers_of(plan: Plan, member: int, count: int) -> range:
 
 
 def captured_by(plan: Plan, member: int, count: int) -> tuple[int, ...]:
-    """The layers whose state this member captures: in a pipeline those of its stage are shared out among its ranks, and
-    what belongs to no layer goes with the first."""
+    """The layers whose state this member captures: in a pipeline those of its stage are shared out among its ranks."""
     rank = plan.rank_of(member)
     stage = plan.stage_of(rank)
     if stage is None:
         return tuple(range(NOBODYS, count))
-    layers = range(stage.first or NOBODYS, stage.stop)
+    layers = answered_for(stage)
     place, ways = stage.ranks.index(rank), len(stage.ranks)
     return tuple(layers[len(layers) * place // ways : len(layers) * (place + 1) // ways])
+
+
+def answered_for(stage: Stage) -> range:
+    """The layers of a stage; with the first goes what belongs to none."""
+    return range(stage.first or NOBODYS, stage.stop)
 
 
 def teams(plan: Plan) -> tuple[tuple[int, ...], ...]:
@@ -46,6 +50,7 @@ def all_stay(former: Plan, plan: Plan, count: int) -> bool:
 
 def told_at_the_end(plan: Plan | None, member: int, state: State, count: int) -> tuple[str, StatePart | None]:
     """What a rank returns with: the digest of its state, or the part that it answers for."""
-    if plan is None or not is_staged(plan):
+    stage = None if plan is None or not is_staged(plan) else plan.stage_of(plan.rank_of(member))
+    if stage is None:
         return digest_of(state, count), None
-    return "", part_of(state, captured_by(plan, member, count), count)
+    return "", part_of(state, answered_for(stage), count)
