@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from resilient.core.lane import Agreed
 
+from .checkers import Violation
 from .truth import Complete
 
 if TYPE_CHECKING:
@@ -50,3 +51,23 @@ class Closing:
         elif any(not self.group.member_lives(other) for other in self.group.plan.members) or self.group.broken:
             self.world.seen["some have their sums, and the step can't end"] += 1
             self.group.break_exchange(number, self.result.step)
+
+
+def learn_outcome(group: Group, behind: list[int], knowing: list[int], complete: int) -> None:
+    """Whoever is behind has its own stage's sums, and lacks only what others know of the step."""
+    world = group.world
+    world.faults.serving(world.rng.choice(knowing), behind[0])
+
+    def learn() -> None:
+        kept = next((kept for number in knowing if (kept := group.member(number).kept) is not None), None)
+        if kept is None or kept.step != complete:
+            raise Violation("group", f"none of {knowing} has kept the outcome of step {complete}: {kept}")
+        for number in behind:
+            reduced = group.member(number).reduced
+            if reduced is None or reduced[0] != complete:
+                raise Violation("group", f"rank {number} has no sums of step {complete} of its own: {reduced}")
+            world.seen["behind with its own sums"] += 1
+            group.member(number).received_result = group.plan.generation, kept._replace(sums=reduced[1])
+        group.level_state(complete)
+
+    group.then(world.rng.uniform(0.01, 0.15), learn)

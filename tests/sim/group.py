@@ -16,7 +16,7 @@ from resilient.core.plan import Plan
 from .back import WayBack
 from .capturing import Submission
 from .checkers import Violation
-from .closing import Closing
+from .closing import Closing, learn_outcome
 from .moving import Moving
 from .stages import is_staged
 from .truth import Complete, State, outcome_of, sums_of
@@ -68,14 +68,14 @@ class Group:
         if not self.member_lives(self.plan.members[0]):
             self.world.seen["the store's host died while forming"] += 1
         if self.called == set(self.plan.members):
-            self._then(self.world.rng.uniform(0.003, 0.1), self._compare)
+            self.then(self.world.rng.uniform(0.003, 0.1), self._compare)
         elif any(not self.member_lives(number) for number in self.plan.members):
             self._fail_later(rank.member)
 
     def member_lives(self, number: int) -> bool:
         return number in self.world.ranks and self.member(number).alive
 
-    def _then(self, delay: float, action: Callable[[], None]) -> None:
+    def then(self, delay: float, action: Callable[[], None]) -> None:
         """Go on after a delay, unless the formation has failed by then; a stopped member makes all wait."""
 
         def go_on() -> None:
@@ -111,10 +111,10 @@ class Group:
 
     def _serve(self, behind: list[int], servers: list[int], complete: int) -> None:
         if not behind:
-            self._level_state(complete)
+            self.level_state(complete)
             return
         if is_staged(self.plan):
-            self._learn_outcome(behind, servers, complete)
+            learn_outcome(self, behind, servers, complete)
             return
         number, server = behind[0], self.world.rng.choice(servers)
         self.world.faults.serving(server, number)
@@ -126,32 +126,13 @@ class Group:
             self.member(number).received_result = self.plan.generation, kept
             self._serve(behind[1:], servers, complete)
 
-        self._then(self.world.rng.uniform(0.01, 0.15), serve)
+        self.then(self.world.rng.uniform(0.01, 0.15), serve)
 
-    def _learn_outcome(self, behind: list[int], knowing: list[int], complete: int) -> None:
-        """In a pipeline whoever is behind has its own stage's sums, and lacks only what others know of the step."""
-        self.world.faults.serving(self.world.rng.choice(knowing), behind[0])
-
-        def learn() -> None:
-            kept = next((kept for number in knowing if (kept := self.member(number).kept) is not None), None)
-            if kept is None or kept.step != complete:
-                raise Violation("group", f"none of {knowing} has kept the outcome of step {complete}: {kept}")
-            for number in behind:
-                reduced = self.member(number).reduced
-                if reduced is None or reduced[0] != complete:
-                    raise Violation("group", f"rank {number} has no sums of step {complete} of its own: {reduced}")
-                self.world.seen["behind with its own sums"] += 1
-                result = kept._replace(sums=reduced[1])
-                self.member(number).received_result = self.plan.generation, result
-            self._level_state(complete)
-
-        self._then(self.world.rng.uniform(0.01, 0.15), learn)
-
-    def _level_state(self, complete: int) -> None:
+    def level_state(self, complete: int) -> None:
         stateless = [number for number in self.plan.members if not self.member(number).seat.has_state]
         holders = [number for number in self.plan.members if self.member(number).seat.has_state]
         if self.plan.kind != "unplanned" and not all(self._gives(number) for number in holders):
-            self._then(AGAIN_S, lambda: self._level_state(complete))
+            self.then(AGAIN_S, lambda: self.level_state(complete))
             return
         if stateless and self.plan.kind == "unplanned":
             raise Violation("group", f"members {stateless} of {self.plan} hold no state")
@@ -171,7 +152,7 @@ class Group:
 
     def level(self, complete: int) -> None:
         """All members are; only the barrier is left."""
-        self._then(self.world.rng.uniform(0.001, 0.03), lambda: self._barrier(complete))
+        self.then(self.world.rng.uniform(0.001, 0.03), lambda: self._barrier(complete))
 
     def _give(self, stateless: list[int], givers: list[int], complete: int) -> None:
         if not stateless:
@@ -186,7 +167,7 @@ class Group:
             self.member(number).receive_state(self.plan.generation, complete, state)
             self._give(stateless[1:], givers, complete)
 
-        self._then(self.world.rng.uniform(0.01, 0.3), give)
+        self.then(self.world.rng.uniform(0.01, 0.3), give)
 
     def _barrier(self, complete: int) -> None:
         self.entered = True

@@ -51,7 +51,7 @@ class Moving:
                 rank.receive_state(self.plan.generation, self.complete, found)
             self._next(receivers[1:])
 
-        self.group._then(rng.uniform(0.01, 0.3), give)
+        self.group.then(rng.uniform(0.01, 0.3), give)
 
     def _value(self, layer: int) -> int:
         if self.plan.kind == "initial":

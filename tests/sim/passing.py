@@ -6,6 +6,7 @@ to somebody who does not own the micro-batch any more is sent again.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from resilient.core.plan import Plan, Stage
@@ -60,10 +61,8 @@ class Passing:
         self._under_way &= todo
         stage, number = self._stage()
         fresh = todo - self._under_way
-        inputs = (
-            fresh if number == 0 else {leaf for leaf in fresh if self._key(stage.first, leaf, FORWARD) in self._here}
-        )
-        back = {leaf for leaf in self._under_way if self._key(stage.stop, leaf, BACKWARD) in self._here}
+        inputs = fresh if number == 0 else self._arrived(fresh, stage.first, FORWARD)
+        back = self._arrived(self._under_way, stage.stop, BACKWARD)
         ranks = [len(each.ranks) for each in self.plan.stages]
         return choose(
             "1f1b",
@@ -73,6 +72,9 @@ class Passing:
             inputs=inputs,
             gradients=back,
         )
+
+    def _arrived(self, leaves: Collection[int], boundary: int, direction: int) -> set[int]:
+        return {leaf for leaf in leaves if self._key(boundary, leaf, direction) in self._here}
 
     def done(self, action: Action) -> bool:
         """Whether the micro-batch has gone all the way through this stage."""
@@ -114,7 +116,7 @@ class Passing:
             elif other.alive:
                 other.run(lambda: other.passing.arrived(key))
             else:
-                self.rank.run(lambda: self.rank.unreachable(to))
+                self.rank.run(lambda: self._unreachable(to))
 
         self.world.at(self.world.rng.uniform(0.002, 0.05), deliver)
 
@@ -122,3 +124,14 @@ class Passing:
         if self.plan is None or key.since >= self.plan.since:
             self._here.add(key)
             self.rank.advance()
+
+    def _unreachable(self, member: int) -> None:
+        """A link of the generation is broken, if it is in it."""
+        rank, seat = self.rank, self.rank.seat
+        if seat.plan is None or member not in seat.plan.ranks or seat.broken == seat.plan.generation:
+            return
+        self.world.seen["found out by what it had to send"] += 1
+        if seat.forming:
+            rank.form_failed(seat.plan.generation)
+        else:
+            rank.exchange_failed(seat.plan.generation, seat.step)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from resilient.core.detector import Vital
-from resilient.core.events import RankReady, RankReported, RankReturned, SnapshotProtected
+from resilient.core.events import SnapshotProtected
 from resilient.core.lane import Agreed
 from resilient.core.pace import Pace
-from resilient.core.plan import Address, Plan, Restore
+from resilient.core.plan import Plan, Restore
 from resilient.core.schedule import Action
 from resilient.core.seat import (
     Applied,
@@ -38,7 +37,8 @@ from snapshot.core.lifecycle import Ordinal
 
 from .capturing import Capturing
 from .passing import Passing
-from .stages import layers_of, told_at_the_end
+from .stages import layers_of
+from .telling import Telling
 from .truth import NOBODYS, Complete, State, leaf_values, next_state, state_at_start
 
 if TYPE_CHECKING:
@@ -71,18 +71,18 @@ class Rank:
         """A generation, and the state at its first boundary, for joiners."""
         self.capturing = Capturing(self)
         self.passing = Passing(self)
+        self.telling = Telling(self)
         self.loaded: tuple[int, Restore] | None = None
         """The generation for which this rank has last loaded a snapshot, and which."""
         self._busy = False
         self._waiting_room: list[Callable[[], None]] = []
         self._submitted: tuple[int, int] | None = None
         self._work = 0
-        self._took_s = 0.0
-        self._pace = Pace()
+        self.pace = Pace()
 
     def begin(self) -> None:
         self.world.tell(f"rank {self.member} starts on {self.node}")
-        self.later(self.world.rng.uniform(0.05, 0.6), self._repeat_report)
+        self.later(self.world.rng.uniform(0.05, 0.6), self.telling.repeat)
         self.later(self.world.rng.uniform(0.3, 2.0), self._reach_loop)
 
     # Time passes for a process only while it lives and is not stopped.
@@ -161,7 +161,7 @@ class Rank:
                 case Form(plan=plan):
                     self.world.group_of(plan).called_by(self)
                 case Report():
-                    self._report()
+                    self.telling.report()
                 case Discard():
                     self.world.seen["partial sums discarded"] += 1
                     self.partial = {}
@@ -206,7 +206,9 @@ class Rank:
 
     def _settle(self, plan: Plan) -> None:
         """Only this plan's layers are here from now on."""
-        self.layers = layers_of(plan, self.member, self.world.setting.layers)
+        former, self.layers = self.layers, layers_of(plan, self.member, self.world.setting.layers)
+        if former == self.layers and len(self.state) > len(former) + 1:
+            self.world.seen["a change of layers was gone back on"] += 1
         self.state = {layer: self.state[layer] for layer in (NOBODYS, *self.layers)}
         if plan.stages:
             self.passing.seated(plan)
@@ -222,7 +224,7 @@ class Rank:
             return False
         self.reduced = step, sums
         self.world.emit("stage_reduced", rank=self, plan=plan, step=step)
-        self.world.faults.point("stage reduced", [self.member])
+        self.world.faults.point("stage reduced", list(plan.members))
         return True
 
     def exchange_done(self, plan: Plan, agreed: int, result: Complete, lane: Agreed) -> None:
@@ -238,63 +240,16 @@ class Rank:
         self.tell_seat(ExchangeDone(generation=generation, step=step, agreed=agreed))
         self.world.faults.point("completed", [self.member])
 
-    def unreachable(self, member: int) -> None:
-        """What is to go to this one can't: a link of the generation is broken, if it is in it."""
-        plan, seat = self.seat.plan, self.seat
-        if plan is None or member not in plan.ranks or seat.broken == plan.generation:
-            return
-        self.world.seen["found out by what it had to send"] += 1
-        if seat.forming:
-            self.form_failed(plan.generation)
-        else:
-            self.exchange_failed(plan.generation, seat.step)
-
     def exchange_failed(self, generation: int, step: int) -> None:
         self.world.emit("exchange_failed", rank=self, generation=generation, step=step)
         self.world.tell(f"rank {self.member} sees its exchange of step {step} in generation {generation} fail")
         self.tell_seat(ExchangeFailed(generation=generation, step=step))
 
-    def _report(self) -> None:
-        report = RankReported(report=self.seat.report())
-        if self.world.speeds.active and self.world.setting.pipeline:
-            report = RankReported(report=replace(report.report, layer_s=self._layer_s()))
-        elif self.world.speeds.active:
-            report = RankReported(report=replace(report.report, leaf_s=self._pace.leaf_s))
-        self.world.to_controllers(self.node, lambda shell: shell.take(report))
-
-    def _repeat_report(self) -> None:
-        self._report()
-        self.world.drains.repeated(self)
-        if self.ready:
-            self._say_ready()
-        if self.returned:
-            self._say_returned()
-        self.later(0.5, self._repeat_report)
-
-    def _say_ready(self) -> None:
-        ready = RankReady(
-            member=self.member,
-            node=self.node,
-            address=Address(host=self.node, port=self.member),
-            micro_batches=self.world.setting.micro_batches,
-            steps=self.world.setting.steps,
-            probe="equal",
-            probe_fields="equal",
-            pipeline=self.world.setting.pipeline,
-        )
-        self.world.to_controllers(self.node, lambda shell: shell.take(ready))
-
-    def _say_returned(self) -> None:
-        assert self.seat.plan is not None
-        digest, part = told_at_the_end(self.passing.plan, self.member, self.state, self.world.setting.layers)
-        event = RankReturned(member=self.member, step=self.seat.step, digest=digest, part=part)
-        self.world.to_controllers(self.node, lambda shell: shell.take(event))
-
     # Training thread
 
     def _reach_loop(self) -> None:
         self.ready = True
-        self._say_ready()
+        self.telling.ready()
         self.advance()
 
     def advance(self) -> None:
@@ -320,7 +275,7 @@ class Rank:
                 if action is not None:
                     self._compute(action.leaf, action)
             case Compute(leaf=leaf):
-                self._pace.handed_out(self.world.now)
+                self.pace.handed_out(self.world.now)
                 self._compute(leaf)
             case Apply(step=step):
                 self._busy = True
@@ -336,17 +291,12 @@ class Rank:
         self._busy = True
         step, values = self.seat.step, leaf_values(self.state, self.seat.step, leaf, self.layers)
         takes_s = self.world.rng.uniform(0.03, 0.15) * self.world.speeds.factor(self.node, self.world.now)
-        self._took_s = takes_s
         self.later(takes_s, lambda: self._fold(step, leaf, values, action))
-
-    def _layer_s(self) -> tuple[tuple[int, float], ...]:
-        """By layer, as it was measured last."""
-        return tuple((layer, self._took_s / len(self.layers)) for layer in self.layers) if self._took_s else ()
 
     def _fold(self, step: int, leaf: int, values: dict[int, int], action: Action | None) -> None:
         self._busy = False
         self._work += 1
-        self._pace.folded(self.world.now)
+        self.pace.folded(self.world.now)
         if action is not None and (self.seat.restoring or not self.passing.done(action)):
             self.advance()
             return
@@ -392,4 +342,4 @@ class Rank:
         self.returned = True
         self._busy = False
         self.world.emit("returned", rank=self)
-        self._say_returned()
+        self.telling.returned()

@@ -60,6 +60,7 @@ class Setting:
         layers = rng.randint(2, 4)
         return replace(
             self if self.limits.snapshots else self.with_snapshots(rng),
+            fault_budget=self.fault_budget + rng.randint(0, 4),
             layers=layers,
             pipeline=PipelineShape(
                 stages=rng.randint(1, min(3, layers)),

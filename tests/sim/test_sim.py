@@ -65,8 +65,8 @@ IMPORTANT = (
 
 def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:
     seen: Counter[str] = Counter()
-    for drained in (False, True):
-        outcome = swarm([*range(SEEDS), *RARE], keep_going=True, drained=drained)
+    for drained in (False, True):  # and with that pipelines
+        outcome = swarm([*range(SEEDS), *RARE], keep_going=True, drained=drained, staged=drained)
         assert not outcome.failures, f"{drained=}; replay with python -m tests.sim --seed: {outcome.failures}"
         seen += outcome.seen
     missed = [name for name in IMPORTANT if not seen[name]]
@@ -75,11 +75,11 @@ def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:
 
 @pytest.mark.parametrize("seed", [562, 745, 995, 3095, 3430, 4866, 9910])
 def test_seeds_that_found_a_mistake(seed: int) -> None:
-    _, _, error = run_seed(seed, drained=False)  # they are older than drains
+    _, _, error = run_seed(seed, drained=False, staged=False)  # they are older than drains
     assert not error
 
 
 @pytest.mark.parametrize("seed", [174, 342, 11284, 13033, 17764, 42015])
 def test_seeds_that_found_a_mistake_in_drains(seed: int) -> None:
-    _, _, error = run_seed(seed)
+    _, _, error = run_seed(seed, staged=False)
     assert not error

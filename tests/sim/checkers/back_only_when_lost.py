@@ -27,10 +27,8 @@ class BackOnlyWhenLost(Checker):
         if current is not formed and current.kind == "restored":
             return  # whoever was called to that one has dropped what it held
         holding = [member for member in formed.members if shell.control.membership.is_alive(member)]
-        self.require(
-            not self.is_all(formed, holding),
-            f"generation {plan.generation} goes back, though {holding} of {formed} are alive",
-        )
+        said = f"generation {plan.generation} goes back, though {holding} of {formed} are alive"
+        self.require(not self.is_all(formed, holding), said)
 
     def on_formed(self, rank: Any, generation: int) -> None:
         plan = self.world.plans_on_record[generation]

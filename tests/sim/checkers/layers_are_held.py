@@ -1,4 +1,4 @@
-"""Every rank of the newest formed generation holds the layers of its stage, with the state of the step that it is at."""
+"""Every rank of the newest formed generation holds the layers of its stage, with the state of its step."""
 
 from __future__ import annotations
 
