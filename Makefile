@@ -16,7 +16,7 @@ AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
-.PHONY: help demo test test-long test-gpu lint format sim fuzz bench-recovery bench-snapshot bench-durable bench-scale soak clean
+.PHONY: help demo demo-pipeline test test-long test-gpu lint format sim fuzz bench-recovery bench-snapshot bench-durable bench-scale soak clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -40,6 +40,9 @@ $(VENV)/.redis-stamp: $(VENV)/.test-stamp
 
 demo: $(VENV)/.test-stamp ## train, kill processes on the way, compare the bits
 	$(BIN)/resilient demo
+
+demo-pipeline: $(VENV)/.test-stamp ## the same with the model's layers spread over the ranks
+	$(BIN)/resilient demo --pipeline --out out/demo-pipeline
 
 test: $(VENV)/.test-stamp ## all tests but the long ones and those that need a GPU
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not long"

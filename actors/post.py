@@ -155,7 +155,7 @@ class _Peer:
     def _send_until_there(self, key: Key, parcel: Parcel) -> None:
         tensors = [tensor.detach().cpu().contiguous() for tensor in parcel.tensors]
         fields = {"key": list(key), "tensors": [_spec(*pair) for pair in zip(tensors, parcel.marks, strict=True)]}
-        told = False
+        failed = 0
         while not self._closed.is_set():
             try:
                 if self._connection is None:
@@ -167,8 +167,10 @@ class _Peer:
                 self._connection = None
                 if self._closed.is_set():
                     return
-                if not told:
-                    told = True
+                failed += 1
+                if failed == 1:
+                    continue  # a connection may break for nothing
+                if failed == 2:
                     self._post._broken(self._name, str(error))
                 if isinstance(error, NotAuthentic):
                     return

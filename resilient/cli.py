@@ -24,8 +24,9 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
 @click.option("--steps", type=int, default=140, show_default=True, help="Steps to train.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides who is hit, and when within a step.")
+@click.option("--pipeline", is_flag=True, help="Spread the model's layers over the ranks.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON; progress goes to stderr.")
-def demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
+def demo(out: Path, steps: int, seed: int, pipeline: bool, as_json: bool) -> None:
     """Train through a killed rank, a lost node and a new node, and compare the bits.
 
     Takes about two minutes, on the CPU only. Exits with 1 unless the bits are the same as in one
@@ -41,7 +42,7 @@ def demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
         signal.signal(sign, _interrupted)
     try:
         with Screen(Console(file=sys.stderr if as_json else sys.stdout), steps) as screen:
-            outcome = run_demo(out=out, steps=steps, seed=seed, screen=screen)
+            outcome = run_demo(out=out, steps=steps, seed=seed, screen=screen, pipeline=pipeline)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     except ResilientError as error:

@@ -37,8 +37,10 @@ FEWEST_STEPS = 60
 ON_CLUSTER, ALONE_LABEL = "on the cluster", "undisturbed, one process"
 
 
-def run_demo(*, out: Path, steps: int, seed: int, screen: Screen) -> Outcome:
+def run_demo(*, out: Path, steps: int, seed: int, screen: Screen, pipeline: bool = False) -> Outcome:
     """Run it, write result.json and loss.png into `out`, and leave nothing else behind.
+
+    pipeline: each rank holds some of the model's layers, and a rank that dies is the only one that holds them.
 
     Raises ValueError for too few steps, ResilientError when a run fails.
     """
@@ -46,8 +48,8 @@ def run_demo(*, out: Path, steps: int, seed: int, screen: Screen) -> Outcome:
         raise ValueError(f"steps={steps}: the demo needs at least {FEWEST_STEPS}, so that all can happen in time")
     began_at = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    with Undisturbed(steps, screen) as undisturbed, ray_quiet(out / "ray.log"):
-        result, chaos = _on_cluster(steps, seed, screen)
+    with Undisturbed(steps, screen, pipeline) as undisturbed, ray_quiet(out / "ray.log"):
+        result, chaos = _on_cluster(model(pipeline), steps, seed, screen)
         screen.say("the run on the cluster has ended; waiting for the one that nothing happens to")
         alone = undisturbed.outcome()
     outcome = Outcome(
@@ -77,18 +79,29 @@ def ray_quiet(path: Path) -> Iterator[None]:
         yield
 
 
-def _on_cluster(steps: int, seed: int, screen: Screen) -> tuple[Result, Chaos]:
+def model(pipeline: bool) -> Any:
+    """What is trained."""
+    if pipeline:
+        from .demo_pipeline_model import main as in_stages
+
+        return in_stages
+    from .demo_model import main
+
+    return main
+
+
+def _on_cluster(main: Any, steps: int, seed: int, screen: Screen) -> tuple[Result, Chaos]:
     screen.say(f"starting a cluster of {NODES} nodes on this machine")
     try:
         with tempfile.TemporaryDirectory(prefix="resilient-demo-") as folder, LocalCluster(NODES) as cluster:
-            return _train(cluster, steps, seed, screen, Path(folder) / "all-has-happened")
+            return _train(main, cluster, steps, seed, screen, Path(folder) / "all-has-happened")
     finally:
-        _remove_files()
+        _remove_files(main)
 
 
-def _train(cluster: LocalCluster, steps: int, seed: int, screen: Screen, marker: Path) -> tuple[Result, Chaos]:
-    from .demo_model import main
-
+def _train(
+    main: Any, cluster: LocalCluster, steps: int, seed: int, screen: Screen, marker: Path
+) -> tuple[Result, Chaos]:
     screen.say(f"starting {NODES} ranks, one per node")
     watch = Watch()
     chaos = Chaos(
@@ -145,14 +158,14 @@ class Follow:
 class Undisturbed:
     """The same run in one process, at the same time. A context: the process has ended after it."""
 
-    def __init__(self, steps: int, screen: Screen) -> None:
+    def __init__(self, steps: int, screen: Screen, pipeline: bool = False) -> None:
         self._screen = screen
-        self._steps = steps
+        self._steps, self._pipeline = steps, pipeline
         self._last: dict[str, Any] = {}
 
     def __enter__(self) -> Undisturbed:
         # A session of its own: Ctrl-C is for the demo, which then ends it.
-        command = [sys.executable, "-m", ALONE, str(self._steps), str(os.getpid())]
+        command = [sys.executable, "-m", ALONE, str(self._steps), str(os.getpid()), str(int(self._pipeline))]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         self._reader = threading.Thread(target=self._read, name="undisturbed", daemon=True)
         self._reader.start()
@@ -188,10 +201,8 @@ def show(outcome: Outcome, out: Path, screen: Screen) -> None:
     console.print(f"{outcome.seconds:.0f} s. Written: {out / 'result.json'}, {out / 'loss.png'}", highlight=False)
 
 
-def _remove_files() -> None:
+def _remove_files(main: Any) -> None:
     """What the node that was lost could not remove."""
     from actors.launch import FOLDER
-
-    from .demo_model import main
 
     remove_files(FOLDER, f"{main.settings.name}-1-")

@@ -14,13 +14,13 @@ import sys
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def main(steps: int, parent: int) -> None:
+def main(steps: int, parent: int, pipeline: bool) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         return  # the demo has ended before that
-    from .demo_model import main as train
+    from .demo import model
 
-    result = train.local(steps, tell_step)
+    result = model(pipeline).local(steps, tell_step)
     tell(digest=result.digest, metrics=result.metrics, parameters=result.value)
 
 
@@ -33,4 +33,4 @@ def tell(**fields: object) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")

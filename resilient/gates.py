@@ -26,8 +26,12 @@ class Reduced(float):
 class Gates:
     """Opened by the commit of a step, closed at the next micro-batch."""
 
-    def __init__(self, protected: Protected) -> None:
+    def __init__(
+        self, protected: Protected, update: Callable[[Optimizer, Callable[[], Any]], Any] | None = None
+    ) -> None:
+        """update: takes an optimizer's own step and carries it out; it is called as it is without that."""
         self.open = False
+        self._update = update
         self.stepped = False
         """Whether an optimizer has been asked to step since the gates opened."""
         self._protected = protected
@@ -44,7 +48,9 @@ class Gates:
 
     def set(self) -> None:
         for name, optimizer in self._protected.optimizers:
-            self._optimizer_gates[name] = self._gate(optimizer, "step", self._optimizer_step)
+            self._optimizer_gates[name] = self._gate(
+                optimizer, "step", functools.partial(self._optimizer_step, optimizer)
+            )
         for name, scheduler in self._protected.schedulers:
             check = functools.partial(_check_plateau, name) if is_plateau(scheduler) else None
             self._gate_by_class(scheduler, functools.partial(self._only_open, check))
@@ -112,7 +118,7 @@ class Gates:
             check(*args, **kw)
         return original(*args, **kw)
 
-    def _optimizer_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _optimizer_step(self, optimizer: Optimizer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if any(argument is not None for argument in (*args, kwargs.get("closure"))):
             raise LoopError(
                 "optimizer.step was given a closure, which would run the model again outside the step's "
@@ -121,7 +127,7 @@ class Gates:
         if not self.open:
             return None
         self.stepped = True
-        return original()
+        return original() if self._update is None else self._update(optimizer, original)
 
     def _scaler_step(self, original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         if not self.open:

@@ -111,6 +111,8 @@ class GenerationThread(threading.Thread):
     def _level(self, group: Group) -> tuple[int, Payload | None]:
         if self.plan.restore is not None:
             return self._restore(group, self.plan.restore), None
+        if self.plan.kind == "unplanned" and self.plan.stages:
+            self._member.stage.carry_on(self.plan)
         held = self._holding
         kept_step = held.complete if held.kept is not None else NEVER_STEP
         rows = group.gather([int(held.has_state), held.complete, kept_step])
@@ -141,9 +143,12 @@ class GenerationThread(threading.Thread):
         self._member.wait_until_parked(self.plan.generation)
         if self.plan.stages:
             self._member.leave_memory()
-            self._member.stage.begin_anew(self.plan, self.rank)
+            with self._member.changing(self.plan.generation):
+                self._member.stage.begin_anew(self.plan, self.rank)
         table = self._member.fetch(restore, self.plan)
         self._member.load(self.plan.generation, table)
+        if self.plan.stages:
+            Moving(self._member, self.plan, self.rank, group).compare_restored()
         complete = restore.key.step - 1
         self._member.trust(Ordinal(self.plan.branch, restore.key.step))
         self._member.state_received(self.plan, complete)
@@ -260,7 +265,9 @@ class GenerationThread(threading.Thread):
         if low.control_differs:
             _explain_difference(group, member.control_state(), step)
         if low.spell:
-            member.stage.take_spelling(group.gather_bytes(member.stage.spelling()))
+            told = group.gather_bytes(member.stage.spelling())
+            with member.changing(self.plan.generation):
+                member.stage.take_spelling(told)
         counts = self._all_counts(group) if low.masks_differ or low.layouts_differ else None
         result = self._in_flight = member.take_result(self.plan.generation)
         sums.partial.freeze()

@@ -13,7 +13,8 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -217,6 +218,14 @@ class Member:
                 self._come_to_rest()
                 self._changed.wait(WAKE_S)
 
+    def wait_for(self, ready: Callable[[], bool]) -> bool:
+        with self._changed:
+            while not self._seat.restoring and not ready():
+                self._host.words.moved("waiting", self._seat.step, self.generation)
+                self._changed.wait(WAKE_S)
+            self._host.words.moved("computing", self._seat.step, self.generation)
+            return not self._seat.restoring
+
     def parked(self) -> bool:
         with self._changed:
             return self._seat.restoring
@@ -314,8 +323,16 @@ class Member:
         if not self.has_stages:
             snapshots.boundary(ordinal, self.objects(), seating, wanted=wanted, durable=durable)
         elif not self.stage.spelled_anew():  # else the others would spell another structure than this rank
-            ranges = self.stage.captured
-            snapshots.boundary(ordinal, self.objects(), seating, wanted=wanted, durable=durable, ranges=ranges)
+            stage = self.stage
+            snapshots.boundary(
+                ordinal,
+                self.objects(),
+                seating,
+                wanted=wanted,
+                durable=durable,
+                ranges=stage.captured,
+                compared=stage.whereabouts.is_common,
+            )
 
     def roll_back(self, rollback: Rollback) -> None:
         with self._changed:
@@ -425,7 +442,7 @@ class Member:
             self._do(self._seat.handle(StateReceived(generation=plan.generation, complete=complete)))
 
     def formed(self, plan: Plan, complete: int, caught_up: Payload | None) -> None:
-        with self._changed:
+        with self._loading, self._changed:
             if not self._is_current(plan):
                 return
             self._retired, self._held = None, None
@@ -514,10 +531,16 @@ class Member:
                 self._changed.wait(WAKE_S)
             self.require_current(generation)
 
-    def load(self, generation: int, table: StateTable) -> None:
-        """Write this state into the user's objects; one at a time, since a thread left behind may still do so."""
+    @contextmanager
+    def changing(self, generation: int) -> Iterator[None]:
+        """Around changes to what this rank holds: one thread at a time, and none that was left behind."""
         with self._loading:
             self.require_current(generation)
+            yield
+
+    def load(self, generation: int, table: StateTable) -> None:
+        """Write this state into the user's objects; one at a time, since a thread left behind may still do so."""
+        with self.changing(generation):
             load(self.objects(), table)
 
     def fetch(self, restore: Restore, plan: Plan) -> StateTable:

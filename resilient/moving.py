@@ -7,7 +7,9 @@ which fails can be gone back on.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,11 +23,15 @@ from snapshot.table import StateTable
 
 from .core.moves import Transfer, transfers, without
 from .core.plan import Plan
+from .core.shards import chunks_from
 from .errors import StateDiverged
 from .exchange import CHUNK_BYTES
+from .spelling import NOTHING
 
 if TYPE_CHECKING:
     from .member import Member
+
+_given_up: list[list[Move]] = []
 
 TEXT_TAG, LAYER_TAG = (1 << 22) + 8, (1 << 22) + 16
 
@@ -42,8 +48,13 @@ class Moving:
         initial = plan.kind == "initial"
         if initial or has_state:
             member.wait_for_boundary(plan.generation)
-        member.stage.take_spelling(self._group.gather_bytes(member.stage.spelling()))
-        member.stage.bring(plan, self._rank, initial=initial)
+        known = member.stage.spelling() if initial or has_state else NOTHING
+        told = self._group.gather_bytes(known)
+        with member.changing(plan.generation):
+            member.stage.take_spelling(told)
+        owned = self._deal_shards(initial)
+        with member.changing(plan.generation):
+            member.stage.bring(plan, self._rank, initial=initial)
         if initial and self._all_equal():
             return
         stage = plan.stage_of(self._rank)
@@ -51,7 +62,20 @@ class Moving:
         if initial:  # whoever is first in a stage has built what counts
             has_state, layers = stage.ranks[0] == self._rank, range(stage.first, stage.stop)
         row = [layers.start, layers.stop] if has_state else [0, 0]
-        self._transfer(self._group.gather(row))
+        self._transfer(self._group.gather(row), owned)
+
+    def _deal_shards(self, initial: bool) -> list[frozenset[int]]:
+        """By rank, the chunks of optimizer state that it has, if any are in shards."""
+        shards, plan = self._member.stage.shards, self._plan
+        if shards is None:
+            return [frozenset()] * plan.size
+        if initial:
+            shards.deal(plan)
+            first = {stage.ranks[0] for stage in plan.stages}
+            return [shards.all_of(plan, rank) if rank in first else frozenset() for rank in range(plan.size)]
+        told = self._group.gather_bytes(shards.told())
+        shards.deal(plan, told)
+        return [chunks_from(text) for text in told]
 
     def _all_equal(self) -> bool:
         """Whether the ranks of each stage have built the same, and all of them what belongs to no layer."""
@@ -63,22 +87,36 @@ class Moving:
         stages = [{row[0] for row in (rows[rank] for rank in stage.ranks)} for stage in self._plan.stages]
         return all(len(found) == 1 for found in stages) and len({tuple(row[1:]) for row in rows}) == 1
 
-    def _transfer(self, rows: Sequence[Sequence[int]]) -> None:
-        """rows: by rank the layers that it has."""
+    def _transfer(self, rows: Sequence[Sequence[int]], owned: Sequence[frozenset[int]]) -> None:
+        """By rank, the layers that it has, and the chunks of optimizer state that is in shards."""
         member, plan = self._member, self._plan
         mine = capture(member.objects()) if rows[self._rank][1] else None
         skeleton = self._skeleton(mine, rows)
         specs = Skeleton.from_bytes(skeleton).tensors
-        moves = transfers(*self._has_and_wants(specs, rows))
+        moves = (*transfers(*self._has_and_wants(specs, rows)), *self._shard_transfers(specs, owned))
         coming = [each for each in moves if each.receiver == self._rank]
-        own = mine or StateTable.empty(skeleton, merged((each.start, each.stop) for each in coming))
-        sends = [part for each in moves if each.sender == self._rank for part in _pieces(own, each, each.receiver)]
-        receives = [part for each in coming for part in _pieces(own, each, each.sender)]
-        self._group.post_host(sends, receives).wait()
-        member.require_current(plan.generation)
-        self._compare(own, specs, rows)
+        received = StateTable.empty(skeleton, merged((each.start, each.stop) for each in coming))
+        receives = [part for each in coming for part in _pieces(received, each, each.sender)]
+        sends = [] if mine is None else _sends(mine, moves, self._rank)
+        try:
+            self._group.post_host(sends, receives).wait()
+        except LinkBroken:
+            _given_up.append(receives)  # others may still write there
+            raise
         if mine is None:
-            member.load(plan.generation, own)
+            self._compare(received, specs, rows)
+            member.load(plan.generation, received)
+            return
+        with member.changing(plan.generation):
+            for each in coming:
+                for target, source in zip(_pieces(mine, each, 0), _pieces(received, each, 0), strict=True):
+                    target.data.copy_(source.data)
+        self._compare(mine, specs, rows)
+
+    def compare_restored(self) -> None:
+        """The same when all have taken their part from a snapshot."""
+        table = capture(self._member.objects())
+        self._compare(table, table.layout.tensors, [(0, 0)] * self._plan.size)
 
     def _compare(self, table: StateTable, specs: Sequence[TensorSpec], rows: Sequence[Sequence[int]]) -> None:
         """Everybody's bytes of each layer with everybody else's: nothing goes on with what was not received as it was
@@ -104,6 +142,14 @@ class Moving:
             for rank in stage.ranks:
                 wants[rank] = needed
         return has, wants
+
+    def _shard_transfers(self, specs: Sequence[TensorSpec], owned: Sequence[frozenset[int]]) -> tuple[Transfer, ...]:
+        """Chunk by chunk, from whoever had it to whoever has it now."""
+        stage, plan = self._member.stage, self._plan
+        if stage.shards is None:
+            return ()
+        wants = [stage.whereabouts.owned(specs, stage.shards.owned(plan, rank)) for rank in range(plan.size)]
+        return transfers([stage.whereabouts.owned(specs, chunks) for chunks in owned], wants)
 
     def _skeleton(self, mine: StateTable | None, rows: Sequence[Sequence[int]]) -> bytes:
         """That of the first who has a state, for all."""
@@ -151,9 +197,17 @@ def _digest(table: StateTable, ranges: Ranges) -> int:
     return int(hashed.intdigest() >> 1)
 
 
+def _sends(table: StateTable, moves: Sequence[Transfer], rank: int) -> list[Move]:
+    return [part for each in moves if each.sender == rank for part in _pieces(table, each, each.receiver)]
+
+
 def _pieces(table: StateTable, transfer: Transfer, peer: int) -> list[Move]:
+    """Cut by the state's chunks: of a tensor that is held in part, sender and receiver may have other parts."""
+    ends = table.chunk_ends()
+    inner = ends[bisect_right(ends, transfer.start) : bisect_left(ends, transfer.stop)]
     return [
         Move(data=part.cpu() if part.is_cuda else part, peer=peer, tag=LAYER_TAG)
-        for piece in table.pieces(transfer.start, transfer.stop)
+        for start, stop in pairwise((transfer.start, *inner, transfer.stop))
+        for piece in table.pieces(start, stop)
         for part in torch.split(piece, CHUNK_BYTES)
     ]

@@ -51,6 +51,8 @@ class Pipeline(nn.Module):
         tied: Mapping[str, str],
         checkpoint: bool,
         schedule: Kind,
+        rank_bytes: int | None,
+        shard_optimizer: bool,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -60,7 +62,10 @@ class Pipeline(nn.Module):
         if not isinstance(stages, int) or not 1 <= stages <= len(layers):
             raise ValueError(f"pipeline(stages={stages!r}): is a number of stages from 1 to the {len(layers)} layers")
         self.loss, self.stages, self.checkpoint, self.schedule = loss, stages, checkpoint, schedule
-        self.device = device
+        if rank_bytes is not None and (not isinstance(rank_bytes, int) or rank_bytes < 1):
+            raise ValueError(f"pipeline(rank_bytes={rank_bytes!r}): is a number of bytes, or None for no limit")
+        self.device, self.rank_bytes = device, rank_bytes
+        self.shard_optimizer = shard_optimizer
         self._seed = seed
         self._factories = [None if isinstance(layer, nn.Module) else layer for layer in layers]
         self.layers = nn.ModuleList(self._built(number, layer) for number, layer in enumerate(layers))
@@ -115,7 +120,8 @@ class Pipeline(nn.Module):
         fresh = [tensor for tensor in self._tensors(layers) if is_absent(tensor)]
         for tensor in fresh:
             bring(tensor)
-        self._follow()
+        for use in self._used_of(fresh):
+            bring(use)
         if initial and fresh:
             for number in sorted({layer_of(name) for name in self.needed(layers)} | set(layers)):
                 self._initialise(number)
@@ -126,16 +132,14 @@ class Pipeline(nn.Module):
         kept = {id(tensor) for tensor in self._tensors(layers)}
         everything = self._tensors(range(len(self.layers)))
         others = [tensor for tensor in everything if id(tensor) not in kept and not is_absent(tensor)]
-        for tensor in others:
-            release(tensor)
-        self._follow()
+        release(*others, *self._used_of(others))
         return [tensor for tensor in others if isinstance(tensor, nn.Parameter)]
 
-    def _follow(self) -> None:
-        """Further uses have the memory of their parameters."""
+    def _used_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The further uses of these: they have the memory of their parameters, or none together with them."""
+        wanted = set(map(id, tensors))
         parameters = dict(self.named_parameters())
-        for use in self.uses:
-            (release if is_absent(parameters[use.of]) else bring)(use.tensor)
+        return [use.tensor for use in self.uses if id(parameters[use.of]) in wanted]
 
     def _tensors(self, layers: range) -> list[Tensor]:
         buffers = [buffer for number in layers for buffer in self.layers[number].buffers()]

@@ -22,6 +22,7 @@ from .clipping import Untouched, clip
 from .core.order import derive_seed
 from .core.seat import Apply, Compute, Park, Rollback
 from .data import Feed
+from .elementwise import check_elementwise
 from .errors import LoopError
 from .gates import Gates, Reduced
 from .pipeline import Layer, Pipeline
@@ -176,6 +177,8 @@ class Run:
         tied: Mapping[str, str] | None = None,
         checkpoint: bool = False,
         schedule: Literal["1f1b", "gpipe"] = "1f1b",
+        rank_bytes: int | None = None,
+        shard_optimizer: bool = False,
     ) -> Pipeline:
         """A model as a chain of layers, cut into stages over the ranks; to be trained with `run.steps`.
 
@@ -184,7 +187,11 @@ class Run:
         returns and the target. stages: how many, if there are enough ranks. tied: {"layers.5.weight":
         "layers.0.weight"} trains a later layer's parameter as one with an earlier one's; modules that share a parameter
         do so anyway. checkpoint: keep only each layer's input for backward, and compute the rest again. schedule:
-        "gpipe" goes forward through all micro-batches first. Raises ValueError or TypeError, naming the argument.
+        "gpipe" goes forward through all micro-batches first. rank_bytes: the most bytes of parameters and buffers that
+        a rank may hold. shard_optimizer: of what an optimizer keeps for a parameter, each rank of the parameter's stage
+        has only some chunks, and updates these; the others are told the new values. It needs optimizers that update
+        each element by itself. A rank's death loses its chunks, so then all go back to a snapshot. Raises ValueError or
+        TypeError, naming the argument.
         """
         if self._protected is not None:
             raise ValueError("run.pipeline was called after protect; build the pipeline first, and protect it")
@@ -197,6 +204,8 @@ class Run:
             tied=tied or {},
             checkpoint=checkpoint,
             schedule=schedule,
+            rank_bytes=rank_bytes,
+            shard_optimizer=shard_optimizer,
             seed=self._seed,
             device=self.device,
         )
@@ -222,6 +231,8 @@ class Run:
         assert self._protected is not None
         if all(module is not self._pipeline for _, module in self._protected.modules):
             raise ValueError("run.steps: the pipeline is not protected; pass it as protect(model=pipe, ...)")
+        for name, optimizer in self._protected.optimizers if self._pipeline.shard_optimizer else ():
+            check_elementwise(name, optimizer)
         loop = self._iterate_steps(feed, self._protected, self._pipeline)
         self._loop = weakref.ref(loop)
         return loop
@@ -345,7 +356,6 @@ class Run:
 
     def _iterate_steps(self, feed: Feed, protected: Protected, pipe: Pipeline) -> Generator[Step, None, None]:
         self._entered = True
-        gates = Gates(protected)
         loop = StepLoop(
             team=self._team,
             feed=feed,
@@ -356,6 +366,7 @@ class Run:
             commit=lambda: self._commit_step(loop.sums, gates),
             post=self._team.post(),
         )
+        gates = Gates(protected, loop.update)
         self._stage, sums = loop.stage, loop.sums
         sums.check_finite = self._on_nonfinite != "ignore"
         protected.check_schedulers()

@@ -31,6 +31,7 @@ from snapshot.core.lifecycle import Lifecycle, Ordinal
 from snapshot.core.ranges import Ranges, merged
 from snapshot.front import FrontShare, Targets
 from snapshot.recapture import Recapture
+from snapshot.skeleton import TensorSpec
 from snapshot.table import StateTable
 
 from .core.cadence import Cadence
@@ -129,6 +130,7 @@ class Snapshots:
         self._seating: Seating | None = None
         self._recapture = Recapture()
         self._digests = Digests() if verify else None
+        self._compared: Callable[[TensorSpec], bool] = lambda spec: True
         self._verified: Ordinal | None = None
         self._targets: dict[Slot, Targets] = {}
         self._copy: _Copy | None = None
@@ -238,16 +240,19 @@ class Snapshots:
         wanted: bool,
         durable: bool = False,
         ranges: Callable[[StateTable], Ranges] | None = None,
+        compared: Callable[[TensorSpec], bool] = lambda spec: True,
     ) -> None:
         """The state at the start of step `ordinal.step` stands. `wanted`: all ranks capture it; `durable`: for
         their keepers to write it to storage. `ranges`: which bytes of it this rank captures, whole chunks that it
-        holds, so that those of all ranks are everything once; None: one stretch, as even as chunks allow."""
+        holds, so that those of all ranks are everything once; None: one stretch, as even as chunks allow.
+        `compared`: of the tensors that are here, those that the ranks it is compared with hold too."""
         began = time.monotonic()
         if self._no_room is not None:
             raise self._no_room
         self._measure(began, seating)
         if wanted or seating != self._seating:
             table, share_in = self._recapture.capture(objects), ranges or _even_share(seating)
+            self._compared = compared
             self._capture(ordinal, table, seating, share_in(table), wanted=wanted, durable=durable)
         self._seating = seating
         self._waited_s = time.monotonic() - began
@@ -329,7 +334,7 @@ class Snapshots:
             ready.record()
         targets = [*known.calm, *(target for target, _ in later)]
         sources = [*known.sources, *(source for _, source in later)]
-        digesting = self._digesting(table)
+        digesting = None if self._digests is None else self._digests.begin(table, self._compared)
         self._copy = _Copy(ordinal, slot, targets, sources, watched, list(map(_VERSION, watched)), ready, digesting)
         self._jobs.put(self._copy)
 
@@ -338,14 +343,6 @@ class Snapshots:
         for slot, known in list(self._targets.items()):
             if known.front is not front:
                 self._targets.pop(slot, None)
-
-    def _digesting(self, table: StateTable) -> StateDigest | None:
-        if self._digests is None:
-            return None
-        if not table.is_whole:  # other ranks have other parts
-            self._digests.forget()
-            return None
-        return self._digests.begin(table)
 
     # The copying thread
 

@@ -8,37 +8,41 @@ after the first step), and put absent tensors in the places of what others hold.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from snapshot.absent import absent, is_absent
+from snapshot.absent import absent
 
 Spelled = dict[str, dict[str, tuple[str, list[int]]] | None]
 """By the place of a parameter, by key: dtype and shape; None where the optimizer keeps nothing of a parameter."""
 
 
-def spelled(optimizers: Iterable[tuple[str, Optimizer]]) -> bytes:
-    """Of the parameters that are here. Raises ValueError for what can't be on one rank alone."""
+NOTHING = b"{}"
+"""What somebody says who holds no state."""
+
+
+def spelled(optimizers: Iterable[tuple[str, Optimizer]], knows: Callable[[Tensor], bool]) -> bytes:
+    """Of the parameters whose state is here. Raises ValueError for what can't be on one rank alone."""
     found: Spelled = {}
     for place, parameter, state in _states(optimizers):
-        if not is_absent(parameter):
+        if knows(parameter):
             found[place] = None if state is None else {key: _kind(place, key, value) for key, value in state.items()}
     return json.dumps(found).encode()  # in the order of the keys, which is that of the tensors
 
 
-def take(optimizers: Iterable[tuple[str, Optimizer]], told: Iterable[bytes]) -> None:
-    """Absent tensors for what others hold, of parameters that are absent here."""
+def take(optimizers: Iterable[tuple[str, Optimizer]], told: Iterable[bytes], knows: Callable[[Tensor], bool]) -> None:
+    """Absent tensors for what others hold, of parameters whose state is not here."""
     known: dict[str, Any] = {}
     for text in told:
         known.update(json.loads(text))
     for name, optimizer in optimizers:
         for place, parameter, state in _states([(name, optimizer)]):
             kinds = known.get(place)
-            if not is_absent(parameter) or place not in known:
+            if knows(parameter) or place not in known:
                 continue
             if kinds is None:
                 optimizer.state.pop(parameter, None)

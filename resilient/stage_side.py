@@ -5,21 +5,24 @@ All methods are called by a generation's thread while the training thread waits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import xxhash
+from torch import Tensor
 from torch.optim import Optimizer
 
 from snapshot.absent import bring, is_absent, release
 from snapshot.core.digest import StatePart
-from snapshot.core.ranges import Ranges
+from snapshot.core.ranges import Ranges, merged
 from snapshot.skeleton import Skeleton
 from snapshot.table import StateTable
 
 from .buffers import Buffers
 from .core.plan import Plan
+from .core.shards import Cut
 from .pipeline import Pipeline, layer_of
+from .shards import OptimizerShards
 from .spelling import spelled, take, tensors_of
 from .stage_work import StageWork, Timing
 from .sums import StepSums
@@ -36,29 +39,35 @@ class StageSide:
         optimizers: Sequence[tuple[str, Optimizer]],
         sums: StepSums,
         work: StageWork,
+        shards: OptimizerShards | None,
     ) -> None:
-        """name: by which the pipeline is protected."""
+        """name: by which the pipeline is protected. shards: if optimizer state is in any."""
+        self.shards = shards
         self._name, self._pipe, self._optimizers, self._sums, self._work = name, pipe, optimizers, sums, work
         self.held = range(0)
         """The layers whose state this rank has."""
-        self.whereabouts = Whereabouts(layers=_layers_by_tensor(name, pipe, optimizers))
+        self.whereabouts = Whereabouts(
+            layers=_layers_by_tensor(name, pipe, optimizers), cuts=_cuts_by_place(shards, optimizers)
+        )
         self.uses = _layers_by_use(name, pipe)
         """Of each use of a shared parameter, the first one too, the layer that it is in."""
         self._told: tuple[int, ...] = ()
+        self._more_is_here = False
+        """There may be memory for other layers than those that are held."""
         self._plan: Plan | None = None
         self._rank = 0
 
     # The structure of what others hold
 
     def spelling(self) -> bytes:
-        return spelled(self._optimizers)
+        return spelled(self._optimizers, self._knows)
 
     def spelled_anew(self) -> bool:
         """Whether an optimizer keeps more or less of the parameters here than the others were told."""
         return self._kept() != self._told
 
     def take_spelling(self, told: Iterable[bytes]) -> None:
-        take(self._optimizers, told)
+        take(self._optimizers, told, self._knows)
         self._told = self._kept()
 
     def _kept(self) -> tuple[int, ...]:
@@ -69,33 +78,49 @@ class StageSide:
             for count in (len(optimizer.state), sum(map(len, optimizer.state.values())))
         )
 
+    def _knows(self, parameter: Tensor) -> bool:
+        return not is_absent(parameter) and (self.shards is None or self.shards.knows(parameter))
+
     # Layers come and go
 
     def bring(self, plan: Plan, rank: int, *, initial: bool = False) -> None:
         """Have memory for the layers of this rank's stage, beside those that it has."""
         layers = _layers(plan, rank)
+        self._more_is_here = True
         self._pipe.bring(layers, initial=initial)
+        if self.shards is not None and not initial:
+            self.shards.bring(plan, rank)
+            return
         for tensor in tensors_of(self._optimizers, self._pipe.needed(layers).values()):
             if is_absent(tensor):
                 bring(tensor)
+
+    def carry_on(self, plan: Plan) -> None:
+        """An unplanned one: nothing changes hands."""
+        if self.shards is not None:
+            self.shards.carry_on(plan)
 
     def settle(self, plan: Plan, rank: int) -> bool:
         """The plan holds: only its layers are here from now on. Whether they are others than before."""
         self._plan, self._rank = plan, rank
         layers = _layers(plan, rank)
         changed = layers != self.held
-        if changed:
+        if changed or self._more_is_here:  # the second also after a change that has failed
             self._keep_to(layers)
+        if changed:
             self.held = layers
             self._reshape(layers)
         self._sums.elsewhere = frozenset(use for use, layer in self.uses.items() if layer not in layers)
+        if self.shards is not None:
+            changed |= self.shards.settle(plan, rank)
         self._work.seated(plan, rank)
         return changed
 
     def _keep_to(self, layers: range) -> None:
+        self._more_is_here = False
         self._pipe.keep_to(layers)
         gone = [each for each in self._pipe.parameters() if is_absent(each)]
-        for tensor in tensors_of(self._optimizers, gone):
+        for tensor in tensors_of(self._optimizers, gone) if self.shards is None else ():
             release(tensor)
         for parameter in gone:
             parameter.grad = None
@@ -103,7 +128,12 @@ class StageSide:
     def wanted(self, plan: Plan, rank: int) -> Callable[[Skeleton], Ranges]:
         """Of a state, what this rank needs."""
         layers = _layers(plan, rank)
-        return lambda skeleton: self.whereabouts.held(skeleton.tensors, layers)
+        if self.shards is None:
+            return lambda skeleton: self.whereabouts.held(skeleton.tensors, layers)
+        whereabouts, chunks = self.whereabouts, self.shards.owned(plan, rank)
+        return lambda skeleton: merged(
+            (*whereabouts.held(skeleton.tensors, layers), *whereabouts.owned(skeleton.tensors, chunks))
+        )
 
     def part(self, table: StateTable) -> StatePart:
         """What this rank answers for in the state's digest."""
@@ -117,7 +147,10 @@ class StageSide:
 
     @property
     def is_only_one(self) -> bool:
-        return self._plan is None or len(self._plan.stages) == 1
+        """Whether every rank has the whole state."""
+        if self._plan is None or (self.shards is not None and self._plan.size > 1):
+            return self._plan is None
+        return len(self._plan.stages) == 1
 
     def _seat(self) -> tuple[Plan, int]:
         assert self._plan is not None
@@ -125,10 +158,14 @@ class StageSide:
 
     def captured(self, table: StateTable) -> Ranges:
         """The bytes that this rank captures of a state."""
-        return self.whereabouts.captured(table.layout.tensors, *self._seat())
+        plan, rank = self._seat()
+        owners = None if self.shards is None else self.shards.owners(plan, rank)
+        return self.whereabouts.captured(table.layout.tensors, plan, rank, owners)
 
     def begin_anew(self, plan: Plan, rank: int) -> None:
         """The state that was here counts no more: have memory for that of this rank's stage, and no other."""
+        if self.shards is not None:
+            self.shards.begin_anew(plan)
         self.bring(plan, rank)
         self._keep_to(_layers(plan, rank))
         self.held = range(0)
@@ -169,6 +206,16 @@ def _layers_by_tensor(
             for position, parameter in enumerate(group["params"]):
                 users[f"user:{optimizer_name} group {number} parameter {position}"] = by_parameter[id(parameter)]
     return users
+
+
+def _cuts_by_place(shards: OptimizerShards | None, optimizers: Sequence[tuple[str, Optimizer]]) -> Mapping[str, Cut]:
+    found: dict[str, Cut] = {}
+    for name, optimizer in optimizers if shards is not None else ():
+        for number, group in enumerate(optimizer.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                if shards is not None and (cut := shards.cut_of(parameter)) is not None:
+                    found[f"user:{name} group {number} parameter {position}"] = cut
+    return found
 
 
 def _layers_by_use(name: str, pipe: Pipeline) -> dict[str, int]:

@@ -8,9 +8,10 @@ is sent again what went to it, and computes only the part of its stage; what com
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,10 @@ class Timing:
     def took(self, layer: int, time_s: float) -> None:
         self.layers.setdefault(layer, deque(maxlen=REMEMBERED)).append(time_s)
 
+    def forget(self, but: range) -> None:
+        """All layers but these: they are others' now."""
+        self.layers = {layer: times for layer, times in self.layers.items() if layer in but}
+
     @property
     def layer_s(self) -> tuple[tuple[int, float], ...]:
         """The median of the last ones, of those layers of which enough are known."""
@@ -87,8 +92,11 @@ class StageWork:
         self._step = -1
         self._leaf = -1
         self._plan: Plan | None = None
+        self._stage = Stage(first=0, stop=0, ranks=())
         self._under_way: dict[int, Passage] = {}
         self._sent: dict[Key, Sent] = {}
+        self._sending = threading.Lock()
+        """Over what is sent, and to whom."""
 
     @property
     def reads_data(self) -> bool:
@@ -103,8 +111,7 @@ class StageWork:
     def begin_step(self, step: int) -> None:
         """Of the steps before nothing is needed any more."""
         self._step = step
-        self._under_way.clear()
-        self._sent.clear()
+        self._forget()
         self._began = self._ended = time.monotonic()
         self.timing.busy_s = 0.0
         if self._post is not None:
@@ -112,8 +119,12 @@ class StageWork:
 
     def drop(self) -> None:
         """The step is given up."""
+        self._forget()
+
+    def _forget(self) -> None:
         self._under_way.clear()
-        self._sent.clear()
+        with self._sending:
+            self._sent.clear()
 
     def seated(self, plan: Plan, rank: int) -> None:
         """This plan holds from now on. What was sent to others than those that own it now is sent again."""
@@ -122,14 +133,24 @@ class StageWork:
         number = plan.stages.index(stage)
         ranks = [len(each.ranks) for each in plan.stages]
         self._limit = under_way_limit(self._pipe.schedule, number, ranks, plan.micro_batches)
-        self._plan, self._rank, self._stage, self._number = plan, rank, stage, number
-        self._owners = [plan.owners(each.ranks) for each in plan.stages]
-        self._segments = self._made_segments(stage)
-        self.timing.layers = {layer: times for layer, times in self.timing.layers.items() if self._is_own(layer)}
-        if self._post is not None:
+        # Whoever leaves by a planned change may still wait for what it was sent under the former plan.
+        leaving = self._plan.places if self._plan is not None and plan.kind == "planned" else ()
+        places = (*leaving, *plan.places)
+        with self._sending:  # in an unplanned generation the training thread goes on meanwhile, with the same layers
+            former = self._stage
+            self._plan, self._stage, self._number = plan, stage, number
+            self._owners = [plan.owners(each.ranks) for each in plan.stages]
+            if plan.kind != "unplanned" or (former.first, former.stop) != (stage.first, stage.stop):
+                self._segments = self._made_segments(stage)
+                self.timing.forget(range(stage.first, stage.stop))
+            self._send_again(places)
+
+    def _send_again(self, places: Iterable[Place]) -> None:
+        if self._post is not None and self._plan is not None:
+            plan = self._plan
             self._post.begin_age(plan.since)
-            self._post.keep_to({place.member: (place.address.host, place.address.post) for place in plan.places})
-        for key, sent in self._sent.items():
+            self._post.keep_to({place.member: (place.address.host, place.address.post) for place in places})
+        for key, sent in list(self._sent.items()):
             if self._owner(sent.stage, key[3]).member != sent.to:
                 self._send(key, sent.parcel, sent.stage)
 
@@ -168,9 +189,6 @@ class StageWork:
     def _arrived(self, leaves: Any, layer: int, direction: int) -> set[int]:
         post = self._post
         return set() if post is None else {leaf for leaf in leaves if post.get(self._key(layer, leaf, direction))}
-
-    def _is_own(self, layer: int) -> bool:
-        return self._stage.first <= layer < self._stage.stop
 
     @property
     def _is_first(self) -> bool:
@@ -281,7 +299,8 @@ class StageWork:
 
     def _leave(self, leaf: int, layer: int, direction: int, stage: int, tensors: Tensors, marks: list[int]) -> None:
         parcel = Parcel(tensors=tuple(each.detach() for each in tensors), marks=tuple(marks))
-        self._send(self._key(layer, leaf, direction), parcel, stage)
+        with self._sending:
+            self._send(self._key(layer, leaf, direction), parcel, stage)
 
     def _send(self, key: Key, parcel: Parcel, stage: int) -> None:
         assert self._post is not None

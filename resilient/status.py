@@ -84,12 +84,7 @@ def _describe(answer: Answer, view: RunView) -> None:
         answer.say(f"node {node[:8]}: {in_words(leaving)}")
     if view["ranks"] or view["others"]:
         answer.say("")
-        processes = [(seat["rank"], seat) for seat in view["ranks"]] + [("-", other) for other in view["others"]]
-        rows = [
-            (rank, process["member"], process["node"][:8], process["state"], _speed(process.get("speed")))
-            for rank, process in processes
-        ]
-        answer.table(("rank", "member", "node", "state", "speed"), rows, right=("rank", "member", "speed"))
+        _describe_processes(answer, view)
     if view["recoveries"]:
         answer.say("")
         recovered = [
@@ -102,6 +97,25 @@ def _describe(answer: Answer, view: RunView) -> None:
         answer.say("")
         for message in view["messages"]:
             answer.say(message)
+
+
+def _describe_processes(answer: Answer, view: RunView) -> None:
+    in_stages = any("layers" in seat for seat in view["ranks"])
+    more = ("layers", "idle") if in_stages else ("speed",)
+    rows = [
+        (process.get("rank", "-"), process["member"], process["node"][:8], process["state"], *_more(process, in_stages))
+        for process in (*view["ranks"], *view["others"])
+    ]
+    answer.table(("rank", "member", "node", "state", *more), rows, right=("rank", "member", *more))
+
+
+def _more(process: dict[str, Any], in_stages: bool) -> tuple[str, ...]:
+    if not in_stages:
+        return (_speed(process.get("speed")),)
+    if "layers" not in process:
+        return ("-", "-")
+    first, stop = process["layers"]
+    return (f"{first}" if stop == first + 1 else f"{first}-{stop - 1}", f"{process['idle']:.0%}")
 
 
 def _speed(relative: float | None) -> str:

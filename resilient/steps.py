@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from actors.post import Post
 
@@ -20,7 +21,9 @@ from .errors import LoopError
 from .pipeline import Pipeline
 from .protected import Protected
 from .randomness import seed_everything
+from .shards import OptimizerShards
 from .stage_side import StageSide, users_by_parameter
+from .stage_update import StageUpdate
 from .stage_work import StageWork
 from .sums import StepSums
 from .team import Team
@@ -64,11 +67,21 @@ class StepLoop:
             lambda step, leaf, layer: seed_everything(derive_seed("micro-batch", seed, step, leaf, layer)),
             post,
         )
-        self.stage = StageSide(name, pipe, protected.optimizers, self.sums, self._work)
-        self.shape = PipelineShape(stages=pipe.stages, layer_bytes=pipe.layer_bytes())
+        shards = OptimizerShards(pipe, protected.optimizers) if pipe.shard_optimizer else None
+        self._update = StageUpdate(shards, team, post) if shards is not None else None
+        self.stage = StageSide(name, pipe, protected.optimizers, self.sums, self._work, shards)
+        self.shape = PipelineShape(
+            stages=pipe.stages, layer_bytes=pipe.layer_bytes(), rank_bytes=pipe.rank_bytes, sharded=shards is not None
+        )
+
+    def update(self, optimizer: Optimizer, original: Callable[[], Any]) -> Any:
+        """The optimizer's own step, on all that this rank updates."""
+        return original() if self._update is None else self._update.step(optimizer, original)
 
     def begin(self) -> Step:
         self._trained = False
+        if self._update is not None:
+            self._update.begin_step()
         self._work.begin_step(self._team.step)
         leaves = self._team.leaves() if self._work.reads_data else ()
         self._feed.seek(self._position(self._team.step), leaves)

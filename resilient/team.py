@@ -79,6 +79,10 @@ class Team(Protocol):
         """The same for a stage of a pipeline. choose: of own micro-batches that are not folded yet, what is ready to be
         done; asked again whenever something has come from other stages."""
 
+    def wait_for(self, ready: Callable[[], bool]) -> bool:
+        """Blocks until this is so; asked again whenever something has come from other ranks. False if the step is to be
+        given up meanwhile."""
+
     def parked(self) -> bool:
         """Whether the step is to be given up, and `park` called."""
 
@@ -131,6 +135,8 @@ class Alone:
         self._loop = loop
         step = 0
         if loop.stage is not None:
+            if loop.stage.shards is not None:
+                loop.stage.shards.deal(self._plan())
             loop.stage.bring(self._plan(), 0, initial=True)
         if self.saving is not None:
             step, self.skipped = self.saving.resume(self._objects())
@@ -196,6 +202,10 @@ class Alone:
 
     def park(self) -> None:
         raise AssertionError("a run in one process never parks")
+
+    def wait_for(self, ready: Callable[[], bool]) -> bool:
+        assert ready(), "one process waits for nobody"
+        return True
 
     def parked(self) -> bool:
         return False

@@ -7,13 +7,16 @@ copying of the snapshot. On CPU xxh3 of the bytes; on other devices sums of them
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
+from snapshot.absent import is_absent
 from snapshot.front import Front, bytes_of
+from snapshot.skeleton import TensorSpec
 from snapshot.table import StateTable
 
 from .core.lane import DIGEST_BITS
@@ -25,11 +28,11 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class StateDigest:
     """Of one state. `begin` has been told what moves; `finish` may take its time."""
 
-    def __init__(self, table: StateTable, calm: list[Tensor]) -> None:
-        """calm: as `readable` gives it."""
+    def __init__(self, table: StateTable, calm: list[Tensor], chosen: Collection[int]) -> None:
+        """calm: as `readable` gives it. chosen: places of the tensors that count."""
         self._hash = xxhash.xxh3_64(table.skeleton)
         for place, tensor in enumerate(table.tensors):
-            if place not in table.calm:
+            if place in chosen and place not in table.calm:
                 _update(self._hash, readable(tensor))
         self._calm = calm
 
@@ -47,20 +50,21 @@ class Digests:
         self._front: Front | None = None
         self._ready: list[Tensor] = []
 
-    def begin(self, table: StateTable) -> StateDigest:
-        """At a step's boundary; the table must be whole, and show the state of that moment."""
+    def begin(self, table: StateTable, compared: Callable[[TensorSpec], bool] = lambda spec: True) -> StateDigest:
+        """At a step's boundary; the table must show the state of that moment. compared: which tensors count, of those
+        that are here; the same ones on all ranks that are compared."""
+        specs = table.layout.tensors
+        chosen = {
+            place for place, tensor in enumerate(table.tensors) if not is_absent(tensor) and compared(specs[place])
+        }
         shared = len(table.front.tensors) if table.front is not None else 0
         if table.front is None or table.front is not self._front:
-            self._front, self._ready = table.front, _calm(table, 0, shared)
-        return StateDigest(table, [*self._ready, *_calm(table, shared, len(table.tensors))])
-
-    def forget(self) -> None:
-        """What is ready made: it keeps memory that the state may have left."""
-        self._front, self._ready = None, []
+            self._front, self._ready = table.front, _calm(table, 0, shared, chosen)
+        return StateDigest(table, [*self._ready, *_calm(table, shared, len(table.tensors), chosen)], chosen)
 
 
-def _calm(table: StateTable, start: int, stop: int) -> list[Tensor]:
-    return [readable(table.tensors[place]) for place in range(start, stop) if place in table.calm]
+def _calm(table: StateTable, start: int, stop: int, chosen: Collection[int]) -> list[Tensor]:
+    return [readable(table.tensors[place]) for place in range(start, stop) if place in table.calm and place in chosen]
 
 
 def readable(tensor: Tensor) -> Tensor:

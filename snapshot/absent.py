@@ -70,6 +70,8 @@ _HARMLESS = {
         *("requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__hash__", "__repr__"),
     )
 } | {torch.is_floating_point, torch.is_complex, torch.numel}
+_HARMLESS |= {torch.empty_like, torch.full_like, torch.ones_like, torch.zeros_like}
+"""These give a tensor that is present, of which nothing but the shape is asked: some optimizers begin with one."""
 _ALIASES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 """Properties that give the bytes another name."""
 

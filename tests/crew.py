@@ -37,6 +37,7 @@ from resilient.core.instructions import CreateGeneration, End, Kill, SendPlan, S
 from resilient.core.plan import Plan
 from resilient.core.recovery import Limits
 from resilient.core.seat import SeatReport
+from resilient.cutting import cut_between
 
 NODE = "node"
 LIMIT_S = 120.0
@@ -77,6 +78,9 @@ class Hand(Protocol):
     def ask_to_leave(self, member: int) -> None: ...
 
     def room(self, ranks: int) -> None: ...
+
+    def cut(self, member: int, other: int) -> None:
+        """Break the connections between these two."""
 
     @property
     def plan(self) -> Plan | None: ...
@@ -139,6 +143,9 @@ class _Running:
 
     def ask_to_leave(self, member: int) -> None:
         self._handle(RankLeaving(member=member, why="the test wants it"))
+
+    def cut(self, member: int, other: int) -> None:
+        cut_between(self._processes[member].pid, [self._processes[other].pid])
 
     @property
     def plan(self) -> Plan | None:

@@ -81,6 +81,7 @@ def train(
     checkpoint: bool = False,
     schedule: Any = "1f1b",
     beside: Callable[[resilient.Run], None] = lambda run: None,
+    shard_optimizer: bool = False,
 ) -> list[float]:
     """The losses."""
     pipe = run.pipeline(
@@ -90,6 +91,7 @@ def train(
         tied={"layers.4.weight": "layers.0.weight"},
         checkpoint=checkpoint,
         schedule=schedule,
+        shard_optimizer=shard_optimizer,
     )
     optimizer = torch.optim.AdamW(pipe.parameters(), 1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)

@@ -71,6 +71,8 @@ class PipelineShape:
     """Of each layer's parameters and buffers."""
     rank_bytes: int | None = None
     """The most of those that a rank may hold, if there is a limit."""
+    sharded: bool = False
+    """Whether optimizer state is in shards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

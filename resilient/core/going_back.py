@@ -82,7 +82,7 @@ class GoingBack:
         ended = tuple(member.number for member in control.membership.members.values() if member.gone)
         control.instruct(self.restoring.ask(ended, control.now))
         if (found := self._newer_on_storage()) is not None:
-            self._begin_from(found, self._line(found.key.step), reason, situation)
+            self._begin_from(found, self._line_to_go_on(found.key.step), reason, situation)
         elif self._memory_has_none(lost_for_s):
             assert self.restoring.none is not None
             self._from_storage(f"{reason}, and {self.restoring.none.reason}", situation)
@@ -123,7 +123,7 @@ class GoingBack:
         if self.restoring.elected is not None and not self._storage_may_have_newer():
             why = f"{reason}; {self.restoring.elected.reason}"
             restore = self.restoring.restore()
-            self._begin(restore, self._line(restore.key.step), why, situation)
+            self._begin(restore, self._line_to_go_on(restore.key.step), why, situation)
 
     def _from_storage(self, reason: str, situation: recovery.Situation) -> None:
         control = self.control
@@ -136,7 +136,7 @@ class GoingBack:
         if found is None:
             control.fail(f"{reason}, and there is no checkpoint of it on storage: start again from the beginning")
         else:
-            self._begin_from(found, self._line(found.key.step), reason, situation)
+            self._begin_from(found, self._line_to_go_on(found.key.step), reason, situation)
 
     def _storage_answers(self, reason: str) -> bool:
         control = self.control
@@ -165,9 +165,8 @@ class GoingBack:
             case recovery.NeedNodes(reason=need):
                 control.wait_for_nodes(need)
 
-    def _line(self, step: int) -> Lineage:
-        """What begins from the state at the start of `step` goes on with. Those who have lost a stage open a branch:
-        they have captured states of later steps, than which what they capture from now on must count as newer."""
+    def _line_to_go_on(self, step: int) -> Lineage:
+        """A new one if ranks live on that have gone further on this one, and captured what they came to."""
         if self.restoring.rollback is None and self._a_stage_is_lost():
             return self.restoring.opened(step)
         return self.restoring.line_to_go_on(step)

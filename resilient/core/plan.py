@@ -103,6 +103,10 @@ class Plan:
     since: int = 0
     """The generation with which the state was last taken from a snapshot; 0 if it never was. What ranks have sent each
     other before then counts no more."""
+    sharded: bool = False
+    """Whether each rank has optimizer state that no other has."""
+    emptied: tuple[int, ...] = ()
+    """Members that own no chunk of it, since they are to leave next."""
     members: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """By rank."""
     ranks: dict[int, int] = field(init=False, repr=False, compare=False)
@@ -195,12 +199,19 @@ class Plan:
             for place in raw.pop("places")
         )
         leaves = tuple(tuple(leaves) for leaves in raw.pop("leaves"))
-        joiners = tuple(raw.pop("joiners"))
+        joiners, emptied = tuple(raw.pop("joiners")), tuple(raw.pop("emptied", ()))
         restore = _restore_from(raw.pop("restore"))
         branches = tuple(Branch(**{**branch, "skipped": tuple(branch["skipped"])}) for branch in raw.pop("branches"))
         stages = tuple(Stage(**{**stage, "ranks": tuple(stage["ranks"])}) for stage in raw.pop("stages", ()))
         return cls(
-            places=places, leaves=leaves, joiners=joiners, restore=restore, branches=branches, stages=stages, **raw
+            places=places,
+            leaves=leaves,
+            joiners=joiners,
+            restore=restore,
+            branches=branches,
+            stages=stages,
+            emptied=emptied,
+            **raw,
         )
 
 

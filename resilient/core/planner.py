@@ -128,6 +128,8 @@ def unplanned(plan: Plan, generation: int, survivors: Sequence[int], reason: str
         branches=plan.branches,
         stages=stages_left(plan, [plan.ranks[member] for member in kept]),
         since=plan.since,
+        sharded=plan.sharded,
+        emptied=tuple(member for member in plan.emptied if member in living),
     )
 
 
@@ -145,6 +147,8 @@ def dealt_anew(
     leaf_s: Sequence[float] = (),
     staging: Staging | None = None,
     since: int = 0,
+    sharded: bool = False,
+    emptied: Sequence[int] = (),
 ) -> Plan:
     """An initial, planned or restored generation: all leaves dealt in contiguous runs, or as the staging says.
 
@@ -167,6 +171,8 @@ def dealt_anew(
         restore=restore,
         stages=() if staging is None else staging.stages,
         since=generation if kind == "restored" else since,
+        sharded=sharded,
+        emptied=tuple(emptied),
     )
 
 

@@ -194,6 +194,7 @@ def _restored(now: Situation, members: list[Member], restore: Restore, lineage: 
             branches=lineage.branches,
             restore=restore,
             staging=staging,
+            sharded=_sharded(members[0]),
         )
     )
 
@@ -230,6 +231,8 @@ def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
     left += now.membership.count_ready_outside(formed)
     if left < now.limits.min_workers and not finished(seated):
         return NeedNodes(reason=f"{reason}; {left} of at least {now.limits.min_workers} workers are left")
+    if gone and formed.sharded:
+        return Lost(reason=f"{reason}; with it went optimizer state that no other rank has")
     survivors = [member for member in formed.members if member not in gone]
     for number, stage in enumerate(formed.stages):
         if all(formed.members[rank] in gone for rank in stage.ranks):
@@ -290,9 +293,12 @@ def _drain(now: Situation, current: Plan) -> Decision:
     if choice.waits and now.may_wait_s > 0:
         return Stay(reason="waiting for workers that take the place of those that leave")
     leave = {member.number for member in choice.leave}
-    if any(leave >= {current.members[rank] for rank in stage.ranks} for stage in current.stages):
+    sole = any(leave >= {current.members[rank] for rank in stage.ranks} for stage in current.stages)
+    if sole:
         reason = "those that leave hand over their layers"
         return _dealt(now, list(choice.join), current, reason, leaving=leave)
+    if current.sharded and not leave <= set(current.emptied):
+        return _dealt(now, [], current, "those that leave hand over their optimizer state", emptied=leave)
     return _dealt(now, list(choice.join), current, choice.reason, [member.number for member in choice.stay])
 
 
@@ -303,9 +309,10 @@ def _dealt(
     reason: str,
     staying: list[int] | None = None,
     leaving: Collection[int] = (),
+    emptied: Collection[int] = (),
 ) -> Decision:
     """staying: members of the current generation; all of them if that is None. leaving: those who stay only until
-    others hold their layers."""
+    others hold their layers. emptied: only until others hold their optimizer state."""
     seated = current.places if current else ()
     if staying is not None:
         seated = tuple(place for place in seated if place.member in staying)
@@ -315,6 +322,9 @@ def _dealt(
     except DoesNotFit as error:
         return NeedNodes(reason=str(error)) if current is None else Stay(reason=str(error), stuck=staying is not None)
     if staging is not None:
+        left_out = set(current.members).difference(staging.seated, current.emptied) if current is not None else ()
+        if left_out and current is not None and current.sharded:  # nobody else would have their optimizer state
+            return _dealt(now, members, current, reason, leaving=left_out)
         by_member = {place.member: place for place in places}
         places = [by_member[member] for member in staging.seated]
         reason = f"{reason}; {staging.reason}"
@@ -332,6 +342,8 @@ def _dealt(
             leaf_s=speeds.filled([place.member for place in places], now.leaf_s) if current and now.leaf_s else (),
             staging=staging,
             since=current.since if current else 0,
+            sharded=_sharded(now.membership.members[places[0].member]),
+            emptied=sorted({*leaving, *emptied}),
         )
     )
 
@@ -349,6 +361,11 @@ def _staging(now: Situation, members: list[Member], leaving: Collection[int] = (
         measured=now.layer_s,
         leaving=leaving,
     )
+
+
+def _sharded(member: Member) -> bool:
+    shape = member.ready.pipeline if member.ready is not None else None
+    return shape is not None and shape.sharded
 
 
 def _micro_batches(members: list[Member]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from .chronicle import Recovery
 from .control import Control
 from .detector import Detector
+from .plan import Plan
 from .standing import Member
 
 RECENT_RECOVERIES = 5
@@ -22,7 +23,12 @@ def view(control: Control, detector: Detector) -> dict[str, Any]:
         "generation": current.generation if current else 0,
         "formed": control.formed.generation if control.formed else 0,
         "ranks": [
-            {"rank": rank, **_process(alive[number], detector, "connecting"), "speed": control.speeds.relative(number)}
+            {
+                "rank": rank,
+                **_process(alive[number], detector, "connecting"),
+                "speed": control.speeds.relative(number),
+                **_in_pipeline(current, rank, alive[number]),
+            }
             for rank, number in enumerate(seated)
             if number in alive
         ],
@@ -44,7 +50,17 @@ def processes(control: Control) -> dict[str, Any]:
         "formed": control.formed.generation if control.formed else 0,
         "ranks": [(number, alive[number]) for number in members if number in alive],
         "others": sorted(set(alive) - set(members)),
+        "stages": [stage.ranks for stage in current.stages] if current else [],
     }
+
+
+def _in_pipeline(current: Plan | None, rank: int, member: Member) -> dict[str, Any]:
+    """The layers that it holds, the first and the one after the last, and the share of a step for which it waits."""
+    stage = None if current is None else current.stage_of(rank)
+    if stage is None:
+        return {}
+    idle = member.report.idle if member.report is not None else 0.0
+    return {"layers": [stage.first, stage.stop], "idle": round(idle, 3)}
 
 
 def as_values(recovery: Recovery) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from pathlib import Path
@@ -25,8 +26,9 @@ def slowly(run: resilient.Run, hold: str) -> None:
 
 
 def pipeline(name: str, **settings: Any) -> Any:
-    def main(run: resilient.Run, stages: int, steps: int, hold: str = "") -> list[float]:
-        return train(run, stages, steps, beside=lambda run: slowly(run, hold) if hold else None)
+    def main(run: resilient.Run, stages: int, steps: int, hold: str = "", shard: bool = False) -> list[float]:
+        beside = functools.partial(slowly, hold=hold) if hold else lambda run: None
+        return train(run, stages, steps, beside=beside, shard_optimizer=shard)
 
     return resilient.train(name=name, **{"resources": {"CPU": 1}, "seed": 0, **settings})(main)
 
@@ -55,6 +57,21 @@ def test_the_only_rank_of_a_stage_is_killed(cluster: Any, undisturbed: Any, tmp_
     back = result.recoveries[0]
     assert back["source"] == "memory" and back["restored_step"] >= 5 and back["replayed"] <= 3, back
     assert any(item["kind"] == "joined" for item in result.recoveries[1:]), result.recoveries
+
+
+def test_a_rank_is_killed_that_had_optimizer_state_of_its_own(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    """All go back to memory, though others have its layers; chunks go to other ranks."""
+    name, hold = "shard-lost", str(tmp_path / "go")
+    run = Watched(pipeline(name, workers=(2, 3), snapshot=EVERY_STEP), stages=2, steps=STEPS, hold=hold, shard=True)
+    run.at_step(6, ranks=3)
+    run.until_protected(5)
+    run.signal_rank(1)
+    run.until(lambda news: news["recoveries"], "it has recovered")
+    (tmp_path / "go").touch()
+    result = run.result()
+    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed), run.news["messages"]
+    back = result.recoveries[0]
+    assert back["source"] == "memory" and back["restored_step"] >= 5 and back["replayed"] <= 3, back
 
 
 @pytest.mark.long

@@ -29,7 +29,13 @@ def check(found: crew.Crew, reference: resilient.Result) -> None:
         assert known == losses, "a loss that no rank should have seen"
 
 
-@pytest.mark.parametrize(("stages", "ranks"), [(1, 3), (2, 2), (2, 3), (2, 5), (3, 3), (3, 5), (4, 4), (5, 6)])
+@pytest.mark.parametrize(
+    ("stages", "ranks"),
+    [
+        *((2, 3), (3, 3)),
+        *(pytest.param(*layout, marks=pytest.mark.long) for layout in ((1, 3), (2, 2), (2, 5), (3, 5), (4, 4), (5, 6))),
+    ],
+)
 def test_every_layout_comes_to_the_same_bits(stages: int, ranks: int) -> None:
     found = crew.run(train, stages, STEPS, workers=(ranks, ranks))
     check(found, alone())
@@ -37,14 +43,26 @@ def test_every_layout_comes_to_the_same_bits(stages: int, ranks: int) -> None:
     assert len(plan.stages) == stages and plan.size == ranks
 
 
-@pytest.mark.parametrize(("checkpoint", "schedule"), [(True, "1f1b"), (False, "gpipe")])
+@pytest.mark.parametrize(
+    ("checkpoint", "schedule"), [(True, "1f1b"), pytest.param(False, "gpipe", marks=pytest.mark.long)]
+)
 def test_neither_schedule_nor_checkpointing_changes_a_bit(checkpoint: bool, schedule: str) -> None:
     found = crew.run(train, 2, STEPS, None, checkpoint, schedule, workers=(3, 3))
     check(found, alone())
 
 
-@pytest.mark.parametrize("phase", ["forward", "backward", "reduced", "stepped"])
-@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize(
+    ("phase", "place"),
+    [
+        ("backward", 0),
+        *(
+            pytest.param(phase, place, marks=pytest.mark.long)
+            for phase in ("forward", "backward", "reduced", "stepped")
+            for place in (0, -1)
+            if (phase, place) != ("backward", 0)
+        ),
+    ],
+)
 def test_a_rank_dies_whose_layers_another_has(phase: str, place: int, tmp_path: Path) -> None:
     """Its micro-batches are dealt to that one; what had been sent to it is sent again."""
     first = crew.run(train, 2, 1, workers=(4, 4)).plans[0]
@@ -57,6 +75,7 @@ def test_a_rank_dies_whose_layers_another_has(phase: str, place: int, tmp_path: 
     check(found, alone())
 
 
+@pytest.mark.long
 def test_ranks_leave_one_by_one_until_one_is_left() -> None:
     """Layers are handed over, and there are fewer stages in the end than were asked for."""
     left: list[int] = []

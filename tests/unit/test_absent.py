@@ -405,3 +405,22 @@ def test_numpy_arrays_are_never_absent() -> None:
     whole = capture({"s": {"a": torch.rand(4).numpy()}})
     with pytest.raises(ValueError, match="array of shape"):
         load({"s": {"a": None}}, StateTable.empty(whole.skeleton, ()))
+
+
+# Where optimizers begin
+
+
+@pytest.mark.parametrize("make", [torch.empty_like, torch.ones_like, torch.zeros_like])
+def test_one_like_it_is_present(make: Callable[..., Tensor]) -> None:
+    for like in (absent((2, 3), torch.bfloat16), nn.Linear(3, 2).weight):
+        release(like)
+        made = make(like, memory_format=torch.preserve_format)
+        assert type(made) is Tensor and not is_absent(made)
+        assert (made.shape, made.dtype) == (like.shape, like.dtype)
+
+
+def test_an_optimizer_that_begins_with_state_can_be_built_of_absent_parameters() -> None:
+    weight = nn.Linear(3, 2).weight
+    release(weight)
+    optimizer = torch.optim.Adagrad([weight], initial_accumulator_value=0.5)
+    assert torch.equal(optimizer.state[weight]["sum"], torch.full((2, 3), 0.5))

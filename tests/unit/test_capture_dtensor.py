@@ -396,7 +396,7 @@ def test_capturing_at_every_step(rank: int) -> None:
         for _ in range(5):
             found, expected = recapture.capture(parts), capture(parts)
             assert (found.skeleton, found.digest(), found.calm) == (expected.skeleton, expected.digest(), expected.calm)
-            front = found.front_share(0, found.nbytes)
+            front = found.front_share(((0, found.nbytes),))[0]
             assert sum(view.numel() for view in front.moving_views(found)) > 0
             train(parts, 1)
         assert recapture.full == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from resilient.core import draining
@@ -119,6 +121,28 @@ def test_a_drain_is_a_planned_change() -> None:
     assert (plan.kind, plan.base, plan.members, plan.joiners) == ("planned", 1, (1, 3, 4), (4,))
     assert plan.leaves == ((0, 1, 2), (3, 4, 5), (6, 7))
     assert plan.reason == "1 left (node B), 1 joined (node d)"
+
+
+def test_optimizer_state_is_handed_over_first() -> None:
+    """Those that join come later."""
+    membership, plan, allowed = situation("aBc", "d")
+    now = Situation(
+        limits=allowed,
+        membership=membership,
+        formed=plan,
+        current=plan,
+        newest=1,
+        inherited=False,
+        broken_for_s=0.0,
+        waited_s=0.0,
+    )
+    first = decide(replace(now, current=replace(plan, sharded=True), formed=replace(plan, sharded=True)))
+    assert isinstance(first, Make)
+    assert (first.plan.kind, first.plan.members, first.plan.emptied) == ("planned", (1, 2, 3), (2,))
+    emptied = replace(plan, sharded=True, emptied=(2,))
+    second = decide(replace(now, current=emptied, formed=emptied))
+    assert isinstance(second, Make)
+    assert (second.plan.members, second.plan.joiners, second.plan.emptied) == ((1, 3, 4), (4,), ())
 
 
 def test_replacements_are_waited_for_as_long_as_there_is_time() -> None:

@@ -49,7 +49,7 @@ def member(monkeypatch: pytest.MonkeyPatch) -> Member:
         member=1, tell=lambda *_: None, words=SimpleNamespace(moved=lambda *_: None, activity=lambda *_: None)
     )
     found = Member(host, workers=(1, 2), reduction="exact", threads=1, device=torch.device("cpu"), snapshots=None)
-    loop: Any = SimpleNamespace(sums=Sums())
+    loop: Any = SimpleNamespace(sums=Sums(), stage=None)
     found._loop = loop
     first = plan(1, ((0, 1), (2, 3)), "initial", 0)
     found.deliver(first)

@@ -133,21 +133,21 @@ def test_views_are_kept_and_show_the_present() -> None:
     parts, recapture = build(), Recapture()
     step(parts)
     first = recapture.capture(parts)
-    front = first.front_share(0, first.nbytes)
+    front = first.front_share(((0, first.nbytes),))[0]
     step(parts)
     second = recapture.capture(parts)
-    assert second.front_share(0, second.nbytes) is front
+    assert second.front_share(((0, second.nbytes),))[0] is front
     (_, view), weight = front.calm[0], parts["model"][0].weight
     assert view.data_ptr() == weight.data_ptr() and view.numel() == weight.nbytes
     weight.data = torch.zeros(4, 4)
     third = recapture.capture(parts)
-    (_, view) = third.front_share(0, third.nbytes).calm[0]
+    (_, view) = third.front_share(((0, third.nbytes),))[0].calm[0]
     assert view.data_ptr() == weight.data_ptr() and not view.any()
 
 
 def test_a_table_that_stands_alone_has_no_front() -> None:
     table = capture(build())
-    assert table.front_share(0, table.nbytes).nbytes == 0
+    assert table.front_share(((0, table.nbytes),))[0].nbytes == 0
 
 
 def test_a_thousand_captures_take_no_more_memory() -> None:
@@ -160,7 +160,7 @@ def test_a_thousand_captures_take_no_more_memory() -> None:
             parts["model"][1].running_mean = torch.rand(4)
             parts["scheduler"].step()
             table = recapture.capture(parts)
-            table.front_share(0, table.nbytes)
+            table.front_share(((0, table.nbytes),))
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 

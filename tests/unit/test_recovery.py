@@ -88,6 +88,22 @@ def test_a_lost_rank_leaves_its_leaves_to_the_others() -> None:
     assert after.reason == "lost rank 1 (node node2)"
 
 
+def test_a_lost_rank_with_optimizer_state_of_its_own_is_a_lost_state() -> None:
+    members = [member(number, formed=1) for number in (1, 2, 3)]
+    plan = replace(beginning(members), sharded=True)
+    members[1].gone = True
+    decision = decide(situation(members, plan, plan))
+    assert isinstance(decision, Lost), decision
+    assert decision.reason == "lost rank 1 (node node2); with it went optimizer state that no other rank has"
+
+
+def test_a_broken_link_is_none() -> None:
+    members = [member(1, formed=1, broken=1), member(2, formed=1)]
+    plan = replace(beginning(members), sharded=True)
+    after = made(replace(situation(members, plan, plan), broken_for_s=LIMITS.settle_s))
+    assert (after.kind, after.members, after.sharded) == ("unplanned", (1, 2), True)
+
+
 def test_the_next_loss_starts_from_what_had_formed_and_takes_a_new_number() -> None:
     members = [member(number, formed=1) for number in (1, 2, 3)]
     plan = beginning(members)
