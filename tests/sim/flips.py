@@ -26,8 +26,8 @@ class Flips:
     def __init__(self, world: World) -> None:
         self.world = world
         self._rng = random.Random(f"flip {world.seed}")
-        self._at: tuple[int, int] | None = None
-        """Branch and step."""
+        self._at: dict[int, int] = {}
+        """By branch, the step from which on things may be wrong."""
 
     def begin(self) -> None:
         if self.world.setting.limits.snapshots and self._rng.random() < SHARE_OF_SEEDS:
@@ -45,18 +45,18 @@ class Flips:
         layer = self._rng.choice(rank.layers) if len(rank.layers) > 1 else rank.layers[0]
         rank.state[layer] ^= 1
         self.world.disturbed = True
-        self._at = rank.seat.plan.branch, rank.seat.step
+        self._at[rank.seat.plan.branch] = rank.seat.step
         self.world.seen["a bit flipped"] += 1
         self.world.tell(f"a bit flips in rank {rank.member}, at step {rank.seat.step}")
 
     def excuses(self, branch: int, step: int) -> bool:
         """Whether what has to do with this step may be wrong."""
-        return self._at is not None and branch == self._at[0] and step >= self._at[1]
+        return branch in self._at and step >= self._at[branch]
 
     @property
     def unseen(self) -> bool:
         """Whether one has not been found so far."""
-        return self._at is not None and self.line.newest.number <= self._at[0]
+        return bool(self._at) and self.line.newest.number <= max(self._at)
 
     def excuses_the_end(self, reason: str) -> bool:
         """It was seen too late, or before there was a snapshot to go back to; and the run has said so."""
@@ -66,10 +66,10 @@ class Flips:
     def created(self, plan: Plan) -> None:
         """A branch that is opened because a stage was lost begins with what was wrong by then."""
         newest = plan.branches[-1]
-        if self._at is None or ON_PURPOSE in plan.reason or newest.parent != self._at[0]:
+        if newest.parent is None or ON_PURPOSE in plan.reason:
             return
-        if newest.at_step > self._at[1]:
-            self._at = newest.number, newest.at_step
+        if self.excuses(newest.parent, newest.at_step - 1):
+            self._at.setdefault(newest.number, newest.at_step)
 
     def line_looked_on(self, plan: Plan) -> Lineage:
         """By whoever decided on this plan: without the branch that it opens because a stage was lost."""

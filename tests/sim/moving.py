@@ -26,10 +26,8 @@ class Moving:
 
     def _lacks(self, number: int) -> list[int]:
         wanted = layers_of(self.plan, number, self.world.setting.layers)
-        if number not in self._holders:
+        if number not in self._holders or self.plan.kind == "initial":
             return [NOBODYS, *wanted]
-        if self.plan.kind == "initial":  # it has built what counts
-            return []
         return [layer for layer in wanted if layer not in self.group.member(number).layers]
 
     def _next(self, receivers: list[int]) -> None:
@@ -45,7 +43,7 @@ class Moving:
                 found[layer] = self._value(layer)
             rank = self.group.member(number)
             if number in self._holders:
-                self.world.seen["layers moved"] += 1
+                self.world.seen["layers moved"] += self.plan.kind == "planned"
                 rank.state = rank.state | found
             else:
                 rank.receive_state(self.plan.generation, self.complete, found)

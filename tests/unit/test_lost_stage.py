@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from resilient.core.events import PipelineShape, RankGone, RankReady, RankReported, RankReturned
+from resilient.core.events import (
+    PipelineShape,
+    RankGone,
+    RankLeaving,
+    RankReady,
+    RankReported,
+    RankReturned,
+    Resumed,
+)
 from resilient.core.instructions import End, Instruction
 from resilient.core.plan import Address
 from resilient.core.seat import SeatReport
@@ -118,3 +126,21 @@ def test_a_stage_that_is_lost_before_it_was_told_is_gone_back_for() -> None:
 
 def test_ranks_of_one_stage_may_tell_the_same() -> None:
     assert put_together([PARTS[1], PARTS[2], PARTS[1]]) == put_together(PARTS.values())
+
+
+def came_back() -> Pipeline:
+    """A new controller, which has heard all reports, and of nobody that it is ready."""
+    before, run = begun(), Pipeline()
+    run.take(Resumed(plans=(before.control.plans[1],), spawned=((1, "a"), (2, "b"))))
+    run.nodes()
+    for member in (1, 2):
+        run.report(member, 1)
+    return run
+
+
+def test_a_controller_that_came_back_plans_stages_as_soon_as_anybody_has_told_of_them() -> None:
+    run = came_back()
+    run.take(RankLeaving(member=1, why="asked to"))
+    assert run.control.creating is None, "nobody has said how many layers there are"
+    plan = plan_of(run.ready(3))
+    assert 3 in plan.joiners and plan.stages
