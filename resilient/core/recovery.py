@@ -19,7 +19,6 @@ from .membership import Membership
 from .partition import DoesNotFit
 from .plan import Plan, Restore, first_branch
 from .staging import Measured, Staging, held_by, staged
-from .staging import gain as staging_gain
 from .standing import Member, Tally
 
 
@@ -113,6 +112,9 @@ class Situation:
     """By member that has measured it, what it takes for a micro-batch."""
     layer_s: Measured = field(default_factory=dict)
     """In a pipeline, by (member, layer), what a micro-batch takes."""
+    gain: float = 0.0
+    """In a pipeline after a loss, the share of the slowest rank's computing that other stages would save, as it was
+    found last: to look for them takes long."""
     uneven: bool = False
     """Whether dealing in proportion to that would have been worth it for long enough."""
 
@@ -267,18 +269,9 @@ def _restage(now: Situation, current: Plan) -> Decision:
     """Other stages, if they are worth it: at once after a loss, else when they have been for a while."""
     if now.uneven:
         return _dealt(now, [], current, "layers and micro-batches dealt anew, by what they were measured to take")
-    if current.kind == "unplanned" and _would_gain(now, current) > planner.SMALL_GAIN:
+    if current.kind == "unplanned" and now.gain > planner.SMALL_GAIN:
         return _dealt(now, [], current, "layers and micro-batches dealt anew after a loss")
     return Stay(reason="all is well")
-
-
-def _would_gain(now: Situation, current: Plan) -> float:
-    shape = _shape(now)
-    assert shape is not None, current
-    try:
-        return staging_gain(current, shape, now.layer_s)
-    except DoesNotFit:
-        return 0.0
 
 
 def _drain(now: Situation, current: Plan) -> Decision:
