@@ -79,10 +79,8 @@ class Speeds:
         if not plan.stages:
             return len(self.known) == plan.size and gain(plan, self.known) >= WORTH_IT
         first = self.control.membership.first_ready()
-        measured = {layer for _, layer in self.control.timings.known}
-        all_known = (
-            first is not None and first.pipeline is not None and len(measured) == len(first.pipeline.layer_bytes)
-        )
+        layers = len(first.pipeline.layer_bytes) if first is not None and first.pipeline is not None else 0
+        all_known = 0 < layers <= len({layer for _, layer in self.control.timings.known})
         self.gain = self._gain(plan) if all_known or plan.kind == "unplanned" else 0.0
         return all_known and self.gain >= WORTH_IT
 
