@@ -43,7 +43,9 @@ class Moving:
                 found[layer] = self._value(layer)
             rank = self.group.member(number)
             if number in self._holders:
-                self.world.seen["layers moved"] += self.plan.kind == "planned"
+                if self.plan.kind == "planned":
+                    self.world.seen["layers moved"] += 1
+                    self.world.faults.moving(list(self.plan.members))
                 rank.state = rank.state | found
             else:
                 rank.receive_state(self.plan.generation, self.complete, found)
