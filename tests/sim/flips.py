@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from snapshot.core.branches import Lineage
 
+from .checkers import Violation
+
 if TYPE_CHECKING:
     from resilient.core.plan import Plan
 
@@ -52,6 +54,11 @@ class Flips:
     def excuses(self, branch: int, step: int) -> bool:
         """Whether what has to do with this step may be wrong."""
         return branch in self._at and step >= self._at[branch]
+
+    def found(self, plan: Plan, step: int) -> None:
+        """Ranks say that their states differ."""
+        if not self._at:
+            raise Violation("flips", f"states differ in step {step} of {plan}, though no bit has flipped")
 
     @property
     def unseen(self) -> bool:

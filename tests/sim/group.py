@@ -258,10 +258,10 @@ class Group:
 
     def _differ(self, step: int) -> None:
         """Not all hold the same state: nobody goes on, and all ask for the same."""
+        self.world.flips.found(self.plan, step)
         digests = [self.submissions[step][number].wish.digest for number in self.plan.members]
         verified = max(self.member(number).capturing.verified_on(self.plan.branch) for number in self.plan.members)
-        words = [NOBODYS if digest is None else digest for digest in digests]
-        wanted = rollback_after(self.plan, step, words, verified)
+        wanted = rollback_after(self.plan, step, [NOBODYS if each is None else each for each in digests], verified)
         self.world.seen["states differed"] += 1
         self.world.tell(f"{wanted.why}: back to {verified}")
 

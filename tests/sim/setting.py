@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from resilient.core.events import PipelineShape
 from resilient.core.recovery import Limits
 
+MOST_STEPS = 40
+"""Of a pipeline: to look for stages by what layers take is slow."""
+
 
 @dataclass(slots=True)
 class Setting:
@@ -58,9 +61,11 @@ class Setting:
         if rng.random() >= 1 / 3:
             return self
         layers = rng.randint(2, 4)
+        drawn = self if self.limits.snapshots else self.with_snapshots(rng)
         return replace(
-            self if self.limits.snapshots else self.with_snapshots(rng),
-            fault_budget=self.fault_budget + rng.randint(0, 4),
+            drawn,
+            fault_budget=drawn.fault_budget + rng.randint(0, 4),
+            steps=min(drawn.steps, MOST_STEPS),
             layers=layers,
             pipeline=PipelineShape(
                 stages=rng.randint(1, min(3, layers)),
