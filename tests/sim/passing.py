@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from resilient.core.plan import Plan, Stage
-from resilient.core.schedule import Action, Backward, Forward, choose, under_way_limit
+from resilient.core.schedule import Action, Backward, Forward, choose, turns_of, under_way_limit
 
 if TYPE_CHECKING:
     from .rank import Rank
@@ -53,7 +53,8 @@ class Passing:
 
     def choose(self, todo: frozenset[int]) -> Action | None:
         """What is ready, of own micro-batches that are not folded yet."""
-        assert self.plan is not None
+        plan = self.plan
+        assert plan is not None
         if self._step != self.rank.seat.step:
             self.drop()
             self._step = self.rank.seat.step
@@ -63,14 +64,15 @@ class Passing:
         fresh = todo - self._under_way
         inputs = fresh if number == 0 else self._arrived(fresh, stage.first, FORWARD)
         back = self._arrived(self._under_way, stage.stop, BACKWARD)
-        ranks = [len(each.ranks) for each in self.plan.stages]
+        ranks = [len(each.ranks) for each in plan.stages]
         return choose(
             "1f1b",
-            under_way_limit("1f1b", number, ranks, self.plan.micro_batches),
+            under_way_limit("1f1b", number, ranks, plan.micro_batches),
             fresh=fresh,
             under_way=self._under_way,
             inputs=inputs,
             gradients=back,
+            turns=turns_of([[plan.leaves[rank] for rank in each.ranks] for each in plan.stages], plan.micro_batches),
         )
 
     def _arrived(self, leaves: Collection[int], boundary: int, direction: int) -> set[int]:
