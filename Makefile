@@ -16,7 +16,7 @@ AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
-.PHONY: help demo demo-pipeline test test-long test-gpu lint format sim fuzz bench-recovery bench-snapshot bench-durable bench-scale soak clean
+.PHONY: help demo demo-pipeline test test-long test-gpu lint format sim fuzz bench-recovery bench-pipeline bench-snapshot bench-durable bench-scale soak clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -75,6 +75,9 @@ fuzz: $(VENV)/.test-stamp ## feed damaged manifests to their readers: FUZZ_S=sec
 
 bench-recovery: $(VENV)/.test-stamp ## time recoveries, written to out/bench/recovery.json
 	$(BIN)/python -m benchmarks.recovery
+
+bench-pipeline: $(VENV)/.test-stamp ## throughput after losing ranks of a pipeline, beside others' ways
+	$(BIN)/python -m benchmarks.pipeline
 
 bench-snapshot: $(VENV)/.test-stamp ## time snapshots beside others', written to out/bench/snapshot.json
 	$(BIN)/python -m benchmarks.snapshot

@@ -148,7 +148,9 @@ class Moving:
         self, specs: Sequence[TensorSpec], rows: Sequence[Sequence[int]]
     ) -> tuple[list[Ranges], list[Ranges]]:
         plan, whereabouts = self._plan, self._member.stage.whereabouts
-        has: list[Ranges] = [whereabouts.held(specs, range(*row)) if row[1] else () for row in rows]
+        kinds = {tuple(row) for row in rows}  # as many as there are stages
+        by_layers = {row: whereabouts.held(specs, range(*row)) if row[1] else () for row in kinds}
+        has = [by_layers[tuple(row)] for row in rows]
         if plan.kind == "initial":  # of what belongs to no layer everybody has some, and only that of rank 0 counts
             nobodys = whereabouts.held(specs, range(0))
             has = [has[0], *(without(ranges, nobodys) for ranges in has[1:])]

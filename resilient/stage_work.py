@@ -22,7 +22,7 @@ from actors.post import Key, Parcel, Post
 
 from .buffers import Buffers
 from .core.plan import Place, Plan, Stage
-from .core.schedule import Action, Backward, Forward, choose, under_way_limit
+from .core.schedule import Action, Backward, Forward, choose, turns_of, under_way_limit
 from .errors import LoopError
 from .pipeline import Pipeline
 from .segments import Gradients, Passage, Segments, Tensors, as_tensors, detached
@@ -140,6 +140,9 @@ class StageWork:
             former = self._stage
             self._plan, self._stage, self._number = plan, stage, number
             self._owners = [plan.owners(each.ranks) for each in plan.stages]
+            self._turns = turns_of(
+                [[plan.leaves[rank] for rank in each.ranks] for each in plan.stages], plan.micro_batches
+            )
             if plan.kind != "unplanned" or (former.first, former.stop) != (stage.first, stage.stop):
                 self._segments = self._made_segments(stage)
                 self.timing.forget(range(stage.first, stage.stop))
@@ -184,6 +187,7 @@ class StageWork:
             under_way=self._under_way.keys(),
             inputs=fresh if self._is_first else self._arrived(fresh, self._stage.first, FORWARD),
             gradients=self._arrived(self._under_way.keys(), self._stage.stop, BACKWARD),
+            turns=self._turns,
         )
 
     def _arrived(self, leaves: Any, layer: int, direction: int) -> set[int]:

@@ -403,6 +403,7 @@ class Control:
             may_wait_s=self.leaving.may_wait_s(self.current),
             leaf_s=self.speeds.known,
             layer_s=self.timings.known,
+            gain=self.speeds.gain,
             uneven=self.speeds.uneven,
         )
 

@@ -23,14 +23,23 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
     if len(digests) > 1:
         return End(outcome="failed", reason=f"ranks ended with different states: {', '.join(digests)}")
     digest = digests[0]
-    if plan.stages:
-        living = (membership.members[number] for number in plan.members if not membership.is_gone(number))
-        parts = [member.part for member in living if member.part is not None]
+    # Whoever has told its part and died since has told the truth all the same.
+    members = [membership.members[number] for number in plan.members]
+    parts = [member.part for member in members if member.part is not None]
+    if parts or _state_is_lost(membership, plan):
         try:
-            digest = put_together(parts) if parts else digest
+            digest = put_together(parts)
         except ValueError as error:
+            if _state_is_lost(membership, plan):
+                return None  # before anybody told what it was
             return End(outcome="failed", reason=f"ranks ended with states that do not fit together: {error}")
     return End(outcome="finished", reason="every rank has returned", digest=digest)
+
+
+def _state_is_lost(membership: Membership, plan: Plan) -> bool:
+    """Whether something of it was on ranks only that are gone."""
+    gone = {rank for rank, member in enumerate(plan.members) if membership.is_gone(member)}
+    return bool(gone) and (plan.sharded or any(gone.issuperset(stage.ranks) for stage in plan.stages))
 
 
 def _somebody_is_left_alone(seated: Tally) -> bool:

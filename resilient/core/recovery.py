@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from snapshot.core.branches import Lineage
 
 from . import draining, planner, speeds
+from .events import PipelineShape
 from .membership import Membership
 from .partition import DoesNotFit
 from .plan import Plan, Restore, first_branch
 from .staging import Measured, Staging, held_by, staged
-from .staging import gain as staging_gain
 from .standing import Member, Tally
 
 
@@ -112,6 +112,9 @@ class Situation:
     """By member that has measured it, what it takes for a micro-batch."""
     layer_s: Measured = field(default_factory=dict)
     """In a pipeline, by (member, layer), what a micro-batch takes."""
+    gain: float = 0.0
+    """In a pipeline after a loss, the share of the slowest rank's computing that other stages would save, as it was
+    found last: to look for them takes long."""
     uneven: bool = False
     """Whether dealing in proportion to that would have been worth it for long enough."""
 
@@ -189,12 +192,12 @@ def _restored(now: Situation, members: list[Member], restore: Restore, lineage: 
             kind="restored",
             places=[member.place for member in members],
             joiners=[],
-            micro_batches=_micro_batches(members),
+            micro_batches=_micro_batches(now),
             reason=reason,
             branches=lineage.branches,
             restore=restore,
             staging=staging,
-            sharded=_sharded(members[0]),
+            sharded=_sharded(now),
         )
     )
 
@@ -244,6 +247,8 @@ def _after_loss(now: Situation, formed: Plan, reason: str) -> Decision:
 def _improve(now: Situation, current: Plan) -> Decision:
     if finished(now.membership.tally(current)):
         return Stay(reason="the loop has ended")
+    if current.stages and now.membership.first_ready() is None:
+        return Stay(reason="waiting to hear what there is to know of the pipeline")
     if now.membership.tally(current).values("leaving"):
         return _drain(now, current)
     room = min(now.limits.max_workers, current.seats) - current.size
@@ -264,19 +269,9 @@ def _restage(now: Situation, current: Plan) -> Decision:
     """Other stages, if they are worth it: at once after a loss, else when they have been for a while."""
     if now.uneven:
         return _dealt(now, [], current, "layers and micro-batches dealt anew, by what they were measured to take")
-    if current.kind == "unplanned" and _would_gain(now, current) > planner.SMALL_GAIN:
+    if current.kind == "unplanned" and now.gain > planner.SMALL_GAIN:
         return _dealt(now, [], current, "layers and micro-batches dealt anew after a loss")
     return Stay(reason="all is well")
-
-
-def _would_gain(now: Situation, current: Plan) -> float:
-    members = [now.membership.members[number] for number in current.members]
-    ready = members[0].ready
-    assert ready is not None and ready.pipeline is not None
-    try:
-        return staging_gain(current, ready.pipeline, now.layer_s)
-    except DoesNotFit:
-        return 0.0
 
 
 def _drain(now: Situation, current: Plan) -> Decision:
@@ -336,13 +331,13 @@ def _dealt(
             kind="planned" if current else "initial",
             places=places,
             joiners=numbers if current else [place.member for place in places[1:]],
-            micro_batches=current.micro_batches if current else _micro_batches(members),
+            micro_batches=current.micro_batches if current else _micro_batches(now),
             reason=reason,
             branches=current.branches if current else first_branch().branches,
             leaf_s=speeds.filled([place.member for place in places], now.leaf_s) if current and now.leaf_s else (),
             staging=staging,
             since=current.since if current else 0,
-            sharded=_sharded(now.membership.members[places[0].member]),
+            sharded=_sharded(now),
             emptied=sorted({*leaving, *emptied}),
         )
     )
@@ -350,26 +345,32 @@ def _dealt(
 
 def _staging(now: Situation, members: list[Member], leaving: Collection[int] = ()) -> Staging | None:
     """The stages of a pipeline for these, who are at least one; None where every rank holds the whole model."""
-    shape = members[0].ready.pipeline if members[0].ready is not None else None
+    shape = _shape(now)
     if shape is None:
         return None
     return staged(
         shape,
         [member.number for member in members],
-        micro_batches=_micro_batches(members),
+        micro_batches=_micro_batches(now),
         held=held_by(now.formed),
         measured=now.layer_s,
         leaving=leaving,
     )
 
 
-def _sharded(member: Member) -> bool:
-    shape = member.ready.pipeline if member.ready is not None else None
+def _shape(now: Situation) -> PipelineShape | None:
+    """As anybody has told it: of those who are seated, a controller that came back may not have heard yet."""
+    first = now.membership.first_ready()
+    return None if first is None else first.pipeline
+
+
+def _sharded(now: Situation) -> bool:
+    shape = _shape(now)
     return shape is not None and shape.sharded
 
 
-def _micro_batches(members: list[Member]) -> int:
-    first = members[0].ready
+def _micro_batches(now: Situation) -> int:
+    first = now.membership.first_ready()
     assert first is not None
     return first.micro_batches
 

@@ -41,6 +41,9 @@ class Speeds:
     """Seconds per micro-batch, of those members that have measured it."""
     uneven: bool = False
     """Whether dealing in proportion to that would have been worth it for long enough."""
+    gain: float = 0.0
+    """In a pipeline, the share of the slowest rank's computing that other stages would save; looked at only after a
+    loss, or when all layers have been measured."""
     stragglers: set[int] = field(default_factory=set)
     """Members that have been reported as such, and still are."""
     _generation: int = 0
@@ -59,6 +62,7 @@ class Speeds:
         if plan.generation != self._generation:
             self._generation, self._looked_at, self.uneven = plan.generation, control.now, False
             control.for_s("uneven", False)
+            self.gain = self._gain(plan) if plan.stages and plan.kind == "unplanned" else 0.0
         often_s = control.limits.detection_s / LOOKS_PER_DETECTION
         if control.now - self._looked_at < often_s * max(1.0, plan.size / MANY_RANKS):
             return
@@ -74,14 +78,21 @@ class Speeds:
         """Whether another dealing would save enough."""
         if not plan.stages:
             return len(self.known) == plan.size and gain(plan, self.known) >= WORTH_IT
-        first, known = self.control.membership.first_ready(), self.control.timings.known
-        measured = {layer for _, layer in known}
-        if first is None or first.pipeline is None or len(measured) < len(first.pipeline.layer_bytes):
-            return False
+        first = self.control.membership.first_ready()
+        layers = len(first.pipeline.layer_bytes) if first is not None and first.pipeline is not None else 0
+        all_known = 0 < layers <= len({layer for _, layer in self.control.timings.known})
+        self.gain = self._gain(plan) if all_known or plan.kind == "unplanned" else 0.0
+        return all_known and self.gain >= WORTH_IT
+
+    def _gain(self, plan: Plan) -> float:
+        """That of other stages; 0 while nobody has told what there is to know of the pipeline."""
+        first = self.control.membership.first_ready()
+        if first is None or first.pipeline is None:
+            return 0.0
         try:
-            return staging.gain(plan, first.pipeline, known) >= WORTH_IT
+            return staging.gain(plan, first.pipeline, self.control.timings.known)
         except DoesNotFit:
-            return False
+            return 0.0
 
     def _look_for_stragglers(self, plan: Plan, usual_s: float) -> None:
         control = self.control

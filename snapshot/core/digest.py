@@ -35,14 +35,17 @@ def state_digest(skeleton: bytes, chunk_digests: bytes) -> str:
 
 
 def put_together(parts: Iterable[StatePart]) -> str:
-    """The same from all ranks' parts. Raises ValueError where they are not those of one state, each byte once."""
+    """The same from all ranks' parts, of which several may be of the same ranges. Raises ValueError where they are not
+    those of one state."""
     known = list(parts)
     if len({(part.skeleton, part.state_bytes) for part in known}) != 1:
         raise ValueError("the ranks' parts are of states of different structure")
-    pieces = sorted((piece, digest) for part in known for piece, digest in zip(part.ranges, part.digests, strict=True))
+    pieces = sorted({pair for part in known for pair in zip(part.ranges, part.digests, strict=True)})
     uneven = first_uneven([piece for piece, _ in pieces], known[0].state_bytes)
     if uneven is not None:
-        raise ValueError(f"bytes {uneven[0]}..{uneven[1]} of the state are nobody's, or several ranks'")
+        raise ValueError(
+            f"bytes {uneven[0]}..{uneven[1]} of the state are nobody's, or several ranks', who do not agree about them"
+        )
     return _combined(known[0].skeleton, b"".join(digest for _, digest in pieces))
 
 

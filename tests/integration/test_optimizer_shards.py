@@ -106,11 +106,15 @@ def test_one_process_has_the_same_bits_with_shards() -> None:
         assert resilient.train(workers=1, name="alone")(train).local(1).digest == alone()
 
 
-@pytest.mark.parametrize(("stages", "ranks"), [(1, 2), (1, 3), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("stages", "ranks"),
+    [(2, 3), *(pytest.param(*layout, marks=pytest.mark.long) for layout in ((1, 2), (1, 3), (2, 2)))],
+)
 def test_every_layout_comes_to_the_same_bits(stages: int, ranks: int) -> None:
     check(crew.run(train, stages, workers=(ranks, ranks)), alone())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", [name for name in OPTIMIZERS if name != "adamw"])
 def test_every_optimizer_comes_to_the_same_bits(which: str) -> None:
     check(crew.run(train, 2, STEPS, which, workers=(3, 3)), alone(which=which))
@@ -126,6 +130,7 @@ def test_each_rank_keeps_its_part_only() -> None:
     assert kept[0] > 0 and kept[-1] <= total / 3 + most
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stages", [1, 2])
 def test_chunks_move_to_whoever_joins_and_away_from_whoever_leaves(stages: int, tmp_path: Path) -> None:
     done: list[str] = []
@@ -153,6 +158,7 @@ def test_chunks_move_to_whoever_joins_and_away_from_whoever_leaves(stages: int, 
     assert all(plan.kind in ("initial", "planned") for plan in found.plans), "nothing is aborted"
 
 
+@pytest.mark.long
 def test_a_broken_link_loses_nothing(tmp_path: Path) -> None:
     """All form again, and have the values of each other's chunks, whatever was under way."""
     cut: list[int] = []

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from resilient.core.plan import Restore
 
+from .stages import layers_of
+from .truth import NO_VALUE, NOBODYS, Held, State, read
+
 if TYPE_CHECKING:
     from .group import Group
-
-NO_STATE = -1
-"""Shares that disagree."""
 
 
 class WayBack:
@@ -32,13 +32,14 @@ class WayBack:
         self.group.member(number).later(self.world.rng.uniform(0.005, 0.1), go_on)
 
     def _wait_until_parked(self, number: int) -> None:
-        if not self.group.member(number).parked:
+        rank = self.group.member(number)
+        if not rank.parked or (self.group.plan.stages and rank.capturing.copying):
             self._after(number, self._wait_until_parked)
             return
         if self.restore.folder:
             self._after(number, self._read_storage)
         else:
-            self._fetch(number, 0, set())
+            self._fetch(number, 0, [])
 
     def _read_storage(self, number: int) -> None:
         broke = not self.world.healing and self.world.rng.random() < 0.5
@@ -54,10 +55,10 @@ class WayBack:
         self.group.broken = True
         self.group.member(number).form_failed(self.group.plan.generation)
 
-    def _fetch(self, number: int, place: int, states: set[int]) -> None:
+    def _fetch(self, number: int, place: int, parts: list[Held]) -> None:
         """One share after the other, from the keeper that the plan names."""
         if place == len(self.restore.shares):
-            self._load(number, states.pop() if len(states) == 1 else NO_STATE)
+            self._load(number, read(parts))
             return
         share = self.restore.shares[place]
         keeper = self.world.keeper_of(share.keeper.host)
@@ -67,12 +68,14 @@ class WayBack:
             self._could_not(number, "a share could not be loaded")
             return
         self.world.faults.point_at_node("loading", share.keeper.host)
-        self._after(number, lambda number: self._fetch(number, place + 1, states | {state}))
+        self._after(number, lambda number: self._fetch(number, place + 1, [*parts, state]))
 
-    def _load(self, number: int, state: int) -> None:
+    def _load(self, number: int, state: State) -> None:
+        """Only what this rank needs of it."""
         plan, complete = self.group.plan, self.restore.key.step - 1
         rank = self.group.member(number)
-        rank.load(plan.generation, self.restore, state)
+        wanted = (NOBODYS, *layers_of(plan, number, self.world.setting.layers))
+        rank.load(plan.generation, self.restore, {layer: state.get(layer, NO_VALUE) for layer in wanted})
         self._loaded.add(number)
         self.world.faults.point("restored", [number])
         if self._loaded == set(plan.members):

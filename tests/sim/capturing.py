@@ -11,6 +11,8 @@ from snapshot.core.inventory import SnapshotKey
 from snapshot.core.lifecycle import Lifecycle, Ordinal
 
 from .memory import SlotFile
+from .stages import all_stay, captured_by
+from .truth import NOBODYS, written
 
 if TYPE_CHECKING:
     from .rank import Rank
@@ -20,9 +22,10 @@ class Submission(NamedTuple):
     """What a rank brings into an exchange: the sums of its leaves, and its part of the lane."""
 
     leaves: frozenset[int]
-    values: dict[int, int]
+    values: dict[int, dict[int, int]]
     newest_held: int
     wish: Wish
+    lane: list[int]
 
 
 class Capturing:
@@ -34,8 +37,8 @@ class Capturing:
         self.everywhere: Ordinal | None = None
         self.verified: Ordinal | None = None
         """The newest state that all ranks were seen to hold, or have begun from."""
-        self._digest: tuple[Ordinal, int] | None = None
-        """What was captured last, and what it comes to."""
+        self._digest: tuple[Ordinal, int, Plan] | None = None
+        """What was captured last, what it comes to, and by whose plan it was held."""
         self.protected_generation = 0
         """The newest whose members have captured a snapshot that is protected everywhere."""
         self._captured_in = 0
@@ -73,11 +76,18 @@ class Capturing:
             save_due=save_due,
             save_room=save_room,
             protected=protected,
-            digest=self._digest_of(Ordinal(plan.branch, step)),
+            digest=self._digest_of(Ordinal(plan.branch, step), plan),
         )
 
-    def _digest_of(self, ordinal: Ordinal) -> int | None:
-        return self._digest[1] if self._digest is not None and self._digest[0] == ordinal else None
+    def _digest_of(self, ordinal: Ordinal, plan: Plan) -> int | None:
+        """None where layers have moved since: not all of a stage have held the same."""
+        if self._digest is None or self._digest[0] != ordinal:
+            return None
+        return self._digest[1] if all_stay(self._digest[2], plan, self.world.setting.layers) else None
+
+    def begin_anew(self, ordinal: Ordinal) -> None:
+        """All begin from this state; what was agreed of another line of steps counts no more."""
+        self.verified, self._agreed = ordinal, None
 
     def verified_on(self, branch: int) -> int:
         return self.verified.step if self.verified is not None and self.verified.branch == branch else -1
@@ -114,14 +124,16 @@ class Capturing:
         number, member = self.lifecycle.free[0], self.rank.member
         self._captured_in = plan.generation
         self.lifecycle.begin(number, Ordinal(plan.branch, step), durable=durable)
-        self._digest = Ordinal(plan.branch, step), self.rank.state & (1 << DIGEST_BITS) - 1
+        state = {layer: self.rank.state[layer] for layer in (NOBODYS, *self.rank.layers)}
+        self._digest = Ordinal(plan.branch, step), hash(written(state)) & (1 << DIGEST_BITS) - 1, plan
+        captured = captured_by(plan, member, self.world.setting.layers)
         memory = self.world.nodes[self.rank.node].memory
         memory.slots[member, number] = slot = SlotFile(
             key=SnapshotKey(attempt=1, branch=plan.branch, step=step, generation=plan.generation),
             member=member,
             rank=plan.rank_of(member),
             world=plan.size,
-            state=self.rank.state,
+            state=written({layer: state[layer] for layer in captured}),
             durable=durable,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .memory import pages
@@ -53,6 +54,17 @@ class Faults:
 
             self.world.at(0.005, strike)
 
+    def moving(self, members: list[int]) -> None:
+        """Layers are on their way to some of these."""
+        if self.may_act and self.rng.random() < 0.3:
+            member = self.rng.choice(members)
+            strike = self.rng.choice([self._kill, self._kill, lambda _: self._link()])
+            self.world.at(self.rng.choice([0.005, 0.03, 0.1]), lambda: self.may_act and self._lives(member, strike))
+
+    def _lives(self, member: int, strike: Callable[[int], None]) -> None:
+        if self.world.ranks[member].alive:
+            strike(member)
+
     def controller_point(self) -> None:
         if self.may_act and self.rng.random() < self.world.setting.fault_rate * 2:
             self.world.at(self.rng.choice([0.0, 0.01, 0.1]), self._controller)
@@ -95,7 +107,7 @@ class Faults:
             return True
         if self.world.setting.limits.snapshots and self.world.protected.must_be_readable():
             return True
-        return bool(set(self.world.keepers_of_state()) - set(victims))
+        return self.world.state_is_held(without=victims)
 
     def _spend(self) -> None:
         self.world.fault_budget -= 1

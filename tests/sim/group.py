@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from resilient.core.difference import rollback_after
-from resilient.core.lane import NOBODYS, Agreed
+from resilient.core.lane import NOBODYS, Agreed, Wish
 from resilient.core.plan import Plan
 
 from .back import WayBack
 from .capturing import Submission
 from .checkers import Violation
-from .truth import result_of
+from .closing import Closing, learn_outcome
+from .moving import Moving
+from .stages import is_staged
+from .truth import Complete, State, outcome_of, sums_of
 
 if TYPE_CHECKING:
     from .rank import Rank
@@ -65,14 +68,14 @@ class Group:
         if not self.member_lives(self.plan.members[0]):
             self.world.seen["the store's host died while forming"] += 1
         if self.called == set(self.plan.members):
-            self._then(self.world.rng.uniform(0.003, 0.1), self._compare)
+            self.then(self.world.rng.uniform(0.003, 0.1), self._compare)
         elif any(not self.member_lives(number) for number in self.plan.members):
             self._fail_later(rank.member)
 
     def member_lives(self, number: int) -> bool:
         return number in self.world.ranks and self.member(number).alive
 
-    def _then(self, delay: float, action: Callable[[], None]) -> None:
+    def then(self, delay: float, action: Callable[[], None]) -> None:
         """Go on after a delay, unless the formation has failed by then; a stopped member makes all wait."""
 
         def go_on() -> None:
@@ -108,29 +111,34 @@ class Group:
 
     def _serve(self, behind: list[int], servers: list[int], complete: int) -> None:
         if not behind:
-            self._level_state(complete)
+            self.level_state(complete)
+            return
+        if is_staged(self.plan):
+            learn_outcome(self, behind, servers, complete)
             return
         number, server = behind[0], self.world.rng.choice(servers)
         self.world.faults.serving(server, number)
 
         def serve() -> None:
             kept = self.member(server).kept
-            if kept is None or kept[0] != complete:
+            if kept is None or kept.step != complete:
                 raise Violation("group", f"rank {server} has not kept the result of step {complete}: {kept}")
-            self.member(number).received_result = (self.plan.generation, *kept)
+            self.member(number).received_result = self.plan.generation, kept
             self._serve(behind[1:], servers, complete)
 
-        self._then(self.world.rng.uniform(0.01, 0.15), serve)
+        self.then(self.world.rng.uniform(0.01, 0.15), serve)
 
-    def _level_state(self, complete: int) -> None:
+    def level_state(self, complete: int) -> None:
         stateless = [number for number in self.plan.members if not self.member(number).seat.has_state]
         holders = [number for number in self.plan.members if self.member(number).seat.has_state]
         if self.plan.kind != "unplanned" and not all(self._gives(number) for number in holders):
-            self._then(AGAIN_S, lambda: self._level_state(complete))
+            self.then(AGAIN_S, lambda: self.level_state(complete))
             return
         if stateless and self.plan.kind == "unplanned":
             raise Violation("group", f"members {stateless} of {self.plan} hold no state")
-        if stateless:
+        if self.plan.kind != "unplanned" and self.plan.stages:
+            Moving(self, complete).begin()
+        elif stateless:
             self._give(stateless, holders, complete)
         else:
             self.level(complete)
@@ -138,13 +146,13 @@ class Group:
     def _gives(self, number: int) -> bool:
         """Whether this member can give its state of the boundary, if somebody wants it."""
         rank = self.member(number)
-        if self.plan.kind == "planned":
+        if self.plan.kind == "planned" and not self.plan.stages:
             return not self.plan.joiners or (rank.held is not None and rank.held[0] == self.plan.generation)
         return rank.seat.at_boundary
 
     def level(self, complete: int) -> None:
         """All members are; only the barrier is left."""
-        self._then(self.world.rng.uniform(0.001, 0.03), lambda: self._barrier(complete))
+        self.then(self.world.rng.uniform(0.001, 0.03), lambda: self._barrier(complete))
 
     def _give(self, stateless: list[int], givers: list[int], complete: int) -> None:
         if not stateless:
@@ -155,11 +163,11 @@ class Group:
 
         def give() -> None:
             rank = self.member(giver)
-            state = rank.held[1] if self.plan.kind == "planned" and rank.held is not None else rank.state
+            state: State = rank.held[1] if self.plan.kind == "planned" and rank.held is not None else rank.state
             self.member(number).receive_state(self.plan.generation, complete, state)
             self._give(stateless[1:], givers, complete)
 
-        self._then(self.world.rng.uniform(0.01, 0.3), give)
+        self.then(self.world.rng.uniform(0.01, 0.3), give)
 
     def _barrier(self, complete: int) -> None:
         self.entered = True
@@ -205,41 +213,55 @@ class Group:
         self.world.emit("submitted", rank=rank)
         seat = rank.seat
         values = {leaf: rank.partial[leaf] for leaf in seat.folded}
-        mine = Submission(frozenset(seat.folded), values, seat.newest_held, rank.capturing.wish(self.plan, step))
+        wish = rank.capturing.wish(self.plan, step)
+        mine = Submission(frozenset(seat.folded), values, seat.newest_held, wish, self._row(rank.member, wish))
         here = self.submissions.setdefault(step, {})
         here[rank.member] = mine
         self.world.faults.point("exchanging", list(self.plan.members))
         if self.broken or any(not self.member_lives(number) for number in self.plan.members):
-            self._break_exchange(rank.member, step)
+            self.break_exchange(rank.member, step)
         elif set(here) == set(self.plan.members):
             self._complete(step)
 
+    def _row(self, number: int, wish: Wish) -> list[int]:
+        return wish.lane(self.plan.stage_number(self.plan.rank_of(number)), max(1, len(self.plan.stages)))
+
     def _complete(self, step: int) -> None:
         here = self.submissions[step]
-        lane = Agreed.of([min(words) for words in zip(*(one.wish.lane() for one in here.values()), strict=True)])
+        lane = Agreed.of([min(words) for words in zip(*(one.lane for one in here.values()), strict=True)])
         if lane.differs:
             self._differ(step)
             return
-        contributions = {number: submission.leaves for number, submission in here.items()}
-        self.world.emit("reduced", group=self, step=step, contributions=contributions)
-        values: dict[int, int] = {}
+        values: dict[int, dict[int, int]] = {}
         for number in self.plan.members:
-            values.update(here[number].values)
-        result, agreed = result_of(values), min(submission.newest_held for submission in here.values())
+            for leaf, by_layer in here[number].values.items():
+                values[leaf] = values.get(leaf, {}) | by_layer
+        sums, agreed = sums_of(values), min(submission.newest_held for submission in here.values())
+        result = Complete(step, sums, outcome_of(sums), self.plan.generation)
+        if is_staged(self.plan):
+            Closing(self, result, agreed, lane).begin()
+        else:
+            self.deliver(result, agreed, lane)
+
+    def deliver(self, result: Complete, agreed: int, lane: Agreed) -> None:
+        """It stands; each member learns of it."""
+        step = result.step
+        contributions = {number: submission.leaves for number, submission in self.submissions[step].items()}
+        self.world.emit("reduced", group=self, step=step, contributions=contributions)
         self.delivering[step] = set(self.plan.members)
         for number in self.plan.members:
             delay = self.world.rng.uniform(0.001, 0.12)
             if lane.protected >= 0 or lane.save or lane.verified:
                 self.world.at(delay / 2, lambda number=number: self._told_lane(number, step, lane))
-            self.world.at(delay, lambda number=number: self._told_done(number, step, agreed, result, lane))
+            self.world.at(delay, lambda number=number: self._told_done(number, agreed, result, lane))
         self.world.faults.point("exchanged", list(self.plan.members))
 
     def _differ(self, step: int) -> None:
         """Not all hold the same state: nobody goes on, and all ask for the same."""
+        self.world.flips.found(self.plan, step)
         digests = [self.submissions[step][number].wish.digest for number in self.plan.members]
         verified = max(self.member(number).capturing.verified_on(self.plan.branch) for number in self.plan.members)
-        words = [NOBODYS if digest is None else digest for digest in digests]
-        wanted = rollback_after(self.plan, step, words, verified)
+        wanted = rollback_after(self.plan, step, [NOBODYS if each is None else each for each in digests], verified)
         self.world.seen["states differed"] += 1
         self.world.tell(f"{wanted.why}: back to {verified}")
 
@@ -257,20 +279,22 @@ class Group:
             rank = self.member(number)
             rank.run(lambda: rank.capturing.lane_done(self.plan, step, lane))
 
-    def _told_done(self, number: int, step: int, agreed: int, result: int, lane: Agreed) -> None:
+    def _told_done(self, number: int, agreed: int, result: Complete, lane: Agreed) -> None:
+        step = result.step
         if not self.within(number):
             return
         harmed = self.broken or any(not self.member_lives(other) for other in self.plan.members)
         if harmed and (number in self.noticing or self.world.rng.random() < 0.5):
             if 0 < len(self.delivering[step]) < self.plan.size:
                 self.world.seen["exchange completed by some members only"] += 1
-            self._break_exchange(number, step)
+            self.break_exchange(number, step)
             return
         self.delivering[step].discard(number)
         rank = self.member(number)
-        rank.run(lambda: rank.exchange_done(self.plan, step, agreed, result, lane))
+        own = result._replace(sums={layer: result.sums[layer] for layer in rank.layers})
+        rank.run(lambda: rank.exchange_done(self.plan, agreed, own, lane))
 
-    def _break_exchange(self, number: int, step: int) -> None:
+    def break_exchange(self, number: int, step: int) -> None:
         if number not in self.told and (number in self.noticing or self.world.rng.random() < 0.6):
             self.told.add(number)
             rank = self.member(number)
@@ -323,4 +347,4 @@ class Group:
                 continue
             on_its_way = number in self.delivering.get(seat.step, set())
             if number in self.submissions.get(seat.step, {}) and seat.complete < seat.step and not on_its_way:
-                self._break_exchange(number, seat.step)
+                self.break_exchange(number, seat.step)

@@ -14,9 +14,11 @@ from snapshot.core.inventory import ImageFound, Inventory, NodeImage, ParityFoun
 from snapshot.core.lifecycle import Ordinal
 from snapshot.core.stripes import PAGE_BYTES, Group, groups
 
-Content = tuple[tuple[int, int], ...]
+from .truth import NO_VALUE, NOBODYS, Held
+
+Content = tuple[tuple[int, Held], ...]
 """(rank, state) of every share in an image."""
-GARBAGE: Content = ((-1, -1),)
+GARBAGE: Content = ((-1, ((NOBODYS, NO_VALUE),)),)
 SHARE_BYTES = 10
 
 
@@ -56,7 +58,7 @@ class SlotFile:
     member: int
     rank: int
     world: int
-    state: int
+    state: Held
     durable: bool = False
     committed: bool = False
     damaged_page: int | None = None
@@ -179,7 +181,7 @@ class Memory:
 
     # Served to others
 
-    def read_share(self, key: SnapshotKey, node: str, rank: int) -> int | None:
+    def read_share(self, key: SnapshotKey, node: str, rank: int) -> Held | None:
         """The state in this share; None if it is not here, or fails its checksums."""
         if node == self.node:
             for slot in self.slots.values():

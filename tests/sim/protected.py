@@ -29,7 +29,7 @@ class Protected:
         nodes = self._settled.setdefault(key, set())
         nodes.add(node)
         everywhere = nodes >= {place.node for place in self.world.plans_on_record[key.generation].places}
-        everywhere = everywhere and bool(self.world.keepers_of_state())  # else it may be too late for the election
+        everywhere = everywhere and self.world.state_is_held()  # else it may be too late for the election
         if everywhere and (self.newest is None or key.newness > self.newest.newness):
             self.newest = key
             self.world.seen["snapshot protected everywhere"] += 1

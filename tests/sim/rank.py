@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from resilient.core.detector import Vital
-from resilient.core.events import RankReady, RankReported, RankReturned, SnapshotProtected
+from resilient.core.events import SnapshotProtected
 from resilient.core.lane import Agreed
 from resilient.core.pace import Pace
-from resilient.core.plan import Address, Plan, Restore
+from resilient.core.plan import Plan, Restore
+from resilient.core.schedule import Action
 from resilient.core.seat import (
     Applied,
     Apply,
@@ -36,7 +36,10 @@ from resilient.core.seat import (
 from snapshot.core.lifecycle import Ordinal
 
 from .capturing import Capturing
-from .truth import leaf_value, next_state, state_at_start
+from .passing import Passing
+from .stages import layers_of
+from .telling import Telling
+from .truth import NOBODYS, Complete, State, leaf_values, next_state, state_at_start
 
 if TYPE_CHECKING:
     from .world import World
@@ -52,26 +55,34 @@ class Rank:
         """Whether its keeper no longer shows it: the controllers have had time to learn of its death."""
         self.ready = False
         self.returned = False
-        self.state = state_at_start()
-        self.partial: dict[int, int] = {}
-        self.kept: tuple[int, int] | None = None
+        self.state = state_at_start(world.setting.layers)
+        """Beside the layers that are held there may be others, which count for nothing."""
+        self.layers = range(0 if world.setting.pipeline else world.setting.layers)
+        """Those whose state this rank holds."""
+        self.partial: dict[int, dict[int, int]] = {}
+        """By leaf and layer."""
+        self.reduced: tuple[int, dict[int, int]] | None = None
+        """A step, and its stage's sums, from when this rank has them."""
+        self.kept: Complete | None = None
         """The complete result of a step, to be applied here and served to others."""
-        self.received_result: tuple[int, int, int] | None = None
-        """(generation, step, result), got while leveling: counts when the generation has formed."""
-        self.held: tuple[int, int] | None = None
+        self.received_result: tuple[int, Complete] | None = None
+        """Got while leveling in this generation: counts when it has formed."""
+        self.held: tuple[int, State] | None = None
         """A generation, and the state at its first boundary, for joiners."""
         self.capturing = Capturing(self)
+        self.passing = Passing(self)
+        self.telling = Telling(self)
         self.loaded: tuple[int, Restore] | None = None
         """The generation for which this rank has last loaded a snapshot, and which."""
         self._busy = False
         self._waiting_room: list[Callable[[], None]] = []
         self._submitted: tuple[int, int] | None = None
         self._work = 0
-        self._pace = Pace()
+        self.pace = Pace()
 
     def begin(self) -> None:
         self.world.tell(f"rank {self.member} starts on {self.node}")
-        self.later(self.world.rng.uniform(0.05, 0.6), self._repeat_report)
+        self.later(self.world.rng.uniform(0.05, 0.6), self.telling.repeat)
         self.later(self.world.rng.uniform(0.3, 2.0), self._reach_loop)
 
     # Time passes for a process only while it lives and is not stopped.
@@ -150,7 +161,7 @@ class Rank:
                 case Form(plan=plan):
                     self.world.group_of(plan).called_by(self)
                 case Report():
-                    self._report()
+                    self.telling.report()
                 case Discard():
                     self.world.seen["partial sums discarded"] += 1
                     self.partial = {}
@@ -158,8 +169,8 @@ class Rank:
                     self.world.seen["left"] += 1
                     self.world.kill_rank(self.member, "left, as the others went on without it")
 
-    def receive_state(self, generation: int, complete: int, state: int) -> None:
-        self.state, self.partial = state, {}
+    def receive_state(self, generation: int, complete: int, state: State) -> None:
+        self.state, self.partial = dict(state), {}
         self.tell_seat(StateReceived(generation=generation, complete=complete))
 
     @property
@@ -167,11 +178,12 @@ class Rank:
         """Whether the training thread keeps its hands off the state."""
         return self.ready and self.seat.restoring and not self._busy
 
-    def load(self, generation: int, restore: Restore, state: int) -> None:
+    def load(self, generation: int, restore: Restore, state: State) -> None:
         """The snapshot's state takes the place of what was held here, if anything was."""
-        self.loaded, self.kept = (generation, restore), None
+        self.loaded, self.kept, self.reduced = (generation, restore), None, None
+        self.passing.drop()
         branch = self.world.plans_on_record[generation].branch
-        self.capturing.verified = Ordinal(branch, restore.key.step)
+        self.capturing.begin_anew(Ordinal(branch, restore.key.step))
         self.receive_state(generation, restore.key.step - 1, state)
         self.world.tell(f"rank {self.member} has loaded {restore.key}")
         self.world.emit("restored", rank=self, restore=restore)
@@ -181,25 +193,47 @@ class Rank:
         if self.seat.plan is None or self.seat.plan.generation != generation:
             return
         if self.seat.complete < complete:
-            assert self.received_result is not None and self.received_result[:2] == (generation, complete)
-            self.kept = self.received_result[1:]
+            assert self.received_result is not None and self.received_result[0] == generation
+            self.kept = self.received_result[1]
+            assert self.kept.step == complete, (self.kept, complete)
             self.world.seen["caught up from a kept result"] += 1
         self.world.newest_formed = max(self.world.newest_formed, generation)
         self.world.tell(f"rank {self.member} sees generation {generation} formed, step {complete} complete")
+        self._settle(self.seat.plan)
         self.tell_seat(Formed(generation=generation, complete=complete))
         self.world.emit("formed", rank=self, generation=generation)
         self.world.faults.point("formed", [self.member])
 
+    def _settle(self, plan: Plan) -> None:
+        """Only this plan's layers are here from now on."""
+        former, self.layers = self.layers, layers_of(plan, self.member, self.world.setting.layers)
+        if former == self.layers and len(self.state) > len(former) + 1:
+            self.world.seen["a change of layers was gone back on"] += 1
+        self.state = {layer: self.state[layer] for layer in (NOBODYS, *self.layers)}
+        if plan.stages:
+            self.passing.seated(plan)
+
     def form_failed(self, generation: int) -> None:
         self.tell_seat(FormFailed(generation=generation))
 
-    def exchange_done(self, plan: Plan, step: int, agreed: int, result: int, lane: Agreed) -> None:
-        generation = plan.generation
+    def stage_done(self, plan: Plan, step: int, sums: dict[int, int]) -> bool:
+        """This rank has its stage's sums; what others know of the step it does not know yet."""
+        if self.seat.plan is None or self.seat.plan.generation != plan.generation:
+            return False
+        if self.seat.broken == plan.generation:
+            return False
+        self.reduced = step, sums
+        self.world.emit("stage_reduced", rank=self, plan=plan, step=step)
+        self.world.faults.point("stage reduced", list(plan.members))
+        return True
+
+    def exchange_done(self, plan: Plan, agreed: int, result: Complete, lane: Agreed) -> None:
+        generation, step = plan.generation, result.step
         if self.seat.plan is None or self.seat.plan.generation != generation:
             return
         if self.seat.broken == generation:
             return
-        self.kept = (step, result)
+        self.kept = result
         self.world.tell(f"rank {self.member} completes step {step} in generation {generation}, agreed {agreed}")
         if lane.capture:
             self.capturing.agree(plan, step + 1, lane)
@@ -211,41 +245,11 @@ class Rank:
         self.world.tell(f"rank {self.member} sees its exchange of step {step} in generation {generation} fail")
         self.tell_seat(ExchangeFailed(generation=generation, step=step))
 
-    def _report(self) -> None:
-        measured_s = self._pace.leaf_s if self.world.speeds.active else 0.0
-        report = RankReported(report=replace(self.seat.report(), leaf_s=measured_s))
-        self.world.to_controllers(self.node, lambda shell: shell.take(report))
-
-    def _repeat_report(self) -> None:
-        self._report()
-        self.world.drains.repeated(self)
-        if self.ready:
-            self._say_ready()
-        if self.returned:
-            self._say_returned()
-        self.later(0.5, self._repeat_report)
-
-    def _say_ready(self) -> None:
-        ready = RankReady(
-            member=self.member,
-            node=self.node,
-            address=Address(host=self.node, port=self.member),
-            micro_batches=self.world.setting.micro_batches,
-            steps=self.world.setting.steps,
-            probe="equal",
-            probe_fields="equal",
-        )
-        self.world.to_controllers(self.node, lambda shell: shell.take(ready))
-
-    def _say_returned(self) -> None:
-        event = RankReturned(member=self.member, step=self.seat.step, digest=str(self.state))
-        self.world.to_controllers(self.node, lambda shell: shell.take(event))
-
     # Training thread
 
     def _reach_loop(self) -> None:
         self.ready = True
-        self._say_ready()
+        self.telling.ready()
         self.advance()
 
     def advance(self) -> None:
@@ -266,12 +270,13 @@ class Rank:
 
     def _go_on(self) -> None:
         match self.seat.next():
+            case Compute() if self.world.setting.pipeline:
+                action = self.passing.choose(self.seat.work - self.seat.folded)
+                if action is not None:
+                    self._compute(action.leaf, action)
             case Compute(leaf=leaf):
-                self._busy = True
-                step, value = self.seat.step, leaf_value(self.state, self.seat.step, leaf)
-                self._pace.handed_out(self.world.now)
-                takes_s = self.world.rng.uniform(0.03, 0.15) * self.world.speeds.factor(self.node, self.world.now)
-                self.later(takes_s, lambda: self._fold(step, leaf, value))
+                self.pace.handed_out(self.world.now)
+                self._compute(leaf)
             case Apply(step=step):
                 self._busy = True
                 self.later(self.world.rng.uniform(0.01, 0.1), lambda: self._apply(step))
@@ -281,12 +286,22 @@ class Rank:
                     self._submitted = (plan.generation, step)
                     self.world.group_of(plan).submitted_by(self, step)
 
-    def _fold(self, step: int, leaf: int, value: int) -> None:
+    def _compute(self, leaf: int, action: Action | None = None) -> None:
+        """action: in a pipeline."""
+        self._busy = True
+        step, values = self.seat.step, leaf_values(self.state, self.seat.step, leaf, self.layers)
+        takes_s = self.world.rng.uniform(0.03, 0.15) * self.world.speeds.factor(self.node, self.world.now)
+        self.later(takes_s, lambda: self._fold(step, leaf, values, action))
+
+    def _fold(self, step: int, leaf: int, values: dict[int, int], action: Action | None) -> None:
         self._busy = False
         self._work += 1
-        self._pace.folded(self.world.now)
-        self.partial[leaf] = value
-        self.world.emit("folded", rank=self, step=step, leaf=leaf)
+        self.pace.folded(self.world.now)
+        if action is not None and (self.seat.restoring or not self.passing.done(action)):
+            self.advance()
+            return
+        self.partial[leaf] = values
+        self.world.emit("folded", rank=self, step=step, leaf=leaf, layers=tuple(values))
         self.tell_seat(LeafFolded(step=step, leaf=leaf))
 
     def _apply(self, step: int) -> None:
@@ -295,17 +310,18 @@ class Rank:
             return
         self._busy = False
         self._work += 1
-        assert self.kept is not None and self.kept[0] == step, (self.kept, step)
-        result = self.kept[1]
-        self.state = next_state(self.state, step, result)
-        self.partial = {}
+        assert self.kept is not None and self.kept.step == step, (self.kept, step)
+        result = self.kept
+        assert set(result.sums) == set(self.layers), (result, self.layers)
+        self.state, self.partial = next_state(self.state, result), {}
+        self.passing.drop()
         self.world.seen["step committed"] += 1
         self.seat.handle(Applied(step=step))
         self.world.tell(f"rank {self.member} has applied step {step}")
-        self.world.emit("applied", rank=self, step=step, result=result)
+        self.world.emit("applied", rank=self, result=result)
         self.capturing.boundary()
         if self.seat.awaited and self.seat.plan is not None:
-            self.held = self.seat.plan.generation, self.state
+            self.held = self.seat.plan.generation, dict(self.state)
             self.seat.handle(Held(generation=self.seat.plan.generation))
         if self.world.drains.active and self.capturing.protected_generation:
             told = SnapshotProtected(generation=self.capturing.protected_generation)
@@ -326,4 +342,4 @@ class Rank:
         self.returned = True
         self._busy = False
         self.world.emit("returned", rank=self)
-        self._say_returned()
+        self.telling.returned()

@@ -5,7 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+from resilient.core.events import PipelineShape
 from resilient.core.recovery import Limits
+
+MOST_STEPS = 40
+"""Of a pipeline: to look for stages by what layers take is slow."""
 
 
 @dataclass(slots=True)
@@ -29,6 +33,9 @@ class Setting:
     """Steps from one snapshot to the next."""
     saves_every: int = 0
     """Steps from one checkpoint to the next; 0 for none."""
+    layers: int = 1
+    pipeline: PipelineShape | None = None
+    """Of these layers; where there is none every rank holds all of them."""
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Setting:
@@ -47,6 +54,23 @@ class Setting:
             loss=rng.choice([0.0, 0.0, 0.1, 0.3]),
             slowness=rng.choice([0.01, 0.05, 0.3]),
             may_lose_state=rng.random() < 0.1,
+        )
+
+    def with_pipeline(self, rng: random.Random) -> Setting:
+        """A third of the runs train one."""
+        if rng.random() >= 1 / 3:
+            return self
+        layers = rng.randint(2, 4)
+        drawn = self if self.limits.snapshots else self.with_snapshots(rng)
+        return replace(
+            drawn,
+            fault_budget=drawn.fault_budget + rng.randint(0, 4),
+            steps=min(drawn.steps, MOST_STEPS),
+            layers=layers,
+            pipeline=PipelineShape(
+                stages=rng.randint(1, min(3, layers)),
+                layer_bytes=tuple(rng.choice([10, 20, 40]) for _ in range(layers)),
+            ),
         )
 
     def with_snapshots(self, rng: random.Random) -> Setting:

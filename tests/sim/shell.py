@@ -44,6 +44,14 @@ if TYPE_CHECKING:
 
 TICK_S = 0.25
 KEEPER_STARTS_S = 5.0
+NOTED = {
+    "in proportion": "dealt in proportion",
+    "no rank of stage": "stage lost",
+    "hand over their layers": "handed over",
+    "dealt anew after a loss": "stages anew after a loss",
+    "by what they were measured to take": "stages by what layers take",
+}
+"""What a plan's reason says, and what is counted for it."""
 
 
 class Shell:
@@ -240,12 +248,13 @@ class Shell:
                 f"controller {self.number} creates generation {plan.generation} ({plan.kind}, from {plan.base}) "
                 f"of {plan.members}: {plan.reason}"
             )
+            world.flips.created(plan)
             world.emit("created", shell=self, plan=plan)
             world.drains.planned(self, plan)
             world.look_for_state()
             world.seen[f"{plan.kind} generation"] += 1
-            if "in proportion" in plan.reason:
-                world.seen["dealt in proportion"] += 1
+            for text, name in NOTED.items():
+                world.seen[name] += text in plan.reason
             if world.setting.limits.snapshots:
                 self.questions.planned(plan)
             answer = GenerationCreated(generation=plan.generation)

@@ -38,3 +38,7 @@ class Speeds:
             factor = self._rng.choice([1.0, 1.0, 1.0, 2.0, 5.0])
             self._factors[node] = factor, now + self._rng.choice([20.0, 60.0, 1000.0])
         return factor * self._rng.uniform(0.9, 1.1)
+
+    def usual(self, node: str) -> float:
+        """Without what varies from one micro-batch to the next: medians hardly show it."""
+        return self._factors.get(node, (1.0, 0.0))[0]

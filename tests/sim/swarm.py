@@ -24,9 +24,9 @@ class Outcome:
     failures: list[tuple[int, str]] = field(default_factory=list)
 
 
-def run_seed(seed: int, *, drained: bool = True) -> tuple[int, Counter[str], str]:
+def run_seed(seed: int, *, drained: bool = True, staged: bool = True) -> tuple[int, Counter[str], str]:
     """The seed, what was seen, and what went wrong (empty when nothing did)."""
-    world = World(seed, drained=drained)
+    world = World(seed, drained=drained, staged=staged)
     try:
         world.run()
     except Exception as error:  # noqa: BLE001 - a failing seed is a finding, whatever it raises
@@ -37,10 +37,10 @@ def run_seed(seed: int, *, drained: bool = True) -> tuple[int, Counter[str], str
     return seed, world.seen, ""
 
 
-def swarm(seeds: Iterable[int], *, keep_going: bool, drained: bool = True) -> Outcome:
-    """drained: nodes and ranks may be asked to leave, or be slow."""
+def swarm(seeds: Iterable[int], *, keep_going: bool, drained: bool = True, staged: bool = True) -> Outcome:
+    """drained: nodes and ranks may be asked to leave, or be slow. staged: a third trains a pipeline."""
     outcome = Outcome()
-    run = functools.partial(run_seed, drained=drained)
+    run = functools.partial(run_seed, drained=drained, staged=staged)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         for seed, seen, error in pool.imap(run, seeds, chunksize=CHUNK):
             outcome.seeds += 1

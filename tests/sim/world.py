@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from .rank import Rank
 from .setting import Setting
 from .shell import Shell
 from .speeds import Speeds
+from .stages import teams
 from .storage import Storage
 
 MOST_EVENTS = 200_000
@@ -81,6 +82,8 @@ class World:
     lost_state_at: float | None = None
     drained: bool = True
     """Whether nodes and ranks may be asked to leave, or be slow; without that older seeds keep their stories."""
+    staged: bool = True
+    """Whether a third of the seeds train a pipeline; without that older ones keep their stories."""
     disturbed: bool = False
     """Whether something has failed, other than controllers and messages."""
 
@@ -89,7 +92,8 @@ class World:
         setting = Setting.drawn(self.rng).with_snapshots(random.Random(f"snapshots {self.seed}"))
         self.speeds = Speeds(self.seed, wanted=self.drained)
         self.drains = Drains(self, wanted=self.drained)
-        self.setting = self.speeds.changed(setting)
+        setting = self.speeds.changed(setting)
+        self.setting = setting.with_pipeline(random.Random(f"pipeline {self.seed}")) if self.staged else setting
         self.records_rng = random.Random(f"records {self.seed}")
         self.protected = Protected(self)
         self.storage = Storage()
@@ -271,7 +275,7 @@ class World:
         self.at(self.rng.uniform(0.7, 3.5), take_over)
 
     def look_for_state(self) -> None:
-        if self.lost_state_at is None and self.plans_on_record and not self.keepers_of_state():
+        if self.lost_state_at is None and self.plans_on_record and not self.state_is_held():
             self.lost_state_at = self.now
 
     def keepers_of_state(self) -> list[int]:
@@ -289,6 +293,12 @@ class World:
             and not rank.seat.restoring
             and member not in self.condemned
         ]
+
+    def state_is_held(self, without: Collection[int] = ()) -> bool:
+        """By those who will go on, other than these: in a pipeline by somebody of every stage."""
+        held = set(self.keepers_of_state()) - set(without)
+        newest = self.plans_on_record.get(self.newest_formed)
+        return newest is not None and all(held.intersection(team) for team in teams(newest))
 
     def group_of(self, plan: Plan) -> Group:
         return self.groups.setdefault(plan.generation, Group(self, plan))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilient.core.schedule import KINDS, Backward, Forward, Kind, choose, under_way_limit
+from resilient.core.schedule import KINDS, Backward, Forward, Kind, choose, turns_of, under_way_limit
 
 
 class Pipe:
@@ -16,6 +16,11 @@ class Pipe:
         """owners: by stage, of each micro-batch, the rank within the stage."""
         self.kind, self.owners, self.ranks = kind, owners, ranks
         self.micro_batches = len(owners[0])
+        owned = [
+            [[b for b, owner in enumerate(of) if owner == rank] for rank in range(count)]
+            for of, count in zip(owners, ranks, strict=True)
+        ]
+        self.turns = turns_of([[leaves for leaves in stage if leaves] for stage in owned], self.micro_batches)
         places = [(stage, rank) for stage, count in enumerate(ranks) for rank in range(count)]
         self.fresh = {
             place: {b for b in range(self.micro_batches) if owners[place[0]][b] == place[1]} for place in places
@@ -39,6 +44,7 @@ class Pipe:
                 under_way=under_way,
                 inputs=self.inputs[stage],
                 gradients=self.gradients[stage],
+                turns=self.turns,
             )
             did = did or action is not None
             match action:
@@ -97,7 +103,17 @@ def test_the_bubble_of_an_even_pipeline_is_the_known_one(stages: int, micro_batc
 
 
 def test_gpipe_goes_forward_first() -> None:
-    both = {"fresh": {1}, "under_way": {0}, "inputs": {1}, "gradients": {0}}
+    both = {"fresh": {1}, "under_way": {0}, "inputs": {1}, "gradients": {0}, "turns": (0.0, 0.5)}
     assert choose("gpipe", 4, **both) == Forward(1)
     assert choose("1f1b", 4, **both) == Backward(0)
-    assert choose("1f1b", 1, fresh={1}, under_way={0}, inputs={1}, gradients=()) is None
+    assert choose("1f1b", 1, fresh={1}, under_way={0}, inputs={1}, gradients=(), turns=(0.0, 0.5)) is None
+
+
+def test_all_ranks_of_the_widest_stage_have_something_to_do_from_the_beginning() -> None:
+    turns = turns_of([[range(8)], [range(4), range(4, 8)]], 8)
+    order = sorted(range(8), key=lambda leaf: (turns[leaf], leaf))
+    assert order == [0, 4, 1, 5, 2, 6, 3, 7]
+    pipe = Pipe("1f1b", [[0] * 8, [0] * 4 + [1] * 4], [1, 2])
+    while not pipe.done:
+        pipe.tick()
+    assert pipe.ticks == 17, "the first stage has 16 things to do"

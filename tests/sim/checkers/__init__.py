@@ -28,12 +28,14 @@ class Checker:
 
 def all_checkers(world: Any) -> list[Checker]:
     from .apply_only_complete import ApplyOnlyComplete
+    from .apply_only_reduced import ApplyOnlyReduced
     from .back_only_when_lost import BackOnlyWhenLost
     from .drain_recomputes_nothing import DrainRecomputesNothing
     from .drained_is_empty import DrainedIsEmpty
     from .exact_result import ExactResult
     from .fenced_writers import FencedWriters
     from .generations_unique import GenerationsUnique
+    from .layers_are_held import LayersAreHeld
     from .leaves_counted_once import LeavesCountedOnce
     from .liveness import Liveness
     from .no_durable_loss import NoDurableLoss
@@ -49,12 +51,14 @@ def all_checkers(world: Any) -> list[Checker]:
         checker(world)
         for checker in (
             ApplyOnlyComplete,
+            ApplyOnlyReduced,
             BackOnlyWhenLost,
             DrainRecomputesNothing,
             DrainedIsEmpty,
             ExactResult,
             FencedWriters,
             GenerationsUnique,
+            LayersAreHeld,
             LeavesCountedOnce,
             Liveness,
             NoDurableLoss,

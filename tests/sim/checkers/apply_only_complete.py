@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..truth import Complete
 from . import Checker
 
 
@@ -15,5 +16,6 @@ class ApplyOnlyComplete(Checker):
     def on_reduced(self, group: Any, step: int, contributions: dict[int, frozenset[int]]) -> None:
         self.complete.add(step)
 
-    def on_applied(self, rank: Any, step: int, result: int) -> None:
-        self.require(step in self.complete, f"rank {rank.member} applied step {step}, which nobody completed")
+    def on_applied(self, rank: Any, result: Complete) -> None:
+        said = f"rank {rank.member} applied step {result.step}, which nobody completed"
+        self.require(result.step in self.complete, said)

@@ -10,11 +10,12 @@ from . import Checker
 class DrainRecomputesNothing(Checker):
     def __init__(self, world: Any) -> None:
         super().__init__(world)
-        self.folded: set[tuple[int, int]] = set()
+        self.folded: set[tuple[int, int, int]] = set()
 
-    def on_folded(self, rank: Any, step: int, leaf: int) -> None:
-        again = (step, leaf) in self.folded
-        self.folded.add((step, leaf))
+    def on_folded(self, rank: Any, step: int, leaf: int, layers: tuple[int, ...]) -> None:
+        mine = {(step, leaf, layer) for layer in layers}
+        again = not mine.isdisjoint(self.folded)
+        self.folded |= mine
         self.require(
             self.world.disturbed or not again, f"rank {rank.member} computed leaf {leaf} of step {step} once more"
         )

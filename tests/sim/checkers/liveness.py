@@ -20,7 +20,8 @@ class Liveness(Checker):
         if self.world.setting.limits.snapshots:
             self.nothing_readable(end.reason)
             return
-        self.require("held the state" in end.reason, f"the run failed for another reason: {end.reason}")
+        lost = "held the state" in end.reason or "only they held layers" in end.reason
+        self.require(lost, f"the run failed for another reason: {end.reason}")
         self.require(self.world.lost_state_at is not None, f"the state was not lost: {end.reason}")
 
     def nothing_readable(self, reason: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from resilient.core.plan import Plan
-from snapshot.core.branches import Lineage
 
 from ..memory import ordinal
 from . import Checker
@@ -16,7 +15,7 @@ UNSEEN_AT_MOST_S = 15.0
 
 class NoDurableLoss(Checker):
     def on_decided(self, shell: Any, plan: Plan) -> None:
-        line = Lineage(branches=plan.branches)
+        line = self.world.flips.line_looked_on(plan)
         newest = self.world.storage.newest(self.world.now - UNSEEN_AT_MOST_S, line)
         if newest is None or plan.kind not in ("initial", "restored"):
             return

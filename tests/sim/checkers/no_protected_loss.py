@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from resilient.core.plan import Plan
-from snapshot.core.branches import Lineage
 
 from ..memory import ordinal
 from . import Checker
@@ -19,7 +18,7 @@ class NoProtectedLoss(Checker):
         protected = self.world.protected
         if plan.restore is None or not protected.must_be_readable(known=shell.keepers):
             return
-        if not Lineage(branches=plan.branches).holds(protected.newest.branch, protected.newest.step):
+        if not self.world.flips.line_looked_on(plan).holds(protected.newest.branch, protected.newest.step):
             return
         self.require(
             ordinal(plan.restore.key) >= ordinal(protected.newest),

@@ -6,6 +6,7 @@ from typing import Any
 
 from resilient.core.plan import Plan
 
+from ..truth import Complete
 from . import Checker
 
 
@@ -17,5 +18,6 @@ class NoZombieEffect(Checker):
     def on_submitted(self, rank: Any) -> None:
         self.require(rank.alive and not rank.stopped, f"rank {rank.member} took part in an exchange without running")
 
-    def on_applied(self, rank: Any, step: int, result: int) -> None:
-        self.require(rank.alive and not rank.stopped, f"rank {rank.member} applied step {step} without running")
+    def on_applied(self, rank: Any, result: Complete) -> None:
+        said = f"rank {rank.member} applied step {result.step} without running"
+        self.require(rank.alive and not rank.stopped, said)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..truth import Complete
 from . import Checker
 
 
 class OneStepApart(Checker):
-    def on_applied(self, rank: Any, step: int, result: int) -> None:
+    def on_applied(self, rank: Any, result: Complete) -> None:
         self.look()
 
     def on_formed(self, rank: Any, generation: int) -> None:

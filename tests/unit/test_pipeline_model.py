@@ -1,0 +1,43 @@
+"""The benchmark's computed times: a bound below the simulation, and both right where one knows them."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.pipeline_model import Layer, Split, best_s, bound_s, simulated_s, splits
+
+LAYER = Layer(forward_s=1.0, backward_s=2.0)
+
+
+@pytest.mark.parametrize(
+    ("split", "micro_batches", "wanted"),
+    [
+        (Split((4,), (1,)), 3, 36.0),
+        (Split((4,), (3,)), 3, 12.0),
+        (Split((2, 2), (1, 1)), 1, 12.0),
+        (Split((2, 2), (1, 1)), 8, 54.0),  # 8 micro-batches of 6, and the other stage once
+        (Split((1, 1, 1, 1), (1, 1, 1, 1)), 16, 57.0),
+    ],
+)
+def test_even_pipelines_take_the_known_time(split: Split, micro_batches: int, wanted: float) -> None:
+    assert simulated_s(split, micro_batches, LAYER) == pytest.approx(wanted)
+    assert bound_s(split, micro_batches, LAYER) <= wanted
+
+
+def test_no_simulated_step_is_shorter_than_the_bound() -> None:
+    for ranks in range(1, 6):
+        for stages in range(1, min(ranks, 4) + 1):
+            for split in splits(6, ranks, stages):
+                if max(split.ranks) <= 4:
+                    assert simulated_s(split, 4, LAYER) >= bound_s(split, 4, LAYER) - 1e-9, split
+
+
+def test_the_best_split_is_found() -> None:
+    assert best_s(4, 2, 2, 8, LAYER) == min(
+        bound_s(Split((4,), (2,)), 8, LAYER), bound_s(Split((2, 2), (1, 1)), 8, LAYER)
+    )
+
+
+def test_messages_cost_time() -> None:
+    split = Split((2, 2), (1, 1))
+    assert simulated_s(split, 2, LAYER, message_s=0.5) > simulated_s(split, 2, LAYER)
