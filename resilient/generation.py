@@ -72,7 +72,7 @@ class GenerationThread(threading.Thread):
         self._steps: queue.Queue[int | None] = queue.Queue()
         self._scratch = Scratch()
         self._in_flight: Payload | None = None
-        self.reduced: Payload | None = None
+        self.reduced = holding.reduced
         self.group: Group | None = None
 
     def submit(self, step: int) -> None:

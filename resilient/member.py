@@ -114,6 +114,8 @@ class Member:
         """The training thread has a leaf in hand, and may be folding it: nobody else touches the partial sums."""
         self._to_discard = False
         """The partial sums, that leaf's too, are dropped as soon as it is folded."""
+        self._captured_layers = range(0)
+        """Of a pipeline, those that this rank held at the newest capture."""
         self._crossing = False
         """The training thread is at a step's boundary, and reads the state."""
         self._parked = False
@@ -323,7 +325,7 @@ class Member:
         if not self.has_stages:
             snapshots.boundary(ordinal, self.objects(), seating, wanted=wanted, durable=durable)
         elif not self.stage.spelled_anew():  # else the others would spell another structure than this rank
-            stage = self.stage
+            stage, self._captured_layers = self.stage, self.stage.held
             snapshots.boundary(
                 ordinal,
                 self.objects(),
@@ -564,7 +566,10 @@ class Member:
             return Wish()
         steps = self._loop.steps if self._loop is not None else None
         ordinal = Ordinal(plan.branch, step + 1)
-        return self._snapshots.wish(ordinal, plan.generation, steps, renewed=plan.base > 0)
+        wish = self._snapshots.wish(ordinal, plan.generation, steps, renewed=plan.base > 0)
+        if self.has_stages and self.stage.held != self._captured_layers:
+            return replace(wish, digest=None)  # of other layers than those of the ranks that it would be compared with
+        return wish
 
     def agreed_on_snapshots(self, plan: Plan, step: int, agreed: Agreed) -> None:
         """What the lane says about the same."""
@@ -649,6 +654,8 @@ class Member:
             else:
                 former.abandon()
         self._submitted = None
+        if plan.kind == "restored":
+            self._to_capture = None
         holding = Holding(
             has_state=self._seat.has_state,
             complete=self._seat.complete,

@@ -233,6 +233,8 @@ class Run:
             raise ValueError("run.steps: the pipeline is not protected; pass it as protect(model=pipe, ...)")
         for name, optimizer in self._protected.optimizers if self._pipeline.shard_optimizer else ():
             check_elementwise(name, optimizer)
+        if feed.steps == 1 and self._pipeline.stages > 1:
+            raise ValueError("run.steps(steps=1): a pipeline of several stages trains for two steps at least")
         loop = self._iterate_steps(feed, self._protected, self._pipeline)
         self._loop = weakref.ref(loop)
         return loop

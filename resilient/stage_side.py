@@ -137,12 +137,21 @@ class StageSide:
 
     def part(self, table: StateTable) -> StatePart:
         """What this rank answers for in the state's digest."""
-        ranges = self.captured(table)
+        ranges = self._known_to_all_of_the_stage(table) if self.shards is None else self.captured(table)
         return StatePart(
             skeleton=xxhash.xxh3_128_digest(table.skeleton),
             state_bytes=table.nbytes,
             ranges=ranges,
             digests=tuple(table.chunk_digests(start, stop) for start, stop in ranges),
+        )
+
+    def _known_to_all_of_the_stage(self, table: StateTable) -> Ranges:
+        """What all of its ranks capture: then it is known as long as one of them has told it."""
+        plan, rank = self._seat()
+        return merged(
+            piece
+            for each in plan.team(rank)
+            for piece in self.whereabouts.captured(table.layout.tensors, plan, each, None)
         )
 
     @property

@@ -219,7 +219,8 @@ class StageWork:
         return folded
 
     def end_step(self) -> None:
-        """All micro-batches have been through."""
+        """All micro-batches have been through, on all ranks: nobody needs anything again."""
+        self._forget()
         self.timing.idle = 1 - self.timing.busy_s / max(self._ended - self._began, self.timing.busy_s, 1e-9)
 
     def _forward(self, leaf: int) -> Folded | None:

@@ -26,8 +26,8 @@ Cut = tuple[int, ...]
 Placed = tuple[int, ...]
 """How many of each rare kind a stage has. The first entry is of the first kind: one rank of it is placed too, without
 which stages might be chosen in which none of its ranks is done in time; or all are, where seats may become scarce."""
-AFFORDABLE = 20_000_000
-"""Additions in the dynamic programming for one T; some 40 ms."""
+AFFORDABLE = 4_000_000
+"""Additions in the dynamic programming for one T; some milliseconds, and there are tens of T. The controller waits."""
 STEP = 5000
 """As many take as long as what one step of it costs beside them."""
 

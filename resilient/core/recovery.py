@@ -315,7 +315,11 @@ def _dealt(
     try:
         staging = _staging(now, [now.membership.members[place.member] for place in places], leaving)
     except DoesNotFit as error:
-        return NeedNodes(reason=str(error)) if current is None else Stay(reason=str(error), stuck=staying is not None)
+        return (
+            NeedNodes(reason=str(error))
+            if current is None
+            else Stay(reason=str(error), stuck=staying is not None or bool(leaving))
+        )
     if staging is not None:
         left_out = set(current.members).difference(staging.seated, current.emptied) if current is not None else ()
         if left_out and current is not None and current.sharded:  # nobody else would have their optimizer state

@@ -48,6 +48,8 @@ class Speeds:
     """Members that have been reported as such, and still are."""
     _generation: int = 0
     _looked_at: float = float("-inf")
+    _gain_asked: tuple[int, int] = (0, -1)
+    _gain_found: float = 0.0
 
     @property
     def a_while_s(self) -> float:
@@ -89,10 +91,14 @@ class Speeds:
         first = self.control.membership.first_ready()
         if first is None or first.pipeline is None:
             return 0.0
-        try:
-            return staging.gain(plan, first.pipeline, self.control.timings.known)
-        except DoesNotFit:
-            return 0.0
+        asked = plan.generation, self.control.timings.changes
+        if asked != self._gain_asked:  # planning takes long where ranks are of many speeds
+            self._gain_asked = asked
+            try:
+                self._gain_found = staging.gain(plan, first.pipeline, self.control.timings.known)
+            except DoesNotFit:
+                self._gain_found = 0.0
+        return self._gain_found
 
     def _look_for_stragglers(self, plan: Plan, usual_s: float) -> None:
         control = self.control

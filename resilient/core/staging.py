@@ -23,6 +23,7 @@ Measured = Mapping[tuple[int, int], float]
 LEAST_SHARE = 0.1
 """Of the mean layer's bytes: what a layer is taken to cost at least, before it is measured. Some have no parameters."""
 ROUNDS = 4
+NOISE = 0.1
 SLOWEST, FASTEST = 0.05, 20.0
 
 
@@ -131,11 +132,16 @@ class Timings:
     """What ranks have measured so far."""
 
     known: dict[tuple[int, int], float] = field(default_factory=dict)
+    changes: int = 0
+    """How often something has become known, or other."""
 
     def take(self, member: int, layer_s: Sequence[tuple[int, float]]) -> None:
+        """What differs by less than NOISE is the same: then nothing has to be planned for it."""
         for layer, time_s in layer_s:
-            if time_s > 0:
+            before = self.known.get((member, layer), 0.0)
+            if time_s > 0 and abs(time_s - before) > NOISE * before:
                 self.known[member, layer] = time_s
+                self.changes += 1
 
     def forget(self, members: Sequence[int]) -> None:
         """Who has gone was as fast as it was: what it measured of layers stays, unless others have measured them."""

@@ -65,7 +65,7 @@ def test_neither_schedule_nor_checkpointing_changes_a_bit(checkpoint: bool, sche
 )
 def test_a_rank_dies_whose_layers_another_has(phase: str, place: int, tmp_path: Path) -> None:
     """Its micro-batches are dealt to that one; what had been sent to it is sent again."""
-    first = crew.run(train, 2, 1, workers=(4, 4)).plans[0]
+    first = crew.run(train, 2, 2, workers=(4, 4)).plans[0]
     widest = max(first.stages, key=lambda stage: len(stage.ranks))
     assert len(widest.ranks) > 1
     victim = first.members[widest.ranks[place]]
