@@ -121,7 +121,7 @@ def beside_training(training: Training, folder: Path, level: int | None) -> dict
     memory = folder / "memory"
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="resilient-bench-") as shared:
         memory = Path(shared)
-        spec = SaveSpec(url=str(folder / "disk"), keep=1, level=level, token="00000000")
+        spec = SaveSpec(run=RUN, node="a", url=str(folder / "disk"), keep=1, level=level, token="00000000")
         command = (sys.executable, "-m", "benchmarks.snapshot_keeper", shared, "a", json.dumps({"a": [0]}))
         keeper = subprocess.Popen(
             [*command, json.dumps(asdict(spec))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -337,7 +337,7 @@ class Run:
                 while self._has_more(feed) or not self._team.finished():
                     todo = self._team.next()
                     if isinstance(todo, Park):
-                        self._park(sums, buffers)
+                        self._park(sums)
                         continue
                     assert isinstance(todo, Compute), todo
                     gates.check_in_place()
@@ -380,7 +380,7 @@ class Run:
                 while self._has_more(feed) or not self._team.finished():
                     if self._team.parked():
                         loop.drop()
-                        self._park(sums, sums.buffers)
+                        self._park(sums)
                         continue
                     gates.check_in_place()
                     sums.buffers.begin_step()
@@ -418,11 +418,11 @@ class Run:
         self._drop_step(sums)
         self._team.roll_back(rollback)
 
-    def _park(self, sums: StepSums, buffers: Buffers) -> None:
+    def _park(self, sums: StepSums) -> None:
         """Drop what this step has come to, and go on from the snapshot that takes the state's place."""
         self._drop_step(sums)
         self._team.park()
-        buffers.begin_step()
+        sums.buffers.begin_step()  # in a pipeline other layers may be here than before
 
     def _drop_step(self, sums: StepSums) -> None:
         self._leaf, self.committing, self._skipping, self._rollback = None, False, False, None

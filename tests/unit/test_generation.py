@@ -44,3 +44,21 @@ def test_a_joiner_is_not_seated_with_a_state_that_was_changed_while_it_was_sent(
     with pytest.raises(Superseded):
         thread._level(group)
     assert not barriers
+
+
+def test_a_stages_sums_outlive_a_formation_that_failed() -> None:
+    """Another rank may have completed the step: then they are all there is of this one's stage."""
+    places = (Place(member=1, node="n", address=Address(host="h", port=1)),)
+    plan = Plan(
+        generation=3,
+        base=1,
+        kind="unplanned",
+        places=places,
+        leaves=((0,),),
+        micro_batches=1,
+        joiners=(),
+        reason="test",
+    )
+    reduced: Any = object()
+    holding = Holding(has_state=True, complete=4, kept=None, reduced=reduced)
+    assert GenerationThread(SimpleNamespace(number=1), plan, holding).reduced is reduced  # type: ignore[arg-type]

@@ -112,3 +112,10 @@ def test_a_plan_travels_whole() -> None:
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.stage_of(0) == plan.stages[0] and plan.seats == 16
     assert isinstance(plan.stages[0], Stage)
+
+
+def test_what_was_measured_changes_only_by_more_than_noise() -> None:
+    timings = Timings()
+    timings.take(1, ((0, 0.100), (1, 0.2)))
+    timings.take(1, ((0, 0.105), (1, 0.3)))
+    assert timings.known == {(1, 0): 0.1, (1, 1): 0.3} and timings.changes == 3
