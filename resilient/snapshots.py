@@ -161,8 +161,14 @@ class Snapshots:
             if here.settled is not None:
                 self._lifecycle.settled(here.settled)
             room = self._free_slot(self._lifecycle.free_for_any) is not None
+            if not room and generation != self._captured_in:
+                # Keepers protect what this generation captures, and that is nothing yet: what waits, waits in vain.
+                self._lifecycle.never_protected(_waiting(self._lifecycle)[:1])
+                room = self._free_slot(self._lifecycle.free_for_any) is not None
             save_room = self._saves is not None and self._lifecycle.kept is None and self._free_slot() is not None
             started = self._made > 0
+        if started and not room:
+            self._make_room()  # what has become free may be too small for the share of a new seat
         if due and not room and started:
             self.tally.skipped += 1
             self._cadence.skipped()
@@ -439,6 +445,11 @@ class Snapshots:
 
 def _even_share(seating: Seating) -> Callable[[StateTable], Ranges]:
     return lambda table: merged([share_of(table.chunk_ends(), seating.rank, seating.world)])
+
+
+def _waiting(lifecycle: Lifecycle) -> list[Ordinal]:
+    """What is held and not protected everywhere, the oldest first."""
+    return sorted(held for held in lifecycle.slots if held is not None and held != lifecycle.everywhere)
 
 
 def _hopeless(slots: Iterable[Ordinal | None], branch: int, here: Standing) -> list[Ordinal]:

@@ -23,6 +23,8 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
     if len(digests) > 1:
         return End(outcome="failed", reason=f"ranks ended with different states: {', '.join(digests)}")
     digest = digests[0]
+    if not plan.stages:
+        return End(outcome="finished", reason="every rank has returned", digest=digest)
     # Whoever has told its part and died since has told the truth all the same.
     members = [membership.members[number] for number in plan.members]
     parts = [member.part for member in members if member.part is not None]

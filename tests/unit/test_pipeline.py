@@ -119,7 +119,7 @@ def test_what_a_layer_begins_with_depends_on_its_place_alone() -> None:
         pipe = pipeline(run, [before, functools.partial(nn.Linear, SIZE, SIZE)])
         begun_with: list[Tensor] = []
         loop(
-            run, pipe, after=lambda: begun_with.append(pipe.get_parameter("layers.1.weight").detach().clone()), steps=1
+            run, pipe, after=lambda: begun_with.append(pipe.get_parameter("layers.1.weight").detach().clone()), steps=2
         )
         return begun_with[0]
 
@@ -158,7 +158,7 @@ def test_other_loops_and_reductions_are_refused() -> None:
     def batches(run: resilient.Run) -> None:
         pipe = pipeline(run)
         run.protect(model=pipe, optimizer=torch.optim.SGD(pipe.parameters(), 0.1))
-        run.batches(Points(), global_batch=BATCH, micro_batch=BATCH, steps=1)
+        run.batches(Points(), global_batch=BATCH, micro_batch=BATCH, steps=2)
 
     with pytest.raises(ValueError, match=r"for step in run\.steps"):
         in_a_run(batches)
@@ -167,7 +167,7 @@ def test_other_loops_and_reductions_are_refused() -> None:
         pipeline(run)
         model = nn.Linear(SIZE, SIZE)
         run.protect(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1))
-        run.steps(Points(), global_batch=BATCH, micro_batch=BATCH, steps=1)
+        run.steps(Points(), global_batch=BATCH, micro_batch=BATCH, steps=2)
 
     with pytest.raises(ValueError, match="the pipeline is not protected"):
         in_a_run(unprotected)
@@ -210,7 +210,7 @@ def test_the_loop_body_is_checked() -> None:
     def none(run: resilient.Run) -> None:
         pipe = pipeline(run)
         run.protect(model=pipe, optimizer=torch.optim.SGD(pipe.parameters(), 0.1))
-        for _ in run.steps(Points(), global_batch=BATCH, micro_batch=BATCH, steps=1):
+        for _ in run.steps(Points(), global_batch=BATCH, micro_batch=BATCH, steps=2):
             pass
 
     with pytest.raises(resilient.LoopError, match=r"ended without pipe\.train_step"):
@@ -219,7 +219,7 @@ def test_the_loop_body_is_checked() -> None:
     def twice(run: resilient.Run) -> None:
         pipe = pipeline(run)
         run.protect(model=pipe, optimizer=torch.optim.SGD(pipe.parameters(), 0.1))
-        for step in run.steps(Points(), global_batch=BATCH, micro_batch=BATCH, steps=1):
+        for step in run.steps(Points(), global_batch=BATCH, micro_batch=BATCH, steps=2):
             pipe.train_step(step)
             pipe.train_step(step)
 

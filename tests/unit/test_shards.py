@@ -57,7 +57,7 @@ class Rank:
         layer = functools.partial(nn.Linear, 60, 60)
         self.pipe = Pipeline(
             [layer, layer], nn.MSELoss(), stages=1, tied={}, checkpoint=False, schedule="1f1b",
-            shard_optimizer=True, seed=0, device=CPU,
+            rank_bytes=None, shard_optimizer=True, seed=0, device=CPU,
         )  # fmt: skip
         self.optimizer = build(self.pipe.parameters())
         self.shards = OptimizerShards(self.pipe, [("optimizer", self.optimizer)])
@@ -204,7 +204,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
     ):
         pipe = Pipeline(
             [layer()], nn.MSELoss(), stages=1, tied={}, checkpoint=False, schedule="1f1b",
-            shard_optimizer=True, seed=0, device=CPU,
+            rank_bytes=None, shard_optimizer=True, seed=0, device=CPU,
         )  # fmt: skip
         change(pipe)
         optimizer = torch.optim.AdamW(pipe.parameters())
