@@ -282,9 +282,10 @@ class GenerationThread(threading.Thread):
         member.exchanged(self.plan, step, low.newest, low.snapshot, result)
 
     def _stage_done(self, result: Payload) -> None:
-        """From here on nobody writes into it any more."""
-        self._member.require_current(self.plan.generation)
-        self.reduced, self._in_flight = result, None
+        """From here on nobody writes into it any more. Not while the generation is left behind: what is in flight then
+        is given up, and must not be what others believe that this rank has."""
+        with self._member.staying(self.plan.generation):
+            self.reduced, self._in_flight = result, None
 
     def _all_counts(self, group: Group) -> dict[Node, list[int]]:
         """Which tensors each root holds, of all ranks: asked for only when they differ."""

@@ -471,8 +471,7 @@ class Member:
         if initial:  # layers are built, which may take long; nobody trains yet
             self.stage.bring(plan, rank, initial=True)
             return
-        with self._changed:
-            self.require_current(plan.generation)
+        with self.staying(plan.generation):
             self.stage.bring(plan, rank)
 
     @property
@@ -591,6 +590,13 @@ class Member:
             if self._is_current(plan):
                 self._do(self._seat.handle(wanted))
                 self._changed.notify_all()
+
+    @contextmanager
+    def staying(self, generation: int) -> Iterator[None]:
+        """Within it this generation is not left behind."""
+        with self._changed:
+            self.require_current(generation)
+            yield
 
     def require_current(self, generation: int) -> None:
         with self._changed:

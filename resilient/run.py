@@ -160,11 +160,12 @@ class Run:
             **loader,
         )
         most = self._team.workers[1]
-        if most > feed.micro_batches:
+        stages = 1 if self._pipeline is None else self._pipeline.stages
+        if most > feed.micro_batches * stages:
             raise ValueError(
                 f"workers allows {most} ranks, but a step has only {feed.micro_batches} micro-batches "
                 f"(global_batch {global_batch} / micro_batch {micro_batch}) and every rank needs one: "
-                f"use workers of at most {feed.micro_batches}, or a smaller micro_batch"
+                f"use workers of at most {feed.micro_batches * stages}, or a smaller micro_batch"
             )
         return feed
 
