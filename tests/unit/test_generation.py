@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,3 +64,30 @@ def test_a_stages_sums_outlive_a_formation_that_failed() -> None:
     reduced: Any = object()
     holding = Holding(has_state=True, complete=4, kept=None, reduced=reduced)
     assert GenerationThread(SimpleNamespace(number=1), plan, holding).reduced is reduced  # type: ignore[arg-type]
+
+
+def test_sums_that_were_given_up_do_not_count_as_had() -> None:
+    """The generation was left behind just before: its buffers are never used again, so the step must not end by them."""
+
+    @contextlib.contextmanager
+    def staying(generation: int) -> Iterator[None]:
+        raise Superseded
+        yield
+
+    places = (Place(member=1, node="n", address=Address(host="h", port=1)),)
+    plan = Plan(
+        generation=3,
+        base=1,
+        kind="unplanned",
+        places=places,
+        leaves=((0,),),
+        micro_batches=1,
+        joiners=(),
+        reason="test",
+    )
+    member: Any = SimpleNamespace(number=1, staying=staying)
+    thread = GenerationThread(member, plan, Holding(has_state=True, complete=4, kept=None))
+    result: Any = object()
+    with pytest.raises(Superseded):
+        thread._stage_done(result)
+    assert thread.reduced is None
