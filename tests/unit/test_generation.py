@@ -67,7 +67,7 @@ def test_a_stages_sums_outlive_a_formation_that_failed() -> None:
 
 
 def test_sums_that_were_given_up_do_not_count_as_had() -> None:
-    """The generation was left behind just before: its buffers are never used again, so the step must not end by them."""
+    """The generation was left behind just before: its buffers are never used again, so no step may end by them."""
 
     @contextlib.contextmanager
     def staying(generation: int) -> Iterator[None]:
