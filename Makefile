@@ -16,7 +16,7 @@ AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
-.PHONY: help demo demo-pipeline test test-long test-gpu lint format sim fuzz bench-recovery bench-pipeline bench-snapshot bench-durable bench-scale soak clean
+.PHONY: help demo demo-pipeline test test-long test-gpu lint format sim fuzz bench-observe bench-recovery bench-pipeline bench-snapshot bench-durable bench-scale soak clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -38,6 +38,25 @@ $(VENV)/.redis-stamp: $(VENV)/.test-stamp
 	  { echo "some long tests need redis-server, and it could not be installed: install it, and make sure that it is in PATH"; exit 1; }
 	touch $@
 
+# For tests of the live page in a browser.
+$(VENV)/.chromium-stamp: $(VENV)/.test-stamp
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { $(AS_ROOT) apt-get update -qq && \
+	  $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } || \
+	  { echo "some long tests need chromium, and it could not be installed: install it, and make sure that it is in PATH"; exit 1; }
+	touch $@
+
+# Kubernetes' schemas are large, and only long tests need them.
+$(VENV)/.manifests-stamp: $(VENV)/.test-stamp
+	$(PIP) -e ".[test,manifests]" -c constraints.txt
+	touch $@
+
+# For tests of rules and dashboard: the program alone, the system's own service need not run.
+$(VENV)/.prometheus-stamp: $(VENV)/.test-stamp
+	@{ command -v prometheus && command -v promtool; } >/dev/null || { $(AS_ROOT) apt-get update -qq && \
+	  $(AS_ROOT) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus; } || \
+	  { echo "some long tests need prometheus and promtool, and they could not be installed: install them, and make sure that they are in PATH"; exit 1; }
+	touch $@
+
 demo: $(VENV)/.test-stamp ## train, kill processes on the way, compare the bits
 	$(BIN)/resilient demo
 
@@ -47,7 +66,9 @@ demo-pipeline: $(VENV)/.test-stamp ## the same with the model's layers spread ov
 test: $(VENV)/.test-stamp ## all tests but the long ones and those that need a GPU
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not long"
 
-test-long: $(VENV)/.redis-stamp ## tests that take minutes
+LONG_STAMPS := $(VENV)/.redis-stamp $(VENV)/.chromium-stamp $(VENV)/.prometheus-stamp $(VENV)/.manifests-stamp
+
+test-long: $(LONG_STAMPS) ## tests that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu" $(NONE_IS_FINE)
 
 test-gpu: $(VENV)/.test-stamp ## tests that need an NVIDIA GPU
@@ -72,6 +93,9 @@ fuzz: $(VENV)/.test-stamp ## feed damaged manifests to their readers: FUZZ_S=sec
 	$(PIP) -e ".[test,fuzz]" -c constraints.txt
 	mkdir -p out/fuzz
 	$(BIN)/python -m tests.fuzz.manifests -max_total_time=$(FUZZ_S) out/fuzz
+
+bench-observe: $(VENV)/.test-stamp ## what scraping and an open page cost a run
+	$(BIN)/python -m benchmarks.observe
 
 bench-recovery: $(VENV)/.test-stamp ## time recoveries, written to out/bench/recovery.json
 	$(BIN)/python -m benchmarks.recovery

@@ -72,6 +72,17 @@ class KeeperAnswer:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """All that a keeper had to make durable is so, or has been given up. Who is let go then does not beat again."""
+
+    node: str
+    incarnation: int
+    news: Any
+    """SaveNews, or None where nothing is made durable."""
+    error: str = ""
+
+
 @dataclass(slots=True)
 class _Watched:
     pid: int
@@ -185,7 +196,12 @@ class Keeper:
         self._keeping.rebuild(phase, elected, peers, functools.partial(self._answer, asked, phase))
 
     def finish_saving(self) -> None:
-        self._keeping.finish_saving(functools.partial(self._answer, 0, "saved"))
+        self._keeping.finish_saving(self._saved)
+
+    def _saved(self, error: str = "") -> None:
+        spec = self._spec
+        saved = Saved(node=spec.node, incarnation=spec.incarnation, news=self._keeping.save_news, error=error)
+        self._controller.hear.remote((saved,))
 
     def _answer(self, asked: int, phase: str, inventory: Any = None, error: str = "") -> None:
         answer = KeeperAnswer(asked=asked, phase=phase, node=self._spec.node, inventory=inventory, error=error)

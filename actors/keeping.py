@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snapshot.arena import find_slots
+from snapshot.arena import SlotHead, find_slots
 from snapshot.core.election import Elected
 from snapshot.core.lifecycle import Ordinal
 
 from .folders import earlier_attempts
+from .standing import read_settled
 from .vault import Ring, Vault
 
 if TYPE_CHECKING:
@@ -76,14 +77,14 @@ class Keeping:
 
     def sweep(self, is_alive: Callable[[int], bool]) -> None:
         """Remove what nobody will need any more, once something newer is protected everywhere: slots of ranks
-        that have ended, and folders of earlier attempts."""
+        that have ended, unless they are still to be made durable, and folders of earlier attempts."""
         everywhere = self._vault.tally().everywhere
         if everywhere is None:
             return
+        settled = read_settled(self.folders[0])
         for slot in find_slots(self.folders[0], "rank-*.slot-*"):
             member = int(slot.path.name.removeprefix("rank-").partition(".")[0])
-            is_old = slot.head is None or Ordinal(slot.head.branch, slot.head.step) < everywhere
-            if is_old and not is_alive(member):
+            if not is_alive(member) and not _is_needed(slot.head, everywhere, settled):
                 slot.path.unlink(missing_ok=True)
         for older in self.folders[1:]:
             shutil.rmtree(older, ignore_errors=True)
@@ -116,3 +117,11 @@ class Keeping:
                 answer(error=f"{type(error).__name__}: {error}")
 
         threading.Thread(target=run, name="answering", daemon=True).start()
+
+
+def _is_needed(head: SlotHead | None, everywhere: Ordinal, settled: Ordinal | None) -> bool:
+    """Whether somebody may still want this slot, when its rank has ended."""
+    if head is None:
+        return False
+    ordinal = Ordinal(head.branch, head.step)
+    return ordinal >= everywhere or (head.durable and (settled is None or ordinal > settled))

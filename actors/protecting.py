@@ -139,6 +139,11 @@ class Protecting:
         if attempt.why or attempt.settled != set(ring.peers_of(self._holdings.node)):
             self._failed(key, attempt.why or "broken", attempt.last_error)
             return True
+        try:
+            image.check_unchanged()
+        except SlotError as error:  # a rank has given the snapshot up meanwhile
+            self._failed(key, reason_of(error), str(error))
+            return True
         with self._lock:
             self.last_s = self.agenda.succeeded(key, time.monotonic())
         self._protected(key)

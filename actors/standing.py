@@ -86,5 +86,10 @@ def read_standing(folder: Path, generation: int) -> Standing:
     return Standing(protected, taken_up, given_up, Ordinal.unpacked(words[3]))
 
 
+def read_settled(folder: Path) -> Ordinal | None:
+    """The newest snapshot that was to be made durable and needs its slots no more."""
+    return read_standing(folder, NONE).settled
+
+
 def _step(word: int, generation: int) -> int:
     return word & (1 << _STEP_BITS) - 1 if word >= 0 and word >> _STEP_BITS == generation else NONE

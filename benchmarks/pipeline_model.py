@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from resilient.core.chain import Costs, Rank
+from resilient.core.partition import partition
 from resilient.core.planner import even_runs
 from resilient.core.schedule import Backward, Forward, Kind, choose, turns_of, under_way_limit
 
@@ -42,14 +44,31 @@ def bound_s(split: Split, micro_batches: int, layer: Layer) -> float:
     return max(found, before)
 
 
-def best_s(layers: int, ranks: int, stages: int, micro_batches: int, layer: Layer) -> float:
-    """The least bound of all splits into at most so many stages."""
+def best_s(layers: int, ranks: int, counts: range, micro_batches: int, layer: Layer, most: int) -> float:
+    """The least bound of all splits into one of these numbers of stages. most: layers that a rank may hold."""
     return min(
         bound_s(split, micro_batches, layer)
-        for count in range(1, min(stages, ranks, layers) + 1)
+        for count in counts
         for split in splits(layers, ranks, count)
-        if max(split.ranks) <= micro_batches
+        if max(split.ranks) <= micro_batches and max(split.layers) <= most
     )
+
+
+def planned(
+    layers: int,
+    ranks: int,
+    stages: int,
+    micro_batches: int,
+    layer: Layer,
+    *,
+    slack: float = 0.0,
+    most: int | None = None,
+) -> Split:
+    """As ours is planned from nothing. most: layers that a rank may hold."""
+    costs = Costs(layer_s=(layer.both_s,) * layers, layer_bytes=(1,) * layers)
+    them = [Rank(memory_bytes=most)] * ranks
+    found = partition(costs, them, stages=stages, micro_batches=micro_batches, slack=slack)
+    return widths([(stage.first, stage.stop, len(stage.ranks)) for stage in found.stages])
 
 
 def splits(layers: int, ranks: int, stages: int) -> Iterator[Split]:
@@ -85,34 +104,36 @@ class _Step:
         ]
         self._inputs = [set(range(micro_batches)), *(set[int]() for _ in split.ranks[1:])]
         self._gradients = [set[int]() for _ in split.ranks]
-        owned = [even_runs(micro_batches, ranks) for ranks in split.ranks]
-        self._turns = turns_of(owned, micro_batches)
+        self._turns = turns_of(micro_batches)
+        self._owners = [dict[int, int]() for _ in split.ranks]
+        for number, rank in enumerate(self._ranks):
+            self._owners[rank.stage] |= dict.fromkeys(rank.fresh, number)
         self._events: list[tuple[float, int, str, int, int]] = []
         self._serial = itertools.count()
 
     def run(self) -> float:
         now = 0.0
-        self._begin_all(now)
+        for number in range(len(self._ranks)):
+            self._begin(number, now)
         while self._events:
             now, _, what, where, leaf = heapq.heappop(self._events)
             if what == "done":
-                self._ranks[where].busy = False
+                number = where
+                self._ranks[number].busy = False
             else:
+                number = self._owners[where][leaf]
                 (self._inputs if what == "forward" else self._gradients)[where].add(leaf)
-            self._begin_all(now)
+            self._begin(number, now)
         assert not any(rank.fresh or rank.under_way for rank in self._ranks)
         return now
 
-    def _begin_all(self, now: float) -> None:
-        for number, rank in enumerate(self._ranks):
-            if not rank.busy:
-                self._begin(number, rank, now)
-
-    def _begin(self, number: int, rank: _Rank, now: float) -> None:
+    def _begin(self, number: int, now: float) -> None:
+        rank = self._ranks[number]
+        if rank.busy:
+            return
         stage, layers = rank.stage, self._split.layers[rank.stage]
         last = stage == len(self._split.ranks) - 1
         action = choose(
-            self._kind,
             under_way_limit(self._kind, stage, self._split.ranks, self._micro_batches),
             fresh=rank.fresh,
             under_way=rank.under_way,

@@ -36,9 +36,9 @@ from resilient.core.events import (
 from resilient.core.instructions import CreateGeneration, Instruction, Spawn
 from resilient.core.partition import Partition, partition
 from resilient.core.plan import Address, Plan
-from resilient.core.planner import SMALL_GAIN
 from resilient.core.recovery import Limits
 from resilient.core.seat import SeatReport
+from resilient.core.staging import LONGER
 from resilient.core.tree import owned
 from snapshot.core.stripes import groups
 
@@ -112,7 +112,7 @@ class Pipeline:
 
     def _stages(self, what: str, ranks: list[Rank]) -> Partition:
         began = time.process_time_ns()
-        found = partition(self.costs, ranks, stages=STAGES, micro_batches=self.size, slack=SMALL_GAIN)
+        found = partition(self.costs, ranks, stages=STAGES, micro_batches=self.size, slack=LONGER)
         self.found.setdefault(what, []).append((time.process_time_ns() - began) / 1e6)
         return found
 

@@ -8,6 +8,7 @@ Nothing here imports torch before it is needed: controllers and keepers start in
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from .api import TrainFunction, train
@@ -34,6 +35,9 @@ __all__ = [
     "load",
     "train",
 ]
+
+# Quiet, unless whoever imports this sets logging up.
+logging.getLogger("resilient").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

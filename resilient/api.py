@@ -27,6 +27,8 @@ def train(
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore",
     max_failures: int | None = None,
     evict_stragglers: bool = False,
+    observe: str | None = "auto",
+    ray_metrics: bool = False,
 ) -> Callable[[Callable[..., Any]], TrainFunction]:
     """Make a training function fault-tolerant. The function receives a `Run` as its first argument.
 
@@ -37,21 +39,23 @@ def train(
     seed: decides the order of data and all randomness.
     reduction: "exact" sums gradients in an order that depends on nothing but the number of micro-batches,
         so that results have the same bits whatever fails; "fast" is a plain all-reduce.
-    detection_s: how long a stopped process or a silent node may stay so before it is declared dead. What
-        the operating system reports by itself is acted on at once.
+    detection_s: how long a stopped process or a silent node may stay so before it is declared dead. What the
+        operating system reports by itself is acted on at once.
     wait_for_nodes_s: how long a run may stand still below min before it fails.
     allow_different_bits: only warn when nodes compute different bits.
-    snapshot: resilient.Snapshot(...): copies of the state in the nodes' memory, from which the run goes on
-        even when all of its ranks have died.
-    checkpoint: resilient.Checkpoint(url, ...): some of these copies are written to storage in the background, to go
-        on from when memory can't help; with it, snapshots are on.
+    snapshot: resilient.Snapshot(...): copies of the state in the nodes' memory, to go on from if all ranks have died.
+    checkpoint: resilient.Checkpoint(url, ...): some of these copies go to storage in the background, for when memory
+        can't help; with it, snapshots are on.
     on_nonfinite: what to do with a step whose loss or gradient is not finite: "stop" the run, "skip" the step
         (no update, no scheduler step, the next data), or "rollback" to the newest snapshot and leave that
         step's data out. With a GradScaler, which expects such gradients, only the loss counts.
-    max_failures: ranks and nodes that may be lost within an hour, before the run ends with an error; None for any
-        number. Nodes that leave because they were told to don't count.
+    max_failures: ranks and nodes that may be lost within an hour before the run ends; None for any number. What
+        leaves because it was told to doesn't count.
     evict_stragglers: a rank that takes three times as long as the others for long leaves, and another one is started
-        on another node. Without it that is only said. Micro-batches are dealt in proportion to speed in any case.
+        on another node. Without it that is only said. Micro-batches are dealt by speed in any case.
+    observe: where metrics and a live page are served, to be read by whoever reaches it: "auto" is a free port at the
+        address of the cluster's head node, "HOST:PORT" or ":PORT" what you say, None nowhere.
+    ray_metrics: metrics also appear among Ray's own, seconds late and all as gauges.
 
     Raises ValueError or TypeError naming field, value and what is allowed.
     """
@@ -72,6 +76,8 @@ def train(
             on_nonfinite=on_nonfinite,
             max_failures=max_failures,
             evict_stragglers=evict_stragglers,
+            observe=observe,
+            ray_metrics=ray_metrics,
         )
         return TrainFunction(function, settings)
 

@@ -15,6 +15,7 @@ from snapshot.core.lifecycle import Ordinal
 from snapshot.files import open_files
 
 from .core.events import StorageSeen
+from .core.story import Happening
 from .job import Checkpoint
 
 
@@ -63,19 +64,22 @@ class Saved:
     """By keeper, as node/incarnation: what one that died alone has counted stays counted. After a restart of the
     controller it begins with what is on record as said."""
 
-    def heard(self, keeper: str, news: SaveNews) -> list[str]:
-        """Sentences for the user; what they are about is then to be put on record."""
+    def heard(self, keeper: str, news: SaveNews) -> list[Happening]:
+        """What has happened, with sentences for the user; it is then to be put on record."""
         node = keeper.partition("/")[0]
         former, self.news[keeper] = self.news.get(keeper, SaveNews()), news
-        said = []
+        found = []
         if news.committed > former.committed and news.durable is not None:
-            said.append(
+            reason = (
                 f"the checkpoint of step {news.durable.step} is durable: {news.stored_bytes / 2**20:.1f} MiB, "
                 f"{news.took_s:.1f} s after its capture"
             )
+            more = {"step": news.durable.step, "stored_bytes": news.stored_bytes, "took_s": news.took_s}
+            found.append(Happening(kind="checkpoint durable", reason=reason, more={"node": node, **more}))
         if news.failures > former.failures:
-            said.append(f"node {node[:8]}: checkpoint not written: {news.last_failure}")
-        return said
+            reason = f"node {node[:8]}: checkpoint not written: {news.last_failure}"
+            found.append(Happening(kind="checkpoint failed", reason=reason, more={"node": node}))
+        return found
 
     def summary(self) -> dict[str, Any]:
         """For `Result.checkpoints`."""

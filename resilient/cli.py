@@ -11,7 +11,9 @@ from typing import Any
 import click
 
 from .cli_checkpoints import checkpoints_group
-from .cli_cluster import chaos, drain, status
+from .cli_cluster import chaos, doctor, drain, status
+from .cli_dashboards import dashboards_group
+from .cli_report import report, watch
 
 
 @click.group()
@@ -57,6 +59,10 @@ main.add_command(checkpoints_group)
 main.add_command(status)
 main.add_command(drain)
 main.add_command(chaos)
+main.add_command(doctor)
+main.add_command(dashboards_group)
+main.add_command(report)
+main.add_command(watch)
 
 
 def _interrupted(*_: Any) -> None:

@@ -6,16 +6,24 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from .cli_output import FOUND_BAD, WRONG_USE, answering
+from .cli_output import FOUND_BAD, WRONG_USE, answering, in_byte_count
 from .faults import KINDS, Kind, choose, kinds_from
 from .job import in_seconds
 
 if TYPE_CHECKING:
     from .chaos import Victim
+
+
+def _size(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
+    found = None if value is None else in_byte_count(value)
+    if value is not None and found is None:
+        raise click.BadParameter(f'{value!r}: is a size, such as "500MiB", "30GiB" or "30GB"')
+    return found
 
 
 def _time(_context: click.Context, _option: click.Parameter, value: str) -> float:
@@ -87,6 +95,33 @@ def chaos(run: str, kinds: str, every_s: float, for_s: float, seed: int, agreed:
         click.echo(intention(run, wanted, every_s, for_s, seed), err=True)
         sys.exit(WRONG_USE)
     _break(run, wanted, every_s, for_s, random.Random(seed))
+
+
+@click.command()
+@click.option("--state", "state_bytes", callback=_size, help='Size of what is to be trained, such as "30GiB".')
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def doctor(state_bytes: int | None, as_json: bool) -> None:
+    """Look at the cluster before a run: versions, memory, limits, clocks, ports; with advice.
+
+    STATE is what snapshots hold: parameters, optimizer and all else that is protected. Exits with 1 if something would
+    keep a run from working.
+    """
+    with answering(as_json) as answer:
+        from .doctor import judge
+        from .doctor_cluster import visit
+        from .status import attach
+
+        attach()
+        found = judge(visit(), state_bytes)
+        answer.document["findings"] = [asdict(each) for each in found]
+        answer.good = all(each.verdict != "bad" for each in found)
+        answer.table(
+            ("", "what", "found"),
+            [({"good": "ok", "warning": "!", "bad": "!!"}[each.verdict], each.what, each.found) for each in found],
+        )
+        for each in found:
+            if each.advice:
+                answer.say(f"{each.what}: {each.advice}")
 
 
 def intention(run: str, kinds: tuple[Kind, ...], every_s: float, for_s: float, seed: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -21,6 +22,12 @@ from .errors import ResilientError
 
 FOUND_BAD, WRONG_USE = 1, 2
 _PIPE_COLUMNS = 10_000
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for kind, base in (("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(rf"(?P<number>\d+(\.\d+)?) *(?P<unit>{'|'.join(unit for unit in _UNITS if unit)})?", re.IGNORECASE)
 
 
 class Answer:
@@ -101,6 +108,12 @@ def in_bytes(count: int | None) -> str:
             return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def in_byte_count(size: str) -> int | None:
+    """Of "512", "500MiB" or "30GB"; None for anything else."""
+    found = _SIZE.fullmatch(size.strip())
+    return None if found is None else int(float(found["number"]) * _UNITS[(found["unit"] or "").lower()])
 
 
 def short(value: object, limit: int = 60) -> str:

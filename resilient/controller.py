@@ -6,18 +6,19 @@ ranks started) and in the ranks' repeated reports. Training needs it only when m
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import queue
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.util.metrics
 
 from actors import launch
-from actors.keeper import KeeperAnswer, Pulse
+from actors.keeper import KeeperAnswer, Pulse, Saved
 from actors.lease import Lease
 from actors.lifeline import Lifelines
 from actors.notice import LeaveAsked
@@ -27,13 +28,11 @@ from actors.saving import SaveNews
 
 from .checkpoints import look
 from .core.control import Control
-from .core.detector import Detector, Verdict, Vital
+from .core.detector import Detector
 from .core.events import (
     Event,
     GenerationCreated,
     GenerationTaken,
-    NodeGone,
-    NodeSeen,
     RankGone,
     Resumed,
     SnapshotProtected,
@@ -54,47 +53,28 @@ from .core.instructions import (
     TakeInventory,
 )
 from .core.plan import Plan
+from .core.story import Happening, Story
 from .departures import Departures, drain
+from .ending import DRIVER_GONE, END_LIMIT_S, Ending
 from .errands import Done, Errands
 from .job import Job
 from .ledger import Ledger
+from .metrics import Seen
+from .notes import Notes
+from .presence import Beat, LifelineLost, Nodes, Presence
 from .protection import Protection
+from .ray_metrics import RayMetrics
 from .records import Known, ReturnValue, StepValues
-from .told import Told
+from .showing import Showing
+from .told import Told, warn_on_stderr
 from .workers import Workers
 
 TICK_S = 0.05
-SCAN_EVERY_S = 1.0
 RENEW_EVERY_S = 1.0
-OUTCOME_KEPT_S = 60.0
-FINISH_LIMIT_S = 1800.0
-"""How long the end of a run waits for its last checkpoint, on storage that may have stalled."""
-DRIVER_GONE = "the driver has gone"
 ANSWER_LIMIT_DETECTIONS = 5
 """How long keepers may take to check what they hold, or to decode, before the others' answers must do."""
 
 log = logging.getLogger("resilient.controller")
-
-
-@dataclass(frozen=True, slots=True)
-class _Beat:
-    node: str
-    incarnation: int
-    pulses: tuple[Pulse, ...]
-    vault: tuple[str, int] | None
-    saved: SaveNews | None
-
-
-@dataclass(frozen=True, slots=True)
-class _LifelineLost:
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Nodes:
-    capacities: dict[str, int]
-    gone: set[str]
-    draining: dict[str, float]
 
 
 class Controller:
@@ -102,6 +82,13 @@ class Controller:
 
     def __init__(self, job: Job) -> None:
         raise_priority()
+        warn_on_stderr()
+        me = ray.get_runtime_context().current_actor
+        self._ledger = Ledger(job)
+        if self._ledger.is_closed():  # it had ended, and died while it was still shown
+            launch.end(me)
+            time.sleep(END_LIMIT_S)
+            raise SystemExit("the attempt has ended, and its controller could not be ended")
         self._job = job
         settings = job.settings
         self._control = Control(
@@ -111,35 +98,63 @@ class Controller:
             resume=settings.checkpoint.resume if settings.checkpoint else "auto",
         )
         self._detector = Detector(detection_s=settings.detection_s)
-        self._told = Told(job=job, control=self._control)
-        self._outcome: End | None = None
-        self._ended_at = 0.0
+        self._showing = Showing(
+            job,
+            ray.util.get_node_ip_address(),
+            seen=self.seen,
+            say=lambda text: self._events.put(Remark(text=text)),
+            bound=lambda port: self._notes.serves(port),  # noqa: PLW0108  that is made later
+        )
+        self._story = Story()
+        self._told = Told(job=job, control=self._control, curve=self._showing.feed.loss)
         self._lock = threading.Lock()
         """Held while a fact is taken in, and while what is known is read."""
         self._events: queue.Queue[Any] = queue.Queue()
         self._driver = Lease(settings.driver_lease_s)
-        self._me = ray.get_runtime_context().current_actor
-        self._ledger = Ledger(job)
         self._errands = Errands(self._events.put)
-        self._workers = Workers(job, self._me, self._errands)
-        self._finishing: End | None = None
-        """What the run ends with, once its last checkpoint is durable."""
-        self._finishing_since = 0.0
-        self._still_saving: dict[str, int] = {}
-        """Nodes that have not said that they are done, with the keepers' incarnations that were asked."""
+        self._notes = Notes(self._ledger, self._errands, self._told)
+        self._workers = Workers(job, me, self._errands)
+        self._ending = Ending(
+            job=job,
+            me=me,
+            lock=self._lock,
+            driver=self._driver,
+            control=self._control,
+            ledger=self._ledger,
+            errands=self._errands,
+            workers=self._workers,
+            showing=self._showing,
+            told=self._told,
+            happened=self._happened,
+        )
         saves = settings.checkpoint is not None
         self._departures = Departures(
             self._ledger, self._workers, self._errands, saves=saves, put=self._events.put, forget=self._forget_keeper
         )
         self._protection = Protection(settings.snapshot.parity if settings.snapshot else 0)
+        self._presence = Presence(
+            job=job,
+            control=self._control,
+            detector=self._detector,
+            workers=self._workers,
+            departures=self._departures,
+            protection=self._protection,
+            ending=self._ending,
+            told=self._told,
+            handle=self._handle,
+        )
         self._answer_limit_s = ANSWER_LIMIT_DETECTIONS * settings.detection_s
         self._lifelines = Lifelines(ray.util.get_node_ip_address(), job.secret, self._lifeline_lost)
         self._renewed_at = 0.0
         self._looked_at = 0.0
-        self._nodes_alive: set[str] = set()
-        """As the cluster lists them, which may be late."""
+        self._begin()
+
+    def _begin(self) -> None:
         self._resume()
-        threading.Thread(target=self._scan, name="scan", daemon=True).start()
+        self._showing.serve(self._ledger.served())
+        if self._job.settings.ray_metrics:
+            RayMetrics(self.seen, ray.util.metrics.Gauge).begin()
+        threading.Thread(target=self._presence.scan, args=(self._events.put,), name="scan", daemon=True).start()
         threading.Thread(target=self._loop, name="loop", daemon=True).start()
 
     # Called by ranks and keepers
@@ -156,7 +171,7 @@ class Controller:
         vault: tuple[str, int] | None = None,
         saved: SaveNews | None = None,
     ) -> None:
-        self._events.put(_Beat(node, incarnation, pulses, vault, saved))
+        self._events.put(Beat(node, incarnation, pulses, vault, saved))
 
     # Called by the driver
 
@@ -168,12 +183,32 @@ class Controller:
         answer that it has heard."""
         self._driver.renew()
         with self._lock:
-            return self._told.news(self._outcome, fetched, known)
+            return self._told.news(self._ending.outcome, fetched, known)
 
     def look(self) -> dict[str, Any]:
         """All that is known, without a say in anything."""
         with self._lock:
-            return self._told.look(self._outcome, self._detector)
+            return self._look()
+
+    def _look(self) -> dict[str, Any]:
+        return {
+            **self._told.look(self._ending.outcome, self._detector),
+            "protection": self._protection.view(self._workers.keepers),
+            "lingers": self._ending.lingering,
+            "observe": self._showing.view(),
+        }
+
+    def seen(self) -> Seen:
+        """For metrics: figures and how things stand, at one moment."""
+        with self._lock:
+            return Seen(
+                figures=copy.deepcopy(self._control.chronicle.figures),
+                look=self._look(),
+            )
+
+    def shown(self) -> dict[str, Any]:
+        """All that the live page shows."""
+        return {"now": self._showing.feed.now(), "history": self._showing.feed.history(None)[0]}
 
     def drain(self, node: str) -> None:
         """The ranks on this node leave it, and then its keeper. Shown by `look`."""
@@ -184,7 +219,15 @@ class Controller:
 
     def close(self) -> None:
         """The driver has the outcome."""
-        self._ended_at = -OUTCOME_KEPT_S
+        self._ending.closed = True
+
+    def lingers(self) -> bool:
+        """Whether all is over, and those who scrape the run are only to see that it is."""
+        return self._ending.lingering
+
+    def gives_way(self) -> bool:
+        """The same; then it ends at once: a new run needs its name or its port."""
+        return self._ending.give_way()
 
     def driver_lives(self) -> bool:
         return not self._driver.expired()
@@ -222,110 +265,76 @@ class Controller:
                     self._handle(SnapshotProtected(generation=generation))
             case LeaveAsked():
                 self._departures.asked(fact)
-            case _Beat(node=node, incarnation=incarnation, pulses=pulses, vault=vault, saved=saved):
-                if saved is not None:
-                    self._save_news(f"{node}/{incarnation}", saved)
+            case Beat(node=node, incarnation=incarnation, pulses=pulses, vault=vault, saved=saved):
+                self._save_news(node, incarnation, saved)
                 if self._workers.is_present(node, incarnation):
                     self._protection.heard(node, vault, self._workers.keepers)
-                    self._beaten(node, pulses, now)
-            case KeeperAnswer():
+                    self._presence.beaten(node, pulses, now)
+            case KeeperAnswer() | Saved():
                 self._answered(fact)
-            case _LifelineLost(name=name):
-                self._lost(name, now)
-            case _Nodes():
+            case LifelineLost(name=name):
+                self._presence.lost(name, now)
+            case Nodes():
                 for event in self._departures.noticed(fact.draining):
                     self._handle(event)
-                self._nodes(fact.capacities, fact.gone)
+                self._presence.listed(fact.capacities, fact.gone)
             case Done():
                 fact.finish()
             case _:
                 self._handle(fact)
 
-    def _save_news(self, keeper: str, news: SaveNews) -> None:
-        said = self._told.saved.heard(keeper, news)
-        for text in said:
-            self._told.say(text)
-        if said:
-            self._errands.run(lambda: self._ledger.has_said(keeper, news))
+    def _save_news(self, node: str, incarnation: int, news: SaveNews | None) -> None:
+        keeper = f"{node}/{incarnation}"
+        if news is not None and (happened := self._told.heard(keeper, news)):
+            for happening in happened:
+                self._happened(happening)
+            self._notes.has_said(keeper, news)
 
-    def _answered(self, answer: KeeperAnswer) -> None:
-        if answer.phase == "saved":
-            self._still_saving.pop(answer.node, None)
-            self._departures.saved(answer.node)
-            return
+    def _answered(self, answer: KeeperAnswer | Saved) -> None:
         if answer.error:
             self._told.say(f"keeper of node {answer.node[:8]}: {answer.error}")
-        self._protection.answered(answer)
+        if isinstance(answer, Saved):
+            self._save_news(answer.node, answer.incarnation, answer.news)
+            if self._workers.is_present(answer.node, answer.incarnation):  # else the one in its place is asked
+                self._ending.not_saving(answer.node)
+                self._departures.saved(answer.node)
+        else:
+            self._protection.answered(answer)
 
     def _look_around(self, now: float) -> None:
         """What follows from time alone: a few times a second, however many facts arrive."""
+        if self._ending.outcome is not None:
+            return
         if (outcome := self._protection.settle(self._workers.keepers, now, self._answer_limit_s)) is not None:
             self._handle(outcome)
         if now - self._looked_at < TICK_S:
             return
         self._looked_at = now
         self._handle(Tick())
-        for node in self._workers.lonely(now):
-            self._replace_keeper(node, now)
-        for verdict in self._detector.verdicts(now):
-            self._judge(verdict)
+        self._presence.look_around(now)
         if now - self._renewed_at > RENEW_EVERY_S:
             self._renewed_at = now
             self._renew()
             if (remark := self._errands.remark(self._job.settings.detection_s)) is not None:
                 self._told.say(remark)
-            if self._finishing is not None and self._outcome is None:
-                self._finish_saving()
+            self._ending.look_around()
 
     def _handle(self, event: Event) -> None:
-        for instruction in self._control.handle(event, time.monotonic()):
+        instructions = self._control.handle(event, time.monotonic())
+        for happening in self._story.after(event, instructions, self._control):
+            self._happened(happening)
+        for instruction in instructions:
             self._carry_out(instruction)
 
-    def _beaten(self, node: str, pulses: tuple[Pulse, ...], now: float) -> None:
-        self._workers.heard(node)
-        self._workers.shown(node, pulses, self._control.membership.is_gone)
-        vitals = tuple(
-            Vital(
-                member=pulse.member,
-                alive=pulse.alive,
-                stopped=pulse.stopped,
-                activity=pulse.activity,  # type: ignore[arg-type]
-                work=pulse.work,
-                longest_s=pulse.longest_s,
-            )
-            for pulse in pulses
-        )
-        for verdict in self._detector.beat(node, vitals, now):
-            self._judge(verdict)
-
-    def _judge(self, verdict: Verdict) -> None:
-        if verdict.what == "node":
-            self._workers.forget_node(verdict.node)
-            self._still_saving.pop(verdict.node, None)
-            self._protection.forget(verdict.node)
-            self._handle(NodeGone(node=verdict.node, why=verdict.why, silent_s=verdict.silent_s))
-        else:
-            self._handle(RankGone(member=verdict.member, why=verdict.why, silent_s=verdict.silent_s))
-
-    def _lost(self, name: str, now: float) -> None:
-        living = [found.number for found in self._control.membership.on_node(name.split()[2])]
-        node = self._workers.lifeline_closed(name, living, now)
-        if node is not None:
-            self._judge(self._detector.node_ended(node, now))
-
-    def _replace_keeper(self, node: str, now: float) -> None:
-        self._workers.forget_keeper(node)
-        self._told.say(f"the keeper of node {node[:8]} has ended while its ranks live; another takes its place")
-        self._detector.excuse(node, now + self._job.settings.lease_s)
-        self._workers.start_keeper(node)
-        self._departures.replaced(node)
+    def _happened(self, happening: Happening) -> None:
+        self._showing.happened(happening, self._told.records.newest + 1)
 
     def _forget_keeper(self, node: str) -> None:
         self._detector.forget_node(node)
         self._protection.forget(node)
 
     def _lifeline_lost(self, name: str) -> None:
-        self._events.put(_LifelineLost(name))
+        self._events.put(LifelineLost(name))
 
     # Instructions
 
@@ -333,7 +342,7 @@ class Controller:
         match instruction:
             case Spawn(member=member, node=node):
                 taken = End(outcome="superseded", reason=f"member {member} was started by another controller")
-                self._workers.spawn(member, node, lambda: self._end(taken), self._control.membership.is_gone)
+                self._workers.spawn(member, node, lambda: self._ending.end(taken), self._control.membership.is_gone)
             case Kill(member=member, node=node, reason=reason, released=released):
                 self._told.say(f"member {member} on node {node[:8]} {'has left' if released else 'is gone'}: {reason}")
                 self._detector.forget_rank(member)
@@ -353,7 +362,7 @@ class Controller:
             case Say(text=text):
                 self._told.say(text)
             case End():
-                self._end(instruction)
+                self._ending.end(instruction)
 
     def _create(self, plan: Plan) -> None:
         self._told.say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")
@@ -372,6 +381,7 @@ class Controller:
         if plan.restore is not None:
             of_earlier_attempt = plan.restore.key.attempt != self._job.attempt
             self._told.records.rewind(plan.generation, plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
+            self._showing.back_to(plan.generation, plan.restore.key.step)
         self._protect(plan, domains)
         self._handle(GenerationCreated(generation=plan.generation))
 
@@ -383,118 +393,43 @@ class Controller:
         keepers, now, limit_s = self._workers.keepers, time.monotonic(), self._answer_limit_s
         if isinstance(instruction, TakeInventory):
             asked, ended = instruction.asked, instruction.ended
-            self._protection.take_inventory(asked, ended, keepers, self._nodes_alive, now + limit_s)
+            self._protection.take_inventory(asked, ended, keepers, self._presence.nodes_alive, now + limit_s)
         else:
             self._told.say(f"going back to {instruction.elected.reason}")
             self._protection.rebuild(instruction.asked, instruction.elected, keepers, now, limit_s)
 
-    def _end(self, end: End) -> None:
-        if end.outcome == "finished" and self._job.settings.checkpoint is not None and self._finishing is None:
-            self._finishing, self._finishing_since = end, time.monotonic()
-            self._still_saving = dict.fromkeys(self._workers.keepers, 0)
-            self._finish_saving()
-        else:
-            self._conclude(end)
-
-    def _finish_saving(self) -> None:
-        """The final state's checkpoint is waited for; a keeper that was replaced meanwhile is asked again."""
-        assert self._finishing is not None
-        for node in self._still_saving:
-            if node in self._workers.keepers and self._still_saving[node] != self._workers.incarnation(node):
-                self._still_saving[node] = self._workers.incarnation(node)
-                self._workers.keepers[node].finish_saving.remote()
-        late = time.monotonic() - self._finishing_since > FINISH_LIMIT_S
-        if late:
-            self._told.say(f"the last checkpoint is given up: not written within {FINISH_LIMIT_S:.0f} s")
-        if late or not self._still_saving or self._driver.expired():
-            self._conclude(self._finishing)
-
-    def _conclude(self, end: End) -> None:
-        if self._outcome is not None:
-            return
-        self._outcome = end
-        self._control.ended = True  # the core does not know of an end that was found here: it decides nothing more
-        self._ended_at = time.monotonic()
-        threading.Thread(target=self._clean_up, name="clean-up", daemon=True).start()
-
-    def _clean_up(self) -> None:
-        """Leave no process, file or key behind, then end; the outcome waits for the driver a while."""
-        superseded = self._outcome is not None and self._outcome.outcome == "superseded"
-        lingers = self._lingers()
-        if not superseded:
-            self._workers.end(linger=lingers)
-        while time.monotonic() - self._ended_at < OUTCOME_KEPT_S and not self._driver.expired():
-            time.sleep(TICK_S)
-        self._errands.run(
-            lambda: self._leave(None if superseded else lingers)
-        )  # after whatever is still to be recorded
-
-    def _leave(self, keep_lineage: bool | None) -> None:
-        try:
-            if keep_lineage is not None:
-                self._ledger.close(keep_lineage=keep_lineage)
-        finally:
-            launch.end(self._me)
-
-    def _lingers(self) -> bool:
-        """Whether the run may be submitted again and go on from memory: it has neither finished, nor did its
-        driver end it."""
-        snapshot, outcome = self._job.settings.snapshot, self._outcome
-        if snapshot is None or outcome is None or snapshot.linger_s == 0:
-            return False
-        return outcome.outcome == "failed" or (outcome.outcome == "stopped" and outcome.reason == DRIVER_GONE)
-
-    # Nodes, leases, restart
-
-    def _scan(self) -> None:
-        """Which nodes there are; starts a keeper on each new one."""
-        known: set[str] = set()
-        while self._outcome is None:
-            try:
-                now = launch.capacities(dict(self._job.settings.resources))
-                self._events.put(_Nodes(now, known - set(now), launch.draining()))
-                known = set(now)
-            except Exception:  # the cluster's head may be away for a while; asked again
-                log.warning("could not list the cluster's nodes", exc_info=True)
-            time.sleep(SCAN_EVERY_S)
-
-    def _nodes(self, capacities: dict[str, int], gone: set[str]) -> None:
-        if self._outcome is not None:
-            return
-        drained = self._control.leaving.drained
-        self._nodes_alive = {node for node, capacity in capacities.items() if capacity > 0 and node not in drained}
-        for node in sorted(gone):
-            self._judge(Verdict(what="node", node=node, why="the cluster lists it as dead", silent_s=0.0))
-            self._detector.forget_node(node)
-        for node, capacity in sorted(capacities.items()):
-            if capacity == 0 and node not in self._workers.keepers:
-                continue
-            if node not in self._control.membership.leaving:
-                self._workers.start_keeper(node)
-            news = self._control.membership.nodes.get(node) != capacity
-            if news and node in self._detector.nodes:
-                self._handle(NodeSeen(node=node, capacity=capacity))
+    # Leases, restart
 
     def _renew(self) -> None:
-        if self._outcome is not None:
+        if self._ending.outcome is not None:
             return
         if self._driver.expired():
             self._handle(StopAsked(why=DRIVER_GONE))
             return
+        self._notes.count(self._control.chronicle, self._control.newest)
         self._workers.renew(self._lifelines.address, self._told.records.fetched)
         self._protection.tell(self._workers.keepers)
 
     def _resume(self) -> None:
         """After a restart: learn what is on record, and which of the processes on record still live."""
         if self._ledger.begin():
+            self._showing.begin(anew=True)
+            self._happened(Happening(kind="run began", reason=f"attempt {self._job.attempt}"))
             if (lineage := self._ledger.lineage()) is not None:
                 self._control.restoring.lineage, self._control.going_back.lineage_known = lineage, True
             return
+        self._showing.begin(anew=False)
+        self._happened(Happening(kind="controller restarted", reason="it had died"))
         plans, (spawned, gone) = self._ledger.plans(), self._workers.find()
+        if (counted := self._ledger.counted()) is not None:
+            self._control.chronicle.take_up(*counted)
         self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items())), gone=tuple(sorted(gone))))
         for event in self._departures.on_record():
             self._events.put(event)
         self._told.records.resume(plans)
+        for plan in plans:
+            if plan.restore is not None:
+                self._showing.back_to(plan.generation, plan.restore.key.step)
         self._told.saved.news = self._ledger.said()
         if plans:
             self._protect(plans[-1], launch.domains())

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import psutil
 
@@ -21,13 +21,14 @@ Link = tuple[str, int]
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def cut_between(pid: int, others: Iterable[int]) -> int:
-    """Break all established TCP connections of this process with any of the others. How many those were.
+def cut_between(pid: int, others: Iterable[int], chosen: Callable[[Link, Link], bool] = lambda own, peer: True) -> int:
+    """Break all established TCP connections of this process with any of the others, or those chosen by both ends. How
+    many those were.
 
     Raises PermissionError where the kernel does not let this process do so.
     """
     ends = {own for other in others for own in _ends(other).values()}
-    found = {descriptor for descriptor, peer in _peers(pid).items() if peer in ends}
+    found = {descriptor for descriptor, own, peer in _connections(pid) if peer in ends and chosen(own, peer)}
     pidfd = os.pidfd_open(pid)
     try:
         return sum(_shut(pidfd, descriptor) for descriptor in sorted(found))
@@ -48,10 +49,6 @@ def _connections(pid: int) -> list[tuple[int, Link, Link]]:
 
 def _ends(pid: int) -> dict[int, Link]:
     return {descriptor: own for descriptor, own, _ in _connections(pid)}
-
-
-def _peers(pid: int) -> dict[int, Link]:
-    return {descriptor: peer for descriptor, _, peer in _connections(pid)}
 
 
 def _shut(pidfd: int, descriptor: int) -> bool:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .core.bubbles import in_words
 from .demo_alone import __name__ as ALONE
 from .demo_chaos import Chaos, Pace, RunEnded, Watch
 from .demo_cluster import LocalCluster, remove_files
@@ -64,6 +65,7 @@ def run_demo(*, out: Path, steps: int, seed: int, screen: Screen, pipeline: bool
         seed=seed,
         seconds=round(time.monotonic() - began_at, 1),
         versions=versions(),
+        bubbles=result.bubbles,
         metrics=result.metrics,
         metrics_undisturbed=alone["metrics"],
     )
@@ -198,6 +200,8 @@ def show(outcome: Outcome, out: Path, screen: Screen) -> None:
     console.print()
     text, style = verdict(outcome)
     console.print(text, style=style, highlight=False)
+    if outcome.bubbles:
+        console.print(in_words(outcome.bubbles), highlight=False)
     console.print(f"{outcome.seconds:.0f} s. Written: {out / 'result.json'}, {out / 'loss.png'}", highlight=False)
 
 

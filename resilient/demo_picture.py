@@ -28,7 +28,7 @@ def draw(outcome: Outcome, path: Path) -> None:
     axes.plot(*curve(outcome.metrics_undisturbed), color=LIGHT, linewidth=6, label="one process, undisturbed")
     axes.plot(*curve(outcome.metrics), color=DARK, linewidth=1.2, label="cluster of 4 nodes, with failures")
     for place, (step, kind, text) in enumerate(marks(outcome)):
-        _mark(axes, step, kind, text, height=(0.98, 0.84)[place % 2], near_the_end=step > 0.85 * outcome.steps)
+        _mark(axes, step, kind, text, height=(0.98, 0.84, 0.7)[place % 3], near_the_end=step > 0.85 * outcome.steps)
     same = "the same bits at the end" if outcome.identical else "DIFFERENT bits at the end"
     axes.set_title(f"A small GPT, trained through failures: {same}", loc="left", fontweight="bold")
     axes.set_xlabel("step")

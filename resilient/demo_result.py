@@ -30,6 +30,7 @@ class Outcome:
     seed: int
     seconds: float
     versions: dict[str, str]
+    bubbles: list[dict[str, Any]]
     metrics: list[dict[str, float]]
     metrics_undisturbed: list[dict[str, float]]
 

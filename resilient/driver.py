@@ -18,6 +18,7 @@ from actors import launch
 
 from .checkpoints import first_attempt
 from .controller import Controller
+from .core.listening import address_of
 from .errors import ResilientError, RunLost, RunStopped, TrainingFailed
 from .job import Job, Settings
 from .records import Known
@@ -28,6 +29,8 @@ CONTROLLER_LIMIT_S = 60.0
 """How long the driver waits for a controller that no longer answers."""
 CONTROLLER_START_LIMIT_S = 300.0
 """How long it waits for the first answer: a busy cluster starts processes slowly."""
+MAKE_ROOM_LIMIT_S = 10.0
+"""How long it waits for a controller whose run has ended to end."""
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -54,15 +57,16 @@ def run_on_ray(settings: Settings, function: bytes, progress: Progress) -> Resul
     finally:
         ended.set()
         controller.close.remote()
-        _await_gone(job.key)
+        _await_gone(job.key, controller)
 
 
 def _next_attempt(settings: Settings) -> int:
     name = settings.name
+    _make_room(settings)
     for other in launch.names(f"{name}/"):
         if other.endswith("/controller"):
             controller = launch.find(other)
-            if controller is not None and _driver_lives(controller):
+            if controller is not None and _says(controller, "driver_lives"):
                 raise ResilientError(
                     f"a run named {name!r} is going on in this cluster ({other}) and its driver lives: wait for it, "
                     "stop it, or give this one another name"
@@ -76,9 +80,20 @@ def _next_attempt(settings: Settings) -> int:
     return attempt
 
 
-def _driver_lives(controller: Any) -> bool:
+def _make_room(settings: Settings) -> None:
+    """Runs that have ended are shown for a while, perhaps under the name or at the port that this one is to have."""
+    at_any_port = settings.observe is None or address_of(settings.observe, "")[1] == 0
+    found = [name for name in launch.names(f"{settings.name}/" if at_any_port else "") if name.endswith("/controller")]
+    going = {name for name in found if (other := launch.find(name)) is not None and _says(other, "gives_way")}
+    deadline = time.monotonic() + MAKE_ROOM_LIMIT_S
+    while going.intersection(launch.names("")) and time.monotonic() < deadline:
+        time.sleep(POLL_EVERY_S)
+
+
+def _says(controller: Any, question: str) -> bool:
+    """No, if it does not answer."""
     try:
-        return bool(ray.get(controller.driver_lives.remote(), timeout=5.0))
+        return bool(ray.get(getattr(controller, question).remote(), timeout=5.0))
     except (RayActorError, GetTimeoutError):
         return False
 
@@ -148,6 +163,7 @@ def _result(news: dict[str, Any]) -> Result:
             step=news["step"],
             metrics=news["rows"],
             recoveries=news["recoveries"],
+            bubbles=news["bubbles"],
             snapshots=news["snapshots"],
             checkpoints=news["checkpoints"],
             digest=news["outcome"]["digest"],
@@ -169,8 +185,11 @@ def _await_end(controller: Any) -> None:
         time.sleep(POLL_EVERY_S)
 
 
-def _await_gone(key: str) -> None:
-    """Until every process of this attempt has ended, so that nothing is left when the caller goes on."""
+def _await_gone(key: str, controller: Any) -> None:
+    """Until every process of this attempt has ended, so that nothing is left when the caller goes on; but for a
+    controller which does nothing more than to show to those who scrape it that the run has ended."""
     deadline = time.monotonic() + 20.0
-    while launch.names(f"{key}/") and time.monotonic() < deadline:
+    while (names := launch.names(f"{key}/")) and time.monotonic() < deadline:
+        if names == [f"{key}/controller"] and _says(controller, "lingers"):
+            return
         time.sleep(POLL_EVERY_S)

@@ -18,36 +18,51 @@ from ray.exceptions import RpcError
 TRY_AGAIN_S = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    work: Callable[[], Any]
+    then: Callable[[Any], None]
+    failed: Callable[[Exception], None] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """An errand's result, or what it raised; to be finished by whoever ordered it."""
 
-    then: Callable[[Any], None]
+    order: _Order
     result: Any
     error: BaseException | None = None
 
     def finish(self) -> None:
-        """Raises what the errand has raised."""
-        if self.error is not None:
+        """Raises what the errand has raised, unless somebody is to be told of errors."""
+        if self.error is None:
+            self.order.then(self.result)
+        elif self.order.failed is not None and isinstance(self.error, Exception):
+            self.order.failed(self.error)
+        else:
             raise self.error
-        self.then(self.result)
 
 
 class Errands:
     def __init__(self, done: Callable[[Done], object]) -> None:
         """done: called in the thread of the errands with each that has been run."""
         self._done = done
-        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]]] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
         self._since: float | None = None
         """When the one that is under way was begun."""
         self._said = False
         """That the head is away."""
         threading.Thread(target=self._loop, name="errands", daemon=True).start()
 
-    def run(self, work: Callable[[], Any], then: Callable[[Any], None] = lambda _: None) -> None:
+    def run(
+        self,
+        work: Callable[[], Any],
+        then: Callable[[Any], None] = lambda _: None,
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
         """After all that was ordered before. An error of the connection repeats it: it must be one that can be
-        repeated."""
-        self._orders.put((work, then))
+        repeated. failed: is told of any other error; without it that is raised where the errand is finished."""
+        self._orders.put(_Order(work=work, then=then, failed=failed))
 
     def remark(self, limit_s: float) -> str | None:
         """A sentence for the user when one has begun to take longer than this, and when that is over."""
@@ -62,16 +77,17 @@ class Errands:
 
     def _loop(self) -> None:
         while True:
-            work, then = self._orders.get()
+            order = self._orders.get()
             self._since = time.monotonic()
-            self._done(self._run(work, then))
+            self._done(_run(order))
             self._since = None
 
-    def _run(self, work: Callable[[], Any], then: Callable[[Any], None]) -> Done:
-        while True:
-            try:
-                return Done(then, work())
-            except RpcError:  # the head has gone in the middle of it
-                time.sleep(TRY_AGAIN_S)
-            except BaseException as error:  # noqa: BLE001  the thread's edge: raised where it was ordered
-                return Done(then, None, error)
+
+def _run(order: _Order) -> Done:
+    while True:
+        try:
+            return Done(order, order.work())
+        except RpcError:  # the head has gone in the middle of it
+            time.sleep(TRY_AGAIN_S)
+        except BaseException as error:  # noqa: BLE001  the thread's edge: raised where it was ordered
+            return Done(order, None, error)

@@ -6,8 +6,8 @@ refused, because the member asks for the generation's number first.
 
 Leveling: the ranks say what they hold. Who lacks the newest complete result gets it from those that
 have it, in disjoint slices. In a planned generation the old members send joiners the state of their step boundary,
-in disjoint slices too, while their training threads compute the step. In a restored generation all take the state of a
-snapshot from the keepers. A barrier ends it.
+in disjoint slices too, while their training threads compute the step. In a pipeline layers change hands then (see
+`moving`). In a restored generation all take the state of a snapshot from the keepers. A barrier ends it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .core.plan import Plan, Restore
 from .core.tree import Node
 from .errors import StateDiverged
 from .exchange import CHUNK_BYTES, Scratch, exchange, exchange_fast
-from .moving import Moving
+from .moving import HoldersDiffer, Moving, gathered
 from .payload import Payload
 from .stage_exchange import close_step
 
@@ -101,6 +101,8 @@ class GenerationThread(threading.Thread):
                 self._exchange(self.group, step)
         except (LinkBroken, TransferError) as error:
             self._member.link_broken(self.plan, str(error))
+        except HoldersDiffer as error:
+            self._member.wants_back(self.plan, error.wanted)
         except Superseded:
             pass
         except BaseException as error:  # noqa: BLE001  the thread's edge: an error of ours must end the run, not hang it
@@ -127,10 +129,11 @@ class GenerationThread(threading.Thread):
             caught_up = self._catch_up(group, held, holders, behind)
         if self.plan.kind != "unplanned":
             if held.has_state and self.plan.kind == "initial":
-                self._member.wait_for_boundary(self.plan.generation)
+                self._member.turns.wait_for_boundary(self.plan.generation)
             joiners = [rank for rank, row in enumerate(rows) if not row[0]]
             if self.plan.stages:
-                Moving(self._member, self.plan, self.rank, group).move(held.has_state, held.layers)
+                Moving(self._member, self.plan, self.rank, group).move(held.has_state, held.layers, newest)
+                self._member.capturing.gate()
             elif joiners:
                 self._welcome(group, [rank for rank, row in enumerate(rows) if row[0]], joiners)
             if not held.has_state:
@@ -140,17 +143,17 @@ class GenerationThread(threading.Thread):
 
     def _restore(self, group: Group, restore: Restore) -> int:
         """Everybody takes the snapshot's state instead of their own, as far as they have one."""
-        self._member.wait_until_parked(self.plan.generation)
+        self._member.turns.wait_until_parked(self.plan.generation)
         if self.plan.stages:
-            self._member.leave_memory()
-            with self._member.changing(self.plan.generation):
+            self._member.capturing.gate()
+            with self._member.turns.changing(self.plan.generation):
                 self._member.stage.begin_anew(self.plan, self.rank)
         table = self._member.fetch(restore, self.plan)
-        self._member.load(self.plan.generation, table)
+        self._member.turns.load(self.plan.generation, table)
         if self.plan.stages:
             Moving(self._member, self.plan, self.rank, group).compare_restored()
         complete = restore.key.step - 1
-        self._member.trust(Ordinal(self.plan.branch, restore.key.step))
+        self._member.capturing.trust(Ordinal(self.plan.branch, restore.key.step))
         self._member.state_received(self.plan, complete)
         group.minimum([0])
         return complete
@@ -202,13 +205,13 @@ class GenerationThread(threading.Thread):
             if len({tuple(row) for row in group.gather(halves)}) == 1:
                 return
         elif self.rank in holders:
-            mine = self._member.held_state(self.plan.generation)
+            mine = self._member.turns.held_state(self.plan.generation)
         if self.rank in holders:
             self._send_state(group, mine, holders, joiners)
             # A newer generation may have changed the state meanwhile: then nobody must see this one formed.
-            self._member.require_current(self.plan.generation)
+            self._member.turns.require_current(self.plan.generation)
         else:
-            self._member.load(self.plan.generation, self._receive_state(group, holders))
+            self._member.turns.load(self.plan.generation, self._receive_state(group, holders))
 
     def _send_state(self, group: Group, table: StateTable, holders: Sequence[int], joiners: Sequence[int]) -> None:
         place = holders.index(self.rank)
@@ -242,7 +245,7 @@ class GenerationThread(threading.Thread):
 
     def _exchange(self, group: Group, step: int) -> None:
         sums, member = self._member.sums, self._member
-        wish = member.wish(self.plan, step)
+        wish = member.capturing.wish(self.plan, step)
         lane = StepLane(
             newest=member.newest_held(self.plan.generation),
             control=member.control_digest(),
@@ -254,10 +257,12 @@ class GenerationThread(threading.Thread):
         )
         stages = max(1, len(self.plan.stages))
         low = AgreedLane.of(group.minimum(lane.row(self.plan.stage_number(self.rank), stages)), stages)
-        member.agreed_on_snapshots(self.plan, step, low.snapshot)
+        if self.plan.stages:
+            member.stage.all_through()
+        member.capturing.agreed(self.plan, step, low.snapshot)
         if low.snapshot.differs:
-            mine = [NOBODYS if wish.digest is None else wish.digest, member.verified(self.plan)]
-            member.state_differs(self.plan, step, group.gather(mine))
+            mine = [NOBODYS if wish.digest is None else wish.digest, member.capturing.verified(self.plan)]
+            member.state_differs(self.plan, step, gathered(group, mine, self.rank, [NOBODYS, -1]))
             return
         if low.layouts_differ:
             names = [json.loads(text) for text in group.gather_bytes(json.dumps(sums.known_buffers).encode())]
@@ -266,7 +271,7 @@ class GenerationThread(threading.Thread):
             _explain_difference(group, member.control_state(), step)
         if low.spell:
             told = group.gather_bytes(member.stage.spelling())
-            with member.changing(self.plan.generation):
+            with member.turns.changing(self.plan.generation):
                 member.stage.take_spelling(told)
         counts = self._all_counts(group) if low.masks_differ or low.layouts_differ else None
         result = self._in_flight = member.take_result(self.plan.generation)
@@ -284,7 +289,7 @@ class GenerationThread(threading.Thread):
     def _stage_done(self, result: Payload) -> None:
         """From here on nobody writes into it any more. Not while the generation is left behind: what is in flight then
         is given up, and must not be what others believe that this rank has."""
-        with self._member.staying(self.plan.generation):
+        with self._member.turns.staying(self.plan.generation):
             self.reduced, self._in_flight = result, None
 
     def _all_counts(self, group: Group) -> dict[Node, list[int]]:

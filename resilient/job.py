@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .core.listening import AUTO, address_of
 from .core.recovery import Limits
 
 DRIVER_LEASE_DETECTIONS = 5
@@ -132,6 +133,8 @@ class Settings:
     on_nonfinite: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
     max_failures: int | None = None
     evict_stragglers: bool = False
+    observe: str | None = AUTO
+    ray_metrics: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.workers
@@ -156,6 +159,8 @@ class Settings:
             value = getattr(self, field)
             if not (_is_number(value) and value > 0):
                 raise ValueError(f"{field}={value!r}: needs a positive number of seconds")
+        if self.observe is not None:
+            address_of(self.observe, "")
         for resource, amount in self.resources.items():
             if not (_is_number(amount) and amount >= 0):
                 raise ValueError(f"resources[{resource!r}]={amount!r}: needs a number of 0 or more")
@@ -223,6 +228,8 @@ def settings_from(
     on_nonfinite: Any = "ignore",
     max_failures: Any = None,
     evict_stragglers: Any = False,
+    observe: Any = AUTO,
+    ray_metrics: Any = False,
 ) -> Settings:
     """Bring what users write into one form: workers=4 means (4, 4); spares and seed are whole numbers."""
     pair = (workers, workers) if _is_whole(workers) else workers
@@ -235,13 +242,19 @@ def settings_from(
         raise TypeError(f"name={name!r}: is a string")
     if not (resources is None or isinstance(resources, Mapping)):
         raise TypeError(f'resources={resources!r}: is a dict, such as {{"CPU": 2, "GPU": 1}}')
-    for field, value in (("allow_different_bits", allow_different_bits), ("evict_stragglers", evict_stragglers)):
+    for field, value in (
+        ("allow_different_bits", allow_different_bits),
+        ("evict_stragglers", evict_stragglers),
+        ("ray_metrics", ray_metrics),
+    ):
         if not isinstance(value, bool):
             raise TypeError(f"{field}={value!r}: is True or False")
     if not (snapshot is None or isinstance(snapshot, Snapshot)):
         raise TypeError(f"snapshot={snapshot!r}: is a resilient.Snapshot(...), or None for none")
     if not (checkpoint is None or isinstance(checkpoint, Checkpoint)):
         raise TypeError(f"checkpoint={checkpoint!r}: is a resilient.Checkpoint(...), or None for none")
+    if not (observe is None or isinstance(observe, str)):
+        raise TypeError(f'observe={observe!r}: is "auto", "HOST:PORT" or ":PORT", or None to serve nothing')
     if checkpoint is not None and snapshot is None:
         snapshot = Snapshot()  # checkpoints are written from them
     return Settings(
@@ -259,6 +272,8 @@ def settings_from(
         on_nonfinite=on_nonfinite,
         max_failures=max_failures,
         evict_stragglers=evict_stragglers,
+        observe=observe,
+        ray_metrics=ray_metrics,
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from typing import Any
 
 from actors import launch
 from actors.notice import LeaveAsked
@@ -17,12 +19,20 @@ from snapshot.core.branches import Lineage
 from .core.plan import Plan
 from .job import Job
 
+CLOSED = b"closed"
+"""Of an attempt's own key, which stays: its number is never given again."""
+
 
 class Ledger:
     def __init__(self, job: Job) -> None:
         self._prefix = f"{job.key}/"
+        self._attempt = f"attempt/{job.key}"
         self._lineage = f"lineage/{job.settings.name}"
         self._first_attempt = job.attempt == 1
+
+    def is_closed(self) -> bool:
+        """Whether the attempt is over, and nothing else on record any more."""
+        return launch.read_key(self._attempt) == CLOSED
 
     def begin(self) -> bool:
         """False if a controller of this attempt has been here before."""
@@ -70,12 +80,34 @@ class Ledger:
             found[keeper] = SaveNews(committed=int(committed), failures=int(failures))
         return found
 
+    def count(self, record: dict[str, Any]) -> None:
+        """What has been counted so far, for the controller that comes after this one."""
+        launch.write_key(f"{self._prefix}counted", json.dumps({**record, "at": time.time()}).encode())
+
+    def counted(self) -> tuple[dict[str, Any], float] | None:
+        """What the controller before has counted, and how long ago it said so last, in seconds."""
+        text = launch.read_key(f"{self._prefix}counted")
+        if text is None:
+            return None
+        record = json.loads(text)
+        return record, max(0.0, time.time() - record["at"])
+
+    def serves(self, port: int) -> None:
+        """The port at which the run can be looked at."""
+        launch.write_key(f"{self._prefix}serves", str(port).encode())
+
+    def served(self) -> int | None:
+        """Where the controller before served it."""
+        text = launch.read_key(f"{self._prefix}serves")
+        return None if text is None else int(text)
+
     def lineage(self) -> Lineage | None:
         """The lines of steps of earlier attempts, if there is more than one."""
         recorded = None if self._first_attempt else launch.read_key(self._lineage)
         return None if recorded is None else Lineage(branches=Plan.from_json(recorded.decode()).branches)
 
     def close(self, *, keep_lineage: bool) -> None:
+        launch.write_key(self._attempt, CLOSED)
         launch.delete_keys(self._prefix)
         if not keep_lineage:
             launch.delete_keys(self._lineage)

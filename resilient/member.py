@@ -13,10 +13,8 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -25,16 +23,13 @@ from actors.post import Post
 from actors.priority import raise_priority
 from actors.rank import Host
 from snapshot.capture import capture
-from snapshot.core.digest import StatePart
-from snapshot.core.lifecycle import Ordinal
-from snapshot.load import load
 from snapshot.table import StateTable, still
 
+from .capturing import Capturing
 from .core.difference import rollback_after
-from .core.events import RankCrashed, RankFailed, RankReady, RankReported, RankReturned
-from .core.lane import Agreed, Wish
+from .core.lane import Agreed
 from .core.pace import Pace
-from .core.plan import Address, Plan, Restore
+from .core.plan import Plan, Restore
 from .core.schedule import Action
 from .core.seat import (
     Applied,
@@ -47,9 +42,9 @@ from .core.seat import (
     Form,
     Formed,
     FormFailed,
-    Held,
     LeafFolded,
     Leave,
+    MayBegin,
     Park,
     PlanArrived,
     Reduce,
@@ -60,18 +55,17 @@ from .core.seat import (
     SeatInstruction,
     StateReceived,
 )
-from .generation import GenerationThread, Holding, Superseded
+from .generation import GenerationThread, Holding
 from .payload import Payload
 from .probe import probe
 from .records import StepValues, Untold
 from .restoring import fetch, fetch_stored
-from .snapshots import Seating, Snapshots
+from .snapshots import Snapshots
 from .stage_side import StageSide
 from .sums import StepSums
 from .team import Loop
-
-WAKE_S = 1.0
-"""How often waits look around although nothing has woken them."""
+from .telling import Telling
+from .turns import WAKE_S, Turns
 
 
 class Member:
@@ -98,34 +92,21 @@ class Member:
         self._changed = threading.Condition(threading.RLock())
         self._seat = Seat(member=host.member)
         self._loop: Loop | None = None
-        self._ready: RankReady | None = None
-        self._returned: RankReturned | None = None
-        self._failed: RankFailed | None = None
         self._current: GenerationThread | None = None
         self._retired: GenerationThread | None = None
         """The one before, whose connections stay open until the next has formed."""
-        self._held: tuple[int, StateTable] | None = None
-        """A generation, and the state at its first boundary, for joiners."""
         self._submitted: tuple[int, int] | None = None
         self._untold = Untold()
         self._losses: list[float] = []
         self._pace = Pace()
+        self.telling = Telling(host, self._seat, self._untold, self._pace, self._changed)
+        self.capturing = Capturing(snapshots, self._seat, self.objects, self._changed)
+        self.turns = Turns(self._seat, self.objects, self._changed)
         self._computing = False
         """The training thread has a leaf in hand, and may be folding it: nobody else touches the partial sums."""
         self._to_discard = False
         """The partial sums, that leaf's too, are dropped as soon as it is folded."""
-        self._captured_layers = range(0)
-        """Of a pipeline, those that this rank held at the newest capture."""
-        self._crossing = False
-        """The training thread is at a step's boundary, and reads the state."""
-        self._parked = False
-        """The training thread waits outside of the user's code, and keeps its hands off the state."""
-        self._loading = threading.Lock()
-        self._snapshots = snapshots
         self._storage = storage
-        self._to_capture: tuple[int, Seating, bool] | None = None
-        """The step at whose start all ranks capture the state, under which membership, and whether to make it
-        durable."""
         self._control_digest = 0
         self._control_state: dict[str, object] = {}
 
@@ -161,29 +142,14 @@ class Member:
         raise_priority()
         with self._changed:
             self._loop = loop
-            self._ready = RankReady(
-                member=self.number,
-                node=self._host.node,
-                address=Address(
-                    host=self._host.ip, port=self._host.store_port, post=loop.stage.post_port if loop.stage else 0
-                ),
-                micro_batches=loop.sums.micro_batches,
-                steps=loop.steps,
-                probe=digest,
-                probe_fields=fields,
-                pipeline=loop.shape,
-            )
-        self.report()
+            self.telling.enter(loop, digest, fields)
+            self.capturing.enter(loop)
+        self.telling.report()
         self.park()
 
     def park(self) -> None:
         self._host.words.activity("waiting")
-        with self._changed:
-            self._parked = True
-            self._changed.notify_all()
-            while self._seat.plan is None or self._seat.restoring or not self._seat.settled:
-                self._changed.wait(WAKE_S)
-            self._parked = False
+        self.turns.park()
         self._host.words.activity("computing")
 
     def next(self) -> Compute | Apply | Park:
@@ -213,12 +179,18 @@ class Member:
                     self._host.words.moved("computing", self._seat.step, self.generation)
                     self._computing = True
                     return action
-                self._computing = False
+                self._lay_down()
                 self._host.words.moved("waiting", self._seat.step, self.generation)
                 if isinstance(todo, Reduce):
                     self._submit(todo)
                 self._come_to_rest()
                 self._changed.wait(WAKE_S)
+
+    def _lay_down(self) -> None:
+        """The training thread has nothing in hand."""
+        if self._computing:
+            self._computing = False
+            self._changed.notify_all()
 
     def wait_for(self, ready: Callable[[], bool]) -> bool:
         with self._changed:
@@ -250,8 +222,7 @@ class Member:
     def _come_to_rest(self) -> None:
         """If the others go on without this rank, and it has done and told all that it had to."""
         if self._seat.departed and self._seat.at_boundary and not self._seat.at_rest:
-            if self._snapshots is not None:
-                self._snapshots.gate()
+            self.capturing.gate()
             self._do(self._seat.handle(Rested()))
 
     def leaves(self) -> tuple[int, ...]:
@@ -269,30 +240,28 @@ class Member:
 
     def committed(self, losses: list[float]) -> None:
         self._losses = losses
-        if self._snapshots is not None:
-            self._snapshots.gate()
+        self.capturing.gate()
 
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         with self._changed:
-            self._crossing = True
+            self.turns.crossing = True
             step = self._seat.step
             account = StepValues(
                 branch=self._seat.plan.branch if self._seat.plan else 0,
                 step=step,
                 losses=tuple(self._losses),
                 values={leaf: dict(row) for leaf, row in values.items()},
-                snapshots=self._snapshots.account() if self._snapshots is not None and self.rank == 0 else {},
+                snapshots=self.capturing.account() if self.rank == 0 else {},
             )
             self._untold.committed(account)
             self._do(self._seat.handle(Applied(step=step)))
             self._changed.notify_all()
         if self.rank == 0 or values:
             self._host.tell(account)
-        if self._snapshots is not None:
-            self._capture(self._snapshots)
+        self.capturing.boundary()
         self._hold_for_joiners()
         with self._changed:
-            self._crossing = False
+            self.turns.crossing = False
             self._changed.notify_all()
 
     def _hold_for_joiners(self) -> None:
@@ -304,37 +273,9 @@ class Member:
         table = still(capture(self.objects()))
         with self._changed:
             if self._is_current(plan):
-                self._held = plan.generation, table
-                self._do(self._seat.handle(Held(generation=plan.generation)))
+                self.turns.held = plan.generation, table
+                self._do(self._seat.handle(MayBegin(generation=plan.generation, complete=self._seat.complete)))
                 self._changed.notify_all()
-
-    def _capture(self, snapshots: Snapshots) -> None:
-        with self._changed:
-            plan, step, agreed = self._seat.plan, self._seat.step, self._to_capture
-            self._to_capture = None
-        if plan is None or self._seat.restoring:
-            return
-        seating = Seating(generation=plan.generation, rank=plan.rank_of(self.number), world=plan.size)
-        wanted = agreed is not None and agreed[0] == step
-        if wanted and agreed is not None and agreed[1] != seating:
-            if plan.kind == "unplanned":  # somebody has died since, whose share nobody can capture
-                return
-            seating = agreed[1]
-        durable = wanted and agreed is not None and agreed[2]
-        ordinal = Ordinal(plan.branch, step)
-        if not self.has_stages:
-            snapshots.boundary(ordinal, self.objects(), seating, wanted=wanted, durable=durable)
-        elif not self.stage.spelled_anew():  # else the others would spell another structure than this rank
-            stage, self._captured_layers = self.stage, self.stage.held
-            snapshots.boundary(
-                ordinal,
-                self.objects(),
-                seating,
-                wanted=wanted,
-                durable=durable,
-                ranges=stage.captured,
-                compared=stage.whereabouts.is_common,
-            )
 
     def roll_back(self, rollback: Rollback) -> None:
         with self._changed:
@@ -348,8 +289,7 @@ class Member:
             if self._seat.restoring:
                 return False
             self._do(self._seat.handle(Finished(step=self._seat.step)))
-        if self._snapshots is not None:
-            self._snapshots.gate()  # the last snapshot is whole before this process may end
+        self.capturing.gate()  # the last snapshot is whole before this process may end
         self._host.words.activity("paused")
         return True
 
@@ -375,57 +315,6 @@ class Member:
                 self._do(self._seat.handle(PlanArrived(plan=message)))
                 self._changed.notify_all()
 
-    def recorded_through(self, step: int) -> None:
-        """The driver has everything up to this step. What it should have by now, and has not, is told again."""
-        with self._changed:
-            self._untold.acknowledged(step)
-            rows = self._rows(overdue=True)
-        if rows:
-            self._host.tell(*rows)
-
-    def _rows(self, *, overdue: bool = False) -> tuple[StepValues, ...]:
-        """None while the state is not that of the plan: what a snapshot brings may not be there yet."""
-        plan = self._seat.plan
-        if plan is None or self._seat.formed != plan.generation:
-            return ()
-        if overdue:
-            return self._untold.overdue(plan.branch, speaks_for_all=plan.rank_of(self.number) == 0)
-        return self._untold.rows(plan.branch)
-
-    def report(self) -> None:
-        """Say how things stand; repeated from time to time, since any message may be lost."""
-        with self._changed:
-            report = replace(self._seat.report(), leaf_s=self._pace.leaf_s)
-            if self.has_stages:
-                timing = self.stage.timing
-                report = replace(report, layer_s=timing.layer_s, idle=timing.idle)
-            messages: list[Any] = [RankReported(report=report)]
-            for once in (self._ready, self._failed, self._returned):
-                if once is not None:
-                    messages.insert(0, once)
-            if self._returned is not None:  # the run may end with this message: rows go before it
-                messages[:0] = self._rows()
-        self._host.tell(*messages)
-
-    def repeat_records(self) -> None:
-        with self._changed:
-            rows = self._rows()
-        if rows:
-            self._host.tell(*rows)
-
-    def crashed_here(self, text: str) -> None:
-        """An error of the machine: another process takes this one's place."""
-        self._host.tell_at_last(RankCrashed(member=self.number, step=self._seat.step, traceback=text))
-
-    def failed(self, step: int, text: str) -> None:
-        self._failed = RankFailed(member=self.number, step=step, traceback=text)
-        self.report()
-
-    def returned(self, digest: str | StatePart) -> None:
-        whole, part = (digest, None) if isinstance(digest, str) else ("", digest)
-        self._returned = RankReturned(member=self.number, step=self._seat.step, digest=whole, part=part)
-        self.report()
-
     # Brought by a generation's thread
 
     def connect(self, plan: Plan, rank: int) -> Group:
@@ -440,14 +329,25 @@ class Member:
 
     def state_received(self, plan: Plan, complete: int) -> None:
         with self._changed:
-            self.require_current(plan.generation)
+            self.turns.require_current(plan.generation)
             self._do(self._seat.handle(StateReceived(generation=plan.generation, complete=complete)))
 
+    def begin_ahead(self, plan: Plan, complete: int) -> None:
+        """In a pipeline: all that computing needs of this rank's layers is here, the state at the start of step
+        complete + 1. What updates need comes while it computes."""
+        with self.turns.changing(plan.generation), self._changed:
+            self.turns.require_current(plan.generation)
+            self.stage.begin(plan, plan.rank_of(self.number))
+            self._do(self._seat.handle(MayBegin(generation=plan.generation, complete=complete)))
+            self._changed.notify_all()
+
     def formed(self, plan: Plan, complete: int, caught_up: Payload | None) -> None:
-        with self._loading, self._changed:
+        with self.turns.loading, self._changed:
+            while self._is_current(plan) and self._computing and self.has_stages and self.stage.goes_back:
+                self._changed.wait(WAKE_S)  # it has been told to do nothing more of the change that failed
             if not self._is_current(plan):
                 return
-            self._retired, self._held = None, None
+            self._retired, self.turns.held = None, None
             if caught_up is not None:
                 self.sums.accept(caught_up)
             if self.has_stages:
@@ -455,23 +355,18 @@ class Member:
             self._do(self._seat.handle(Formed(generation=plan.generation, complete=complete)))
             self._changed.notify_all()
         if plan.rank_of(self.number) == 0:
-            self.repeat_records()  # whoever was rank 0 before may have died with the last rows untold
+            self.telling.repeat_records()  # whoever was rank 0 before may have died with the last rows untold
 
     def _settle(self, plan: Plan) -> None:
-        self.leave_memory()
+        self.capturing.gate()
         self.stage.settle(plan, plan.rank_of(self.number))
-
-    def leave_memory(self) -> None:
-        """Nothing is copied from the state any more: some of its memory may be given back."""
-        if self._snapshots is not None:
-            self._snapshots.gate()
 
     def bring(self, plan: Plan, rank: int, *, initial: bool) -> None:
         """Memory for this rank's stage; never for a generation that was left behind, in which training goes on."""
         if initial:  # layers are built, which may take long; nobody trains yet
             self.stage.bring(plan, rank, initial=True)
             return
-        with self.staying(plan.generation):
+        with self.turns.staying(plan.generation):
             self.stage.bring(plan, rank)
 
     @property
@@ -492,14 +387,12 @@ class Member:
             if not self._is_current(plan):
                 return
             self.sums.accept(result)
-            if snapshot.capture:
-                seating = Seating(generation=plan.generation, rank=plan.rank_of(self.number), world=plan.size)
-                self._to_capture = step + 1, seating, snapshot.save
+            self.capturing.exchanged(plan, step, snapshot)
             event = ExchangeDone(generation=plan.generation, step=step, agreed=agreed)
             self._do(self._seat.handle(event))
             self._changed.notify_all()
         if plan.rank_of(self.number) == 0:
-            self.report()
+            self.telling.report()
 
     def link_broken(self, plan: Plan, why: str) -> None:
         with self._changed:
@@ -516,42 +409,7 @@ class Member:
         with self._changed:
             if not self._is_current(plan):
                 return
-        self.failed(self._seat.step, "".join(traceback.format_exception(error)))
-
-    def wait_for_boundary(self, generation: int) -> None:
-        with self._changed:
-            while not self._seat.at_boundary or self._crossing:
-                self.require_current(generation)
-                self._changed.wait(WAKE_S)
-            self.require_current(generation)
-
-    def held_state(self, generation: int) -> StateTable:
-        """Of the boundary at which this generation begins."""
-        with self._changed:
-            while self._held is None or self._held[0] != generation:
-                self.require_current(generation)
-                self._changed.wait(WAKE_S)
-            self.require_current(generation)
-            return self._held[1]
-
-    def wait_until_parked(self, generation: int) -> None:
-        with self._changed:
-            while not self._parked:
-                self.require_current(generation)
-                self._changed.wait(WAKE_S)
-            self.require_current(generation)
-
-    @contextmanager
-    def changing(self, generation: int) -> Iterator[None]:
-        """Around changes to what this rank holds: one thread at a time, and none that was left behind."""
-        with self._loading:
-            self.require_current(generation)
-            yield
-
-    def load(self, generation: int, table: StateTable) -> None:
-        """Write this state into the user's objects; one at a time, since a thread left behind may still do so."""
-        with self.changing(generation):
-            load(self.objects(), table)
+        self.telling.failed(self._seat.step, "".join(traceback.format_exception(error)))
 
     def fetch(self, restore: Restore, plan: Plan) -> StateTable:
         wanted = self.stage.wanted(plan, plan.rank_of(self.number)) if self.has_stages else None
@@ -559,64 +417,32 @@ class Member:
             return fetch_stored(self._storage, restore.folder, wanted)
         return fetch(restore, self._host.secret, wanted)
 
-    def wish(self, plan: Plan, step: int) -> Wish:
-        """What this rank brings into the lane about the snapshot of the state after `step`."""
-        if self._snapshots is None:
-            return Wish()
-        steps = self._loop.steps if self._loop is not None else None
-        ordinal = Ordinal(plan.branch, step + 1)
-        wish = self._snapshots.wish(ordinal, plan.generation, steps, renewed=plan.base > 0)
-        if self.has_stages and self.stage.held != self._captured_layers:
-            return replace(wish, digest=None)  # of other layers than those of the ranks that it would be compared with
-        return wish
-
-    def agreed_on_snapshots(self, plan: Plan, step: int, agreed: Agreed) -> None:
-        """What the lane says about the same."""
-        if self._snapshots is not None:
-            self._snapshots.agreed(Ordinal(plan.branch, step + 1), agreed, plan.generation)
-
-    def verified(self, plan: Plan) -> int:
-        return -1 if self._snapshots is None else self._snapshots.verified(plan.branch)
-
-    def trust(self, ordinal: Ordinal) -> None:
-        if self._snapshots is not None:
-            self._snapshots.trust(ordinal)
-
     def state_differs(self, plan: Plan, step: int, rows: Sequence[Sequence[int]]) -> None:
         """Some ranks hold another state at the start of this step than others. rows: by rank the digest of it, and
         the newest step of which the rank knows that all held the same."""
-        wanted = rollback_after(plan, step, [row[0] for row in rows], max(row[1] for row in rows))
+        self.wants_back(plan, rollback_after(plan, step, [row[0] for row in rows], max(row[1] for row in rows)))
+
+    def wants_back(self, plan: Plan, wanted: Rollback) -> None:
+        """All ranks of this generation have found that they have to go back."""
         with self._changed:
             if self._is_current(plan):
                 self._do(self._seat.handle(wanted))
                 self._changed.notify_all()
 
-    @contextmanager
-    def staying(self, generation: int) -> Iterator[None]:
-        """Within it this generation is not left behind."""
-        with self._changed:
-            self.require_current(generation)
-            yield
-
-    def require_current(self, generation: int) -> None:
-        with self._changed:
-            if self.generation != generation:
-                raise Superseded
-
     def newest_held(self, generation: int) -> int:
         with self._changed:
-            self.require_current(generation)
+            self.turns.require_current(generation)
             return self._seat.newest_held
 
     def widen(self, generation: int, buffers: list[str]) -> None:
         """Let more buffers take part; never for a generation that was left behind."""
         with self._changed:
-            self.require_current(generation)
+            self.turns.require_current(generation)
             self.sums.widen(buffers)
 
     def take_result(self, generation: int) -> Payload:
         with self._changed:
-            self.require_current(generation)
+            self.turns.require_current(generation)
             return self.sums.pool.take()
 
     def control_digest(self) -> int:
@@ -642,7 +468,7 @@ class Member:
                 case Discard():
                     self._discard()
                 case Report():
-                    self.report()
+                    self.telling.report()
                 case Leave():
                     os._exit(0)
 
@@ -660,8 +486,10 @@ class Member:
             else:
                 former.abandon()
         self._submitted = None
+        if self.has_stages:
+            self.stage.adopted(plan)
         if plan.kind == "restored":
-            self._to_capture = None
+            self.capturing.forget()
         holding = Holding(
             has_state=self._seat.has_state,
             complete=self._seat.complete,

@@ -1,4 +1,8 @@
-"""Layers change hands at a step's boundary: whoever takes one over receives its state from those who have it.
+"""Layers change hands from a step's boundary on: whoever takes one over receives its state from those who have it.
+
+What forward and backward need comes first. As soon as a rank has that it goes on with the step, and what optimizers
+keep comes while it computes: neither changes before the step's end, which is not reached before all have everything.
+Only where a memory limit leaves no room for coming and going layers during a step does a rank wait for all.
 
 All ranks of the new generation take part; who had a layer keeps it until the generation has formed, so that a change
 which fails can be gone back on.
@@ -19,10 +23,12 @@ from actors.group import Group, LinkBroken, Move
 from snapshot.capture import capture
 from snapshot.core.ranges import Ranges, holds, merged
 from snapshot.skeleton import Skeleton, TensorSpec
-from snapshot.table import StateTable
+from snapshot.table import StateTable, still
 
-from .core.moves import Transfer, transfers, without
+from .core.difference import rollback_after_move
+from .core.moves import Transfer, divided, transfers, without
 from .core.plan import Plan
+from .core.seat import Rollback
 from .core.shards import chunks_from
 from .errors import StateDiverged
 from .exchange import CHUNK_BYTES
@@ -36,21 +42,31 @@ _given_up: list[list[Move]] = []
 TEXT_TAG, LAYER_TAG = (1 << 22) + 8, (1 << 22) + 16
 
 
+class HoldersDiffer(Exception):
+    """Ranks that had the same layer before it was to move hold different bytes of it: all have to go back."""
+
+    def __init__(self, wanted: Rollback) -> None:
+        super().__init__(wanted.why)
+        self.wanted = wanted
+
+
 class Moving:
-    """One rank's part. Raises LinkBroken, or Superseded when a newer generation has begun."""
+    """One rank's part. Raises LinkBroken, HoldersDiffer, or Superseded when a newer generation has begun."""
 
     def __init__(self, member: Member, plan: Plan, rank: int, group: Group) -> None:
         self._member, self._plan, self._rank, self._group = member, plan, rank, group
 
-    def move(self, has_state: bool, layers: range) -> None:
-        """has_state: of these layers, and what belongs to none."""
+    def move(self, has_state: bool, layers: range, complete: int) -> None:
+        """has_state: of these layers, and what belongs to none. complete: the step at whose end this happens."""
         member, plan = self._member, self._plan
         initial = plan.kind == "initial"
         if initial or has_state:
-            member.wait_for_boundary(plan.generation)
+            member.turns.wait_for_boundary(plan.generation)
+        else:
+            member.turns.wait_until_parked(plan.generation)
         known = member.stage.spelling() if initial or has_state else NOTHING
         told = self._group.gather_bytes(known)
-        with member.changing(plan.generation):
+        with member.turns.changing(plan.generation):
             member.stage.take_spelling(told)
         owned = self._deal_shards(initial)
         member.bring(plan, self._rank, initial=initial)
@@ -61,7 +77,7 @@ class Moving:
         if initial:  # whoever is first in a stage has built what counts
             has_state, layers = stage.ranks[0] == self._rank, range(stage.first, stage.stop)
         row = [layers.start, layers.stop] if has_state else [0, 0]
-        self._transfer(self._group.gather(row), owned)
+        self._transfer(self._group.gather(row), owned, complete)
 
     def _deal_shards(self, initial: bool) -> list[frozenset[int]]:
         """By rank, the chunks of optimizer state that it has, if any are in shards."""
@@ -86,34 +102,49 @@ class Moving:
         stages = [{row[0] for row in (rows[rank] for rank in stage.ranks)} for stage in self._plan.stages]
         return all(len(found) == 1 for found in stages) and len({tuple(row[1:]) for row in rows}) == 1
 
-    def _transfer(self, rows: Sequence[Sequence[int]], owned: Sequence[frozenset[int]]) -> None:
+    def _transfer(self, rows: Sequence[Sequence[int]], owned: Sequence[frozenset[int]], complete: int) -> None:
         """By rank, the layers that it has, and the chunks of optimizer state that is in shards."""
         member, plan = self._member, self._plan
         mine = capture(member.objects()) if rows[self._rank][1] else None
         skeleton = self._skeleton(mine, rows)
         specs = Skeleton.from_bytes(skeleton).tensors
         chunks = self._shard_transfers(specs, owned)
-        moves = (*transfers(*self._has_and_wants(specs, rows)), *chunks)
-        coming = [each for each in moves if each.receiver == self._rank]
+        moves = transfers(*self._has_and_wants(specs, rows))
+        now, later = divided(moves, member.stage.whereabouts.for_updates(specs))
+        coming = (each for each in (*moves, *chunks) if each.receiver == self._rank)
         received = StateTable.empty(skeleton, merged((each.start, each.stop) for each in coming))
-        receives = [part for each in coming for part in _pieces(received, each, each.sender)]
+        self._send_and_receive(mine, received, now)
+        if mine is None:  # what is still to come is loaded too: there is a place for it then
+            member.turns.load(plan.generation, received)
+            mine = capture(member.objects())
+            assert mine.layout.tensors == specs, "loading a state has made another of it"
+        else:
+            self._take_over(mine, received, now)
+        if plan.kind == "planned" and member.stage.has_room_to_begin():
+            mine = still(mine)
+            member.begin_ahead(plan, complete)
+        self._send_and_receive(mine, received, (*later, *chunks))
+        self._take_over(mine, received, (*later, *chunks))
+        self._compare(mine, specs, rows)
+        self._compare_shards(mine, chunks)
+
+    def _send_and_receive(self, mine: StateTable | None, received: StateTable, moves: Sequence[Transfer]) -> None:
         sends = [] if mine is None else _sends(mine, moves, self._rank)
+        receives = [part for each in self._coming(moves) for part in _pieces(received, each, each.sender)]
         try:
             self._group.post_host(sends, receives).wait()
         except LinkBroken:
             _given_up.append(receives)  # others may still write there
             raise
-        if mine is None:
-            self._compare(received, specs, rows)
-            self._compare_shards(received, chunks)
-            member.load(plan.generation, received)
-            return
-        with member.changing(plan.generation):
-            for each in coming:
+
+    def _take_over(self, mine: StateTable, received: StateTable, moves: Sequence[Transfer]) -> None:
+        with self._member.turns.changing(self._plan.generation):
+            for each in self._coming(moves):
                 for target, source in zip(_pieces(mine, each, 0), _pieces(received, each, 0), strict=True):
                     target.data.copy_(source.data)
-        self._compare(mine, specs, rows)
-        self._compare_shards(mine, chunks)
+
+    def _coming(self, moves: Sequence[Transfer]) -> list[Transfer]:
+        return [each for each in moves if each.receiver == self._rank]
 
     def compare_restored(self) -> None:
         """The same when all have taken their part from a snapshot."""
@@ -128,7 +159,21 @@ class Moving:
             if all(holds(held, start, stop) for start, stop in ranges):
                 mine[",".join(map(str, users))] = _digest(table, ranges)
         told = [json.loads(text) for text in self._group.gather_bytes(json.dumps(mine).encode())]
-        check_equal(rows, told)
+        if found := differing(rows, told):
+            self._say_who_differs(found)
+        check_received(told)
+
+    def _say_who_differs(self, found: Mapping[str, Mapping[int, int]]) -> None:
+        """All ranks come here together."""
+        member, plan = self._member, self._plan
+        if plan.kind == "initial":
+            what, digests = next(iter(found.items()))
+            raise StateDiverged(
+                f"{what}: ranks {', '.join(map(str, sorted(digests)))} have built it with different bits; see that "
+                "what builds a layer depends on nothing but torch's generators"
+            )
+        verified = max(row[0] for row in gathered(self._group, [member.capturing.verified(plan)], self._rank, [-1]))
+        raise HoldersDiffer(rollback_after_move(plan, member.step, found, verified))
 
     def _compare_shards(self, table: StateTable, moved: Sequence[Transfer]) -> None:
         """What has been received with what was sent."""
@@ -188,22 +233,52 @@ class Moving:
         return text.numpy().tobytes()
 
 
-def check_equal(had: Sequence[Sequence[int]], told: Sequence[Mapping[str, int]]) -> None:
-    """had: by rank the first of the layers that it had before, and the one after the last; 0, 0 for none. told: by
-    rank, by layers that use it, the digest of what it holds now.
+def gathered(group: Group, mine: list[int], rank: int, unknown: list[int]) -> list[list[int]]:
+    """Of each rank what it brings, where ranks have seen that states differ; of all others `unknown` if a link breaks:
+    whoever differs may have been ended for it already, and all go back in any case."""
+    try:
+        return group.gather(mine)
+    except LinkBroken:
+        return [mine if other == rank else unknown for other in range(group.size)]
 
-    Raises LinkBroken where something has not arrived as it was sent, StateDiverged where those who had it differ.
+
+def differing(had: Sequence[Sequence[int]], told: Sequence[Mapping[str, int]]) -> dict[str, dict[int, int]]:
+    """What those who had it before hold different bytes of: in words, with the digest of each of them by rank.
+
+    had: by rank the first of the layers that it had before, and the one after the last; 0, 0 for none. told: by rank,
+    by layers that use it, the digest of what it holds now.
     """
-    for layers in sorted({layers for digests in told for layers in digests}):
-        holders = [rank for rank, digests in enumerate(told) if layers in digests]
-        if len({told[rank][layers] for rank in holders}) == 1:
-            continue
-        what = f"layer {layers}" if layers else "what belongs to no layer"
-        users = [int(layer) for layer in layers.split(",") if layer]
-        before = [rank for rank in holders if had[rank][1] and (not users or set(users) & set(range(*had[rank])))]
-        if len({told[rank][layers] for rank in before}) > 1:
-            raise StateDiverged(f"{what}: ranks {', '.join(map(str, before))} hold different bytes of it")
-        raise LinkBroken(f"{what} was not received as it was sent, by one of ranks {', '.join(map(str, holders))}")
+    found: dict[str, dict[int, int]] = {}
+    for layers, digests in _by_layers(told).items():
+        users = {int(layer) for layer in layers.split(",") if layer}
+        before = {
+            rank: digest
+            for rank, digest in digests.items()
+            if had[rank][1] and (not users or users & set(range(*had[rank])))
+        }
+        if len(set(before.values())) > 1:
+            found[_in_words(layers)] = before
+    return found
+
+
+def check_received(told: Sequence[Mapping[str, int]]) -> None:
+    """told: as for `differing`. Raises LinkBroken where ranks hold different bytes of the same."""
+    for layers, digests in _by_layers(told).items():
+        if len(set(digests.values())) > 1:
+            ranks = ", ".join(map(str, digests))
+            raise LinkBroken(f"{_in_words(layers)} was not received as it was sent, by one of ranks {ranks}")
+
+
+def _by_layers(told: Sequence[Mapping[str, int]]) -> dict[str, dict[int, int]]:
+    """By layers, by rank that holds what they use, its digest."""
+    names = sorted({layers for digests in told for layers in digests})
+    return {
+        layers: {rank: digests[layers] for rank, digests in enumerate(told) if layers in digests} for layers in names
+    }
+
+
+def _in_words(layers: str) -> str:
+    return f"layer {layers}" if layers else "what belongs to no layer"
 
 
 def _digest(table: StateTable, ranges: Ranges) -> int:

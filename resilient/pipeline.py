@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from snapshot.absent import absent_like, alias, bring, is_absent, release
+from snapshot.memory import memory_order
 
 from .core.order import derive_seed
 from .core.schedule import KINDS, Kind
@@ -73,6 +74,12 @@ class Pipeline(nn.Module):
         self._train_step: Callable[[object], float] | None = None
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError("pipeline(layers=...): no parameter of any layer has requires_grad=True")
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if memory_order(tensor) is None:
+                raise ValueError(
+                    f"pipeline(layers=...): {name} has gaps or overlaps in memory (a slice, an expanded tensor), so "
+                    "its layer could not move to another rank: give the layer a copy (.clone().contiguous())"
+                )
 
     def forward(self, *_: Any) -> Any:
         raise TypeError(
@@ -95,11 +102,16 @@ class Pipeline(nn.Module):
         self._train_step = train_step
 
     def layer_bytes(self) -> tuple[int, ...]:
-        """Of each layer, the bytes of its parameters and buffers; a shared parameter counts in its first layer."""
+        """Of each layer, the bytes of its parameters and buffers. A shared parameter counts in its first layer; where
+        there is a limit of memory, in each that uses it, since wherever one of them is it is held."""
         sizes = [0] * len(self.layers)
         for number, layer in enumerate(self.layers):
-            for tensor in (*layer.parameters(), *layer.buffers()):
-                sizes[number] += tensor.numel() * tensor.element_size()
+            sizes[number] += sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+        if self.rank_bytes is not None:
+            shared = {(use.layer, use.of) for use in self.uses if use.layer != layer_of(use.of)}
+            parameters = dict(self.named_parameters())
+            for number, name in sorted(shared):
+                sizes[number] += parameters[name].nbytes
         return tuple(sizes)
 
     def needed(self, layers: range) -> dict[str, nn.Parameter]:

@@ -1,12 +1,12 @@
 """The controller's dealings with the keepers about snapshots: who protects whom, and what they hold.
 
-Levels, not messages: rings and addresses are told again from time to time, and a question that is not
-answered in time counts as answered by those who did.
+Levels, not messages: rings and addresses are told again from time to time, a keeper that takes another's place is
+asked what that one was asked, and a question that is not answered in time counts as answered by those who did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +40,20 @@ def rings(plan: Plan, parity: int, domains: Mapping[str, str]) -> dict[str, Ring
 class _Question:
     asked: int
     phase: str
+    ask: Callable[[Any], None]
     expected: set[str]
     deadline: float
-    without_keeper: set[str]
+    without_keeper: set[str] = field(default_factory=set)
     """Nodes that the cluster lists as alive, where none runs at the moment."""
+    asked_of: dict[str, Any] = field(default_factory=dict)
+    """By node, the keeper that it was put to last."""
     answers: dict[str, KeeperAnswer] = field(default_factory=dict)
+
+    def put(self, node: str, keeper: Any) -> None:
+        """Once to each keeper."""
+        if self.asked_of.get(node) is not keeper:
+            self.asked_of[node] = keeper
+            self.ask(keeper)
 
 
 @dataclass(slots=True)
@@ -61,10 +70,13 @@ class Protection:
         self.tell(keepers)
 
     def heard(self, node: str, address: tuple[str, int] | None, keepers: Mapping[str, Any]) -> None:
-        """A heartbeat, with where its vault listens."""
+        """A heartbeat, with where its vault listens. A new keeper is asked what the one before it was asked."""
         if address is not None and self.addresses.get(node) != address:
             self.addresses[node] = address
             self.tell(keepers)
+        question = self._question
+        if question is not None and node in question.expected - question.answers.keys():
+            question.put(node, keepers[node])
 
     def forget(self, node: str) -> None:
         self.addresses.pop(node, None)
@@ -78,15 +90,37 @@ class Protection:
                 peers = {peer: self.addresses[peer] for peer in ring.group.nodes if peer in self.addresses}
                 keepers[node].protect.remote(ring, peers)
 
+    def view(self, keepers: Iterable[str]) -> dict[str, dict[str, int]]:
+        """By node: which group it is in, of how many nodes, how many of those may be lost, and how many keepers are
+        there. Groups are numbered in the order of nodes."""
+        alive, numbers = set(keepers), dict[tuple[str, ...], int]()
+        return {
+            node: {
+                "group": numbers.setdefault(ring.group.nodes, len(numbers)),
+                "nodes": ring.group.size,
+                "parity": ring.group.parity,
+                "keepers": len(alive.intersection(ring.group.nodes)),
+            }
+            for node, ring in sorted(self._rings.items())
+        }
+
     # Questions
 
     def take_inventory(
         self, asked: int, ended: tuple[int, ...], keepers: Mapping[str, Any], nodes: Iterable[str], deadline: float
     ) -> None:
         self.tell(keepers)  # without its ring a keeper can't tell which snapshots are complete
-        self._question = _Question(asked, "inventory", set(keepers), deadline, set(nodes) - set(keepers))
-        for keeper in keepers.values():
-            keeper.take_inventory.remote(asked, ended)
+        self._ask(
+            _Question(
+                asked=asked,
+                phase="inventory",
+                ask=lambda keeper: keeper.take_inventory.remote(asked, ended),
+                expected=set(keepers),
+                deadline=deadline,
+                without_keeper=set(nodes) - set(keepers),
+            ),
+            keepers,
+        )
 
     def rebuild(self, asked: int, elected: Elected, keepers: Mapping[str, Any], now: float, limit_s: float) -> None:
         """Decode first, everywhere; then put together."""
@@ -94,9 +128,21 @@ class Protection:
         self._ask_to_rebuild("decode", asked, keepers, now, limit_s)
 
     def _ask_to_rebuild(self, phase: str, asked: int, keepers: Mapping[str, Any], now: float, limit_s: float) -> None:
-        self._question = _Question(asked, phase, set(keepers), now + limit_s, set())
-        for keeper in keepers.values():
-            keeper.rebuild.remote(asked, phase, self._elected, dict(self.addresses))
+        self._ask(
+            _Question(
+                asked=asked,
+                phase=phase,
+                ask=lambda keeper: keeper.rebuild.remote(asked, phase, self._elected, dict(self.addresses)),
+                expected=set(keepers),
+                deadline=now + limit_s,
+            ),
+            keepers,
+        )
+
+    def _ask(self, question: _Question, keepers: Mapping[str, Any]) -> None:
+        self._question = question
+        for node, keeper in keepers.items():
+            question.put(node, keeper)
 
     def answered(self, answer: KeeperAnswer) -> None:
         question = self._question

@@ -45,17 +45,37 @@ class Known:
 
 
 @dataclass(slots=True)
+class RecentLosses:
+    """The mean losses of the last steps, as a part of the state: they outlive even all ranks together."""
+
+    means: dict[int, float] = field(default_factory=dict)
+
+    def add(self, step: int, mean: float) -> None:
+        self.means[step] = mean
+        self.means.pop(step - REMEMBERED_STEPS, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": dict(self.means)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.means = dict(state["means"])
+
+
+@dataclass(slots=True)
 class Records:
     """Rows of metrics, in the order of steps, each handed out once it is final."""
 
     _losses: dict[int, tuple[float, ...]] = field(default_factory=dict)
     _values: dict[int, dict[int, Mapping[str, float]]] = field(default_factory=dict)
     newest: int = -1
+    newest_loss: float | None = None
+    """Of the newest step, the mean; None while it is not known."""
     fetched: int = -1
     """The driver has all rows up to this step."""
     rewinds: dict[int, int] = field(default_factory=dict)
     """Steps that the run has gone back to, by the generation that did: rows from there on are to be had anew."""
     branch: int = 0
+    _recent: RecentLosses = field(default_factory=RecentLosses)
 
     def rewind(self, generation: int, step: int, branch: int, *, anew: bool) -> None:
         """The run goes on from the start of this step; if anew, it has no rows before it."""
@@ -63,6 +83,8 @@ class Records:
             del self._losses[later], self._values[later]
         self.fetched = step - 1 if anew else min(self.fetched, step - 1)
         self.newest, self.branch = step - 1, branch
+        self._recent.means = {other: mean for other, mean in self._recent.means.items() if other < step}
+        self.newest_loss = self._recent.means.get(self.newest)
         self.rewinds[generation] = step
 
     def resume(self, plans: Sequence[Plan]) -> None:
@@ -80,12 +102,16 @@ class Records:
         not know."""
         return min((step for generation, step in self.rewinds.items() if generation > heard), default=None)
 
-    def add(self, account: StepValues) -> None:
+    def add(self, account: StepValues) -> bool:
+        """False if it is nothing new, or of another line of steps."""
         if account.step <= self.fetched or account.branch != self.branch:
-            return
+            return False
         self._losses[account.step] = account.losses
         self._values.setdefault(account.step, {}).update(account.values)
-        self.newest = max(self.newest, account.step)
+        self._recent.add(account.step, mean_loss(account))
+        if account.step >= self.newest:
+            self.newest, self.newest_loss = account.step, mean_loss(account)
+        return True
 
     def after(self, fetched: int, *, all_of_them: bool) -> list[dict[str, float]]:
         """Rows after step `fetched`, as far as they are final; without gaps, but for what died with all ranks."""
@@ -105,23 +131,6 @@ class Records:
             rows.append({**row, **mean_values(self._values[step])})
             step += 1
         return rows
-
-
-@dataclass(slots=True)
-class RecentLosses:
-    """The mean losses of the last steps, as a part of the state: they outlive even all ranks together."""
-
-    means: dict[int, float] = field(default_factory=dict)
-
-    def add(self, step: int, mean: float) -> None:
-        self.means[step] = mean
-        self.means.pop(step - REMEMBERED_STEPS, None)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"means": dict(self.means)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.means = dict(state["means"])
 
 
 @dataclass(slots=True, kw_only=True)

@@ -19,6 +19,11 @@ class Result:
     of each phase (detect_s, decide_s, form_s, redo_s, total_s). Where the state was restored from a snapshot:
     source ("memory", "parity" or "storage"; otherwise "live ranks"), restored_step, and how many steps were
     replayed."""
+    bubbles: list[dict[str, Any]] = field(default_factory=list)
+    """In a pipeline, one per stage of each layout that the run was in: ranks (how many each stage has), stage (its
+    number), idle (the mean share of a step's forward and backward for which a rank of it had nothing to do),
+    by_schedule (what the schedule alone leaves in an even pipeline; None where it is uneven), rank_steps (over how many
+    steps idle is the mean, counted once for each rank). Steps that a change of generation disturbed don't count."""
     snapshots: dict[str, float] = field(default_factory=dict)
     """What rank 0's snapshots did and cost: captured, skipped, torn, blocked_s, interval, protected (step)."""
     checkpoints: dict[str, Any] = field(default_factory=dict)

@@ -1,41 +1,32 @@
-"""`Run`: what a training function receives, and the loop around the user's loop body."""
+"""`Run`: what a training function receives."""
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from snapshot.capture import capture
-from snapshot.core.branches import data_position
 from snapshot.core.digest import StatePart
 
-from .backward import watched_backward
-from .buffers import Buffers
-from .clipping import Untouched, clip
+from .batches import BatchesLoop
+from .clipping import clip
 from .core.order import derive_seed
-from .core.seat import Apply, Compute, Park, Rollback
+from .core.seat import Rollback
 from .data import Feed
 from .elementwise import check_elementwise
 from .errors import LoopError
-from .gates import Gates, Reduced
+from .gates import Reduced
+from .loop import OnNonfinite, TrainingLoop
 from .pipeline import Layer, Pipeline
+from .pipeline_loop import PipelineLoop
 from .protected import Protected
 from .randomness import seed_everything
-from .stage_side import StageSide
-from .steps import Step, StepLoop, clipping_refused
-from .sums import StepSums
-from .team import Loop, Team, mean
-
-MOST_REFUSALS = 3
-"""So many times in a row a step's data is left out because it was not finite; then the run stops."""
-OnNonfinite = Literal["ignore", "stop", "skip", "rollback"]
+from .steps import Step
+from .team import Team
 
 
 class Run:
@@ -45,33 +36,18 @@ class Run:
         self.state: dict[str, Any] = {}
         """Plain values that belong to the state: counters, histories. Captured with everything else."""
         self.device = device
-        self.committing = False
-        """Whether this iteration is the last of its step: gradients are reduced, and updates act."""
         self._team = team
         self._seed = seed
         self._on_nonfinite = on_nonfinite
         self._protected: Protected | None = None
         self._pipeline: Pipeline | None = None
-        self._stage: StageSide | None = None
-        self._norms: dict[str, float] | None = None
-        """Of the mean gradients of the step that is being committed, if some of them are on other ranks."""
-        self._untouched: Untouched | None = None
-        self._loop: weakref.ref[Generator[Any, None, None]] | None = None
-        """The loop that was asked for. Held by the user alone, so that a break ends it at once."""
-        self._entered = False
-        self._leaf: int | None = None
-        self._backward_done = False
-        self._paused = False
-        self._sought: tuple[int, tuple[int, ...]] | None = None
-        self._left_in_step: int | None = None
-        self._rollback: Rollback | None = None
-        self._refused = (-1, 0)
-        """The last step that was not finite, and with how much data in a row."""
-        self._skipping = False
-        """Whether the present step goes by without an update."""
-        self._logged: dict[int, dict[str, float]] = {}
-        self._reduced: dict[str, float] = {}
+        self._loop: TrainingLoop | None = None
         seed_everything(derive_seed("function", seed))
+
+    @property
+    def committing(self) -> bool:
+        """Whether this iteration is the last of its step: gradients are reduced, and updates act."""
+        return self._loop is not None and self._loop.committing
 
     @property
     def step(self) -> int:
@@ -132,9 +108,12 @@ class Run:
         if self._pipeline is not None:
             raise ValueError("run.batches was called in a run with a pipeline; its loop is: for step in run.steps(...)")
         assert self._protected is not None
-        loop = self._iterate(feed, self._protected)
-        self._loop = weakref.ref(loop)
-        return loop
+        self._loop = BatchesLoop(self._team, feed, self._protected, **self._loop_settings)
+        return self._loop.begin()
+
+    @property
+    def _loop_settings(self) -> dict[str, Any]:
+        return {"seed": self._seed, "on_nonfinite": self._on_nonfinite, "values": self.state}
 
     def _feed(
         self,
@@ -236,9 +215,8 @@ class Run:
             check_elementwise(name, optimizer)
         if feed.steps == 1 and self._pipeline.stages > 1:
             raise ValueError("run.steps(steps=1): a pipeline of several stages trains for two steps at least")
-        loop = self._iterate_steps(feed, self._protected, self._pipeline)
-        self._loop = weakref.ref(loop)
-        return loop
+        self._loop = PipelineLoop(self._pipeline, self._team, feed, self._protected, **self._loop_settings)
+        return self._loop.begin()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradient so that its 2-norm over the whole model is at most `max_norm`; the norm before that.
@@ -247,28 +225,26 @@ class Run:
         """
         if self._protected is None:
             raise ValueError("run.clip_grad_norm_ was called before run.protect")
-        if not self.committing:
+        loop = self._loop
+        if loop is None or not loop.committing:
             return torch.tensor(float("nan"))
-        if self._untouched is not None:
-            self._untouched.check()
-            self._untouched = None
-        return clip(self._protected.parameters, self._norms, max_norm)
+        if loop.untouched is not None:
+            loop.untouched.check()
+            loop.untouched = None
+        return clip(self._protected.parameters, loop.norms, max_norm)
 
     def log(self, **values: float | Tensor) -> None:
         """Record values for this step. What each micro-batch logs is averaged over the step.
 
         The loss is recorded by itself, exactly, from the value that backward starts from.
         """
-        if self._leaf is None:
+        if self._loop is None or self._loop.leaf is None:
             raise LoopError("run.log was called outside the training loop; return values from the function instead")
         if "step" in values:
             raise ValueError(
                 f"run.log(step={values['step']!r}): every row has its step already; log it by another name"
             )
-        mine = self._logged.setdefault(self._leaf, {})
-        for name, value in values.items():
-            if name != "loss":
-                mine[name] = float(value.detach() if isinstance(value, Tensor) else value)
+        self._loop.log(values)
 
     def reduced(self, name: str) -> Reduced:
         """A value reduced over the whole step, equal on all ranks; "loss" is the one there is.
@@ -277,7 +253,7 @@ class Run:
         """
         if name != "loss":
             raise ValueError(f'run.reduced({name!r}): only "loss" is reduced within the step')
-        return Reduced(self._reduced.get(name, float("nan")))
+        return Reduced(float("nan") if self._loop is None else self._loop.loss)
 
     def rollback(self, *, steps: int, why: str = "the training function asked for a rollback") -> None:
         """Go back by `steps` steps or more, to a snapshot, and leave out the data since: a loss spike, say.
@@ -285,7 +261,7 @@ class Run:
         To be called in a committing iteration (see `committing`), on all ranks alike. The rest of the iteration
         runs as it would, and is then forgotten. The run ends with an error if there is no such snapshot.
         """
-        if not self.committing:
+        if self._loop is None or not self._loop.committing:
             raise LoopError(
                 "run.rollback was called outside of a committing iteration; decide where run.committing is "
                 'true, on what is equal on all ranks, such as run.reduced("loss")'
@@ -294,10 +270,10 @@ class Run:
             raise ValueError(
                 f"run.rollback(steps={steps!r}): is a whole number from 1 to {self.step + 1}, the steps so far"
             )
-        self._rollback = Rollback(
+        self._loop.rollback = Rollback(
             back_to=self.step + 1 - steps,
             skip_from=None,
-            skip_to=self._position(self.step),
+            skip_to=self._loop.position(self.step),
             why=f"step {self.step}: {why}",
         )
 
@@ -308,294 +284,34 @@ class Run:
         A backward inside it is the user's own affair, and not the micro-batch's.
         """
         self._team.pause(reason)
-        self._paused = True
+        if self._loop is not None:
+            self._loop.paused = True
         try:
             yield
         finally:
-            self._paused = False
+            if self._loop is not None:
+                self._loop.paused = False
             self._team.pause(None)
-
-    # The loop around the loop
-
-    def _iterate(self, feed: Feed, protected: Protected) -> Generator[Any, None, None]:
-        self._entered = True
-        gates = Gates(protected)
-        buffers = Buffers(protected.modules)
-        sums = StepSums(protected.parameters, buffers, feed.micro_batches)
-        protected.check_schedulers()
-        gates.set()
-
-        def after_backward(root: Tensor | None) -> None:
-            if self._leaf is None or self._paused:
-                return
-            self._fold(sums, protected, None if root is None else gates.unscaled(root))
-            self._commit_or_go_on(sums, gates)
-
-        try:
-            with watched_backward(self._before_backward, after_backward):
-                self._team.enter(self._brought(feed, protected, sums))
-                buffers.begin_step()
-                while self._has_more(feed) or not self._team.finished():
-                    todo = self._team.next()
-                    if isinstance(todo, Park):
-                        self._park(sums)
-                        continue
-                    assert isinstance(todo, Compute), todo
-                    gates.check_in_place()
-                    yield self._begin(todo.leaf, feed, protected)
-                    self._end_iteration(gates)
-                    gates.close()
-                    if self._rollback is not None:
-                        self._go_back(self._rollback, sums)
-                    elif self.committing or self._skipping:
-                        self._cross_boundary(buffers)
-        except GeneratorExit:
-            self._leave(gates, buffers)
-            raise
-        finally:
-            self._leaf = None
-            gates.take_off()
-            feed.close()
-
-    def _iterate_steps(self, feed: Feed, protected: Protected, pipe: Pipeline) -> Generator[Step, None, None]:
-        self._entered = True
-        loop = StepLoop(
-            team=self._team,
-            feed=feed,
-            protected=protected,
-            pipe=pipe,
-            seed=self._seed,
-            position=self._position,
-            commit=lambda: self._commit_step(loop.sums, gates),
-            post=self._team.post(),
-        )
-        gates = Gates(protected, loop.update)
-        self._stage, sums = loop.stage, loop.sums
-        sums.check_finite = self._on_nonfinite != "ignore"
-        protected.check_schedulers()
-        gates.set()
-        pipe.bind(loop.train)
-        try:
-            with clipping_refused(protected):
-                self._team.enter(replace(self._brought(feed, protected, sums), stage=loop.stage, shape=loop.shape))
-                while self._has_more(feed) or not self._team.finished():
-                    if self._team.parked():
-                        loop.drop()
-                        self._park(sums)
-                        continue
-                    gates.check_in_place()
-                    sums.buffers.begin_step()
-                    step = loop.begin()
-                    self._leaf = next(iter(self._team.leaves()), 0)
-                    yield step
-                    loop.check_trained()
-                    if self._rollback is None and not self._team.parked():
-                        self._backward_done = True
-                        self._end_iteration(gates)
-                    gates.close()
-                    if self._rollback is not None:
-                        self._go_back(self._rollback, sums)
-                    elif self.committing or self._skipping:
-                        self._cross_boundary(sums.buffers)
-        except GeneratorExit:
-            self._leave(gates, sums.buffers)
-            raise
-        finally:
-            self._leaf = None
-            pipe.bind(None)
-            gates.take_off()
-            feed.close()
-
-    def _commit_step(self, sums: StepSums, gates: Gates) -> float:
-        self._commit_or_go_on(sums, gates)
-        if self.committing:
-            outcome = sums.kept.outcome if sums.kept is not None else None
-            norms = None if outcome is None else zip(sums.names, outcome.norms, strict=True)
-            self._norms = None if norms is None else {name: norm for name, norm in norms if norm is not None}
-            self._untouched = Untouched(sums.parameters) if norms is not None else None
-        return self._reduced.get("loss", float("nan")) if self.committing else mean(sums.losses())
-
-    def _go_back(self, rollback: Rollback, sums: StepSums) -> None:
-        self._drop_step(sums)
-        self._team.roll_back(rollback)
-
-    def _park(self, sums: StepSums) -> None:
-        """Drop what this step has come to, and go on from the snapshot that takes the state's place."""
-        self._drop_step(sums)
-        self._team.park()
-        sums.buffers.begin_step()  # in a pipeline other layers may be here than before
-
-    def _drop_step(self, sums: StepSums) -> None:
-        self._leaf, self.committing, self._skipping, self._rollback = None, False, False, None
-        self._logged, self._sought = {}, None
-        sums.forget()
-
-    def _brought(self, feed: Feed, protected: Protected, sums: StepSums) -> Loop:
-        def objects() -> Mapping[str, object]:
-            return {
-                **{f"user:{name}": thing for name, thing in protected.objects.items()},
-                "run.state": self.state,
-                "run.data": _At(feed, self._team),
-                "run.buffers": _KnownBuffers(sums),
-            }
-
-        return Loop(
-            sums=sums,
-            steps=feed.steps,
-            objects=objects,
-            control_state=protected.control_state,
-            leave=self._end_loop,
-        )
-
-    def _has_more(self, feed: Feed) -> bool:
-        feed.leave_out(len(self._team.skipped))
-        return (feed.steps is None or self.step < feed.steps) and feed.has_step(self._position(self.step))
-
-    def _position(self, step: int) -> int:
-        """Which position in the data the step trains on."""
-        return data_position(step, self._team.skipped)
-
-    def _begin(self, leaf: int, feed: Feed, protected: Protected) -> Any:
-        """Everything that a micro-batch depends on is set here, from (seed, step, leaf) alone."""
-        self._read_ahead(feed)
-        batch = feed.get(self._position(self.step), leaf)
-        for _, parameter in protected.parameters:
-            parameter.grad = None
-        self._leaf, self._backward_done, self.committing = leaf, False, False
-        seed_everything(derive_seed("micro-batch", self._seed, self.step, leaf))
-        return batch
-
-    def _read_ahead(self, feed: Feed) -> None:
-        """Aim the prefetch: at this step when it begins, at the next when the deal changes within it."""
-        aim = self._position(self.step), self._team.leaves()
-        if self._sought is None or self._sought[0] != aim[0]:
-            feed.seek(*aim)
-        elif self._sought != aim:
-            feed.seek(aim[0] + 1, aim[1])
-        self._sought = aim
-
-    def _before_backward(self) -> None:
-        if self._leaf is None or self._paused:
-            return
-        if self._backward_done:
-            raise LoopError("backward was called twice for one micro-batch; add the losses up and call backward once")
-
-    def _fold(self, sums: StepSums, protected: Protected, loss: Tensor | None) -> None:
-        assert self._leaf is not None
-        self._backward_done = True
-        protected.check_frozen()
-        sums.fold_leaf(self._leaf, loss)
-        self._team.folded(self._leaf)
-
-    def _commit_or_go_on(self, sums: StepSums, gates: Gates) -> None:
-        if not isinstance(self._team.next(), Apply):
-            return
-        if self._on_nonfinite != "ignore" and not sums.is_finite(gradients=not gates.scaled):
-            self._refuse(sums)
-            return
-        losses = sums.apply()
-        self._team.committed(losses)
-        self._reduced = {"loss": mean(losses)}
-        self.committing = True
-        gates.open = True
-        seed_everything(derive_seed("commit", self._seed, self.step))
-
-    def _refuse(self, sums: StepSums) -> None:
-        """The step's loss or gradient is not finite: nothing of it reaches the state."""
-        what = f"the loss or gradient of step {self.step} is not finite (loss {mean(sums.losses())})"
-        if self._on_nonfinite == "stop":
-            raise LoopError(f'{what}; on_nonfinite="skip" or "rollback" would go on without this step\'s data')
-        position = self._position(self.step)
-        if self._on_nonfinite == "rollback":
-            self._refused = (self.step, self._refused[1] + 1 if self._refused[0] == self.step else 1)
-            if self._refused[1] > MOST_REFUSALS:
-                raise LoopError(f"{what}, nor was it with the data of {MOST_REFUSALS} others: the state itself is bad")
-            self._rollback = Rollback(back_to=self.step, skip_from=position, skip_to=position, why=what)
-        else:
-            self._skipping = True
-            assert self._leaf is not None
-            self._logged.setdefault(self._leaf, {})["skipped"] = 1.0
-            self._team.committed(sums.losses())
-
-    def _end_iteration(self, gates: Gates) -> None:
-        if not self._backward_done:
-            raise LoopError(
-                f"an iteration of step {self.step} ended without backward; every micro-batch must be "
-                "differentiated, none can be skipped"
-            )
-        if self.committing and not gates.stepped:
-            raise LoopError(
-                f"step {self.step} was committed without optimizer.step(); call it in every iteration: it acts "
-                "once per step, when the gradients of all micro-batches have been added up (do not accumulate "
-                "by hand, choose micro_batch and global_batch instead)"
-            )
-
-    def _cross_boundary(self, buffers: Buffers) -> None:
-        logged, self._logged = self._logged, {}
-        self.committing = self._skipping = False
-        self._leaf = None
-        buffers.begin_step()
-        self._team.applied(logged)
-
-    def _leave(self, gates: Gates, buffers: Buffers) -> None:
-        """The user broke out of the loop: in good order right after a commit, and only there."""
-        if self.committing and gates.stepped:
-            self._cross_boundary(buffers)
-            if not self._team.finished():
-                os._exit(1)  # the user's code can't be gone back to: another process takes this one's place
-        else:
-            self._left_in_step = self.step
-
-    def _end_loop(self) -> None:
-        """Leave the loop now, although the user or a traceback still holds its iterator."""
-        loop = self._loop() if self._loop is not None else None
-        if loop is not None:
-            loop.close()
 
     def digest(self) -> str | StatePart:
         """xxh3-128 of the bits of all that is protected, and of run.state; of a stage what it has to give to that."""
         assert self._protected is not None
         objects = {f"user:{name}": thing for name, thing in self._protected.objects.items()}
         table = capture({**objects, "run.state": self.state})
-        return table.digest() if self._stage is None or self._stage.is_only_one else self._stage.part(table)
+        stage = None if self._loop is None else self._loop.stage
+        return table.digest() if stage is None or stage.is_only_one else stage.part(table)
 
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""
-        self._end_loop()
+        if self._loop is not None:
+            self._loop.close()
         if self._protected is None or self._loop is None:
             missing = "run.protect" if self._protected is None else "run.batches"
             raise LoopError(f"the training function returned without calling {missing}; see the README for the loop")
-        if not self._entered:
+        if not self._loop.entered:
             raise LoopError("the training function returned without iterating over what run.batches gave it")
-        if self._left_in_step is not None:
+        if self._loop.left_in_step is not None:
             raise LoopError(
-                f"the loop was left in the middle of step {self._left_in_step}; break only where run.committing is "
-                "true, after optimizer.step(), and on what is equal on all ranks"
+                f"the loop was left in the middle of step {self._loop.left_in_step}; break only where run.committing "
+                "is true, after optimizer.step(), and on what is equal on all ranks"
             )
-
-
-class _At:
-    """The data position as an object with a state, asked at a boundary."""
-
-    def __init__(self, feed: Feed, team: Team) -> None:
-        self._feed, self._team = feed, team
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._feed.state_dict(data_position(self._team.step, self._team.skipped))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._feed.load_state_dict(state)
-
-
-class _KnownBuffers:
-    """Which buffers take part in the exchange: all ranks must agree."""
-
-    def __init__(self, sums: StepSums) -> None:
-        self._sums = sums
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"names": list(self._sums.known_buffers)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if tuple(state["names"]) != self._sums.known_buffers:
-            self._sums.widen(state["names"])

@@ -113,16 +113,14 @@ class OptimizerShards:
         self._moving = True
         self._keep(former | self.owned(plan, rank))
 
-    def settle(self, plan: Plan, rank: int) -> bool:
-        """The plan holds: only what is this rank's is here from now on. Whether that is other than before."""
+    def settle(self, plan: Plan, rank: int) -> None:
+        """The plan holds: only what is this rank's is here from now on."""
         former, owned = self.seated, self.owned(plan, rank)
         self._dealt = {plan.generation: self._dealt[plan.generation]}
-        changed = former is None or former.owned != owned
-        if changed or self._moving:  # else the training thread may be using it
+        if former is None or former.owned != owned or self._moving:  # else the training thread may be using it
             self._keep(owned)
         self._moving = False
         self.seated = Seated(plan=plan, rank=rank, dealt=self._dealt[plan.generation], owned=owned)
-        return changed
 
     def begin_anew(self, plan: Plan) -> None:
         """What was here counts no more."""

@@ -66,6 +66,14 @@ class Tally:
     """Newest step at whose start all ranks were seen to hold the same state."""
     protected_generation: int = 0
     """The generation whose members captured it."""
+    newest: int = -1
+    """Step of the newest one that is captured."""
+    state_bytes: int = 0
+    """Of the whole state, all ranks' shares together."""
+    mutable_s: float = 0.0
+    """From the step's boundary until the state might be written again, the last time."""
+    protected_s: float = 0.0
+    """From the step's boundary until all ranks knew it protected everywhere, the last time."""
 
 
 @dataclass(slots=True)
@@ -135,8 +143,14 @@ class Snapshots:
         self._targets: dict[Slot, Targets] = {}
         self._copy: _Copy | None = None
         self._last: Ordinal | None = None
+        self._boundaries: dict[Ordinal, float] = {}
+        """Of the last snapshots, when their steps began."""
         self._captured_in = 0
         """The generation whose members captured it."""
+        self._full_in = 0
+        """The generation in which there was no room for the first snapshot."""
+        self._protected_here: Ordinal | None = None
+        """The newest that this node's keeper has protected, as far as is known."""
         self._everywhere = -1
         """Packed ordinal of the newest snapshot protected everywhere, for the keeper."""
         self._agreed_interval = cadence.interval
@@ -157,14 +171,20 @@ class Snapshots:
         due = self._cadence.is_due(ordinal.step, last, self._agreed_interval)
         here = read_standing(self._folder, generation)
         with self._lock:
-            self._lifecycle.never_protected(_hopeless(self._lifecycle.slots, ordinal.branch, here))
+            kept_here = self._kept_here(here, generation)
+            hopeless = _hopeless(self._lifecycle.slots, ordinal.branch, here)
+            self._lifecycle.never_protected(each for each in hopeless if each not in kept_here)
             if here.settled is not None:
                 self._lifecycle.settled(here.settled)
             room = self._free_slot(self._lifecycle.free_for_any) is not None
-            if not room and generation != self._captured_in:
-                # Keepers protect what this generation captures, and that is nothing yet: what waits, waits in vain.
-                self._lifecycle.never_protected(_waiting(self._lifecycle)[:1])
-                room = self._free_slot(self._lifecycle.free_for_any) is not None
+            if not self._lifecycle.free_for_any and generation != self._captured_in:
+                # One that is free and too small is being replaced. If there is none: keepers protect what this
+                # generation captures, and that is nothing yet, so what waits, waits in vain. Not at once: what they
+                # are about to protect they may have protected in a moment.
+                if self._full_in == generation:
+                    self._discard(self._lifecycle.in_vain(*kept_here))
+                    room = self._free_slot(self._lifecycle.free_for_any) is not None
+                self._full_in = generation
             save_room = self._saves is not None and self._lifecycle.kept is None and self._free_slot() is not None
             started = self._made > 0
         if started and not room:
@@ -184,6 +204,26 @@ class Snapshots:
             protected=-1 if here.protected < 0 else Ordinal(ordinal.branch, here.protected).packed(),
             digest=self._digest_of(Ordinal(ordinal.branch, ordinal.step - 1)),
         )
+
+    def _kept_here(self, here: Standing, generation: int) -> tuple[Ordinal | None, Ordinal | None]:
+        """The newest that this node's keeper has protected, in a former generation too, and what it is protecting now:
+        whether all nodes' have, no exchange may have told."""
+        if self._last is None:
+            return None, None
+        before = here if self._captured_in == generation else read_standing(self._folder, self._captured_in)
+        if before.protected >= 0:
+            found = Ordinal(self._last.branch, before.protected)
+            self._protected_here = max(found, self._protected_here or found)
+        goes_on = before.taken_up >= 0 and before.taken_up != before.given_up
+        return self._protected_here, Ordinal(self._last.branch, before.taken_up) if goes_on else None
+
+    def _discard(self, given_up: Iterable[Ordinal]) -> None:
+        """From now on their slots hold nothing: else a keeper might yet say that it has protected one."""
+        for ordinal in given_up:
+            slot = self._slots[self._lifecycle.slots.index(ordinal)]
+            self._lifecycle.never_protected((ordinal,))
+            if slot is not None and ordinal not in self._lifecycle.slots:
+                slot.invalidate()
 
     def _digest_of(self, ordinal: Ordinal) -> int | None:
         """Of the state that the ranks are about to leave behind, if it was captured here."""
@@ -220,6 +260,8 @@ class Snapshots:
         self._everywhere = max(self._everywhere, agreed.protected)
         everywhere = Ordinal.unpacked(agreed.protected)
         if everywhere is not None:
+            if (began := self._boundaries.pop(everywhere, None)) is not None:
+                self.tally.protected_s = time.monotonic() - began
             self.tally.protected, self.tally.protected_generation = everywhere.step, generation
             with self._lock:
                 self._lifecycle.protected(everywhere)
@@ -307,8 +349,12 @@ class Snapshots:
             if free is not None:
                 self._lifecycle.begin(free[0], ordinal, durable=durable)
         if free is not None:
+            while len(self._boundaries) >= len(self._slots):
+                del self._boundaries[min(self._boundaries)]
+            self._boundaries[ordinal] = time.monotonic()
             self._begin(ordinal, free[1], head, table)
             self._last, self._captured_in = ordinal, seating.generation
+            self.tally.state_bytes = head.state_bytes
         elif wanted:
             self.tally.skipped += 1  # the state has grown; no other rank can complete this snapshot either
         self._make_room()
@@ -368,6 +414,9 @@ class Snapshots:
                 self._say(f"a snapshot was given up, because {why}")
             else:
                 self.tally.captured += 1
+                self.tally.newest = copy.ordinal.step
+                began = self._boundaries.get(copy.ordinal)
+                self.tally.mutable_s = 0.0 if began is None else time.monotonic() - began
 
     def _digest(self, copy: _Copy) -> None:
         if copy.digesting is None:
@@ -445,11 +494,6 @@ class Snapshots:
 
 def _even_share(seating: Seating) -> Callable[[StateTable], Ranges]:
     return lambda table: merged([share_of(table.chunk_ends(), seating.rank, seating.world)])
-
-
-def _waiting(lifecycle: Lifecycle) -> list[Ordinal]:
-    """What is held and not protected everywhere, the oldest first."""
-    return sorted(held for held in lifecycle.slots if held is not None and held != lifecycle.everywhere)
 
 
 def _hopeless(slots: Iterable[Ordinal | None], branch: int, here: Standing) -> list[Ordinal]:

@@ -1,6 +1,7 @@
 """What a rank holds of a pipeline, and how that changes with the plan: memory, optimizer, sums, work.
 
-All methods are called by a generation's thread while the training thread waits outside of the user's code.
+All methods are called by a generation's thread while the training thread waits for something to do, but `settle`, if
+the step has been begun by the very plan that is settled.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ class StageSide:
         """There may be memory for other layers than those that are held."""
         self._plan: Plan | None = None
         self._rank = 0
+        self._shaped_for = range(0)
+        """The layers that sums and work are for."""
+        self._begun: Plan | None = None
+        """By which the step has been begun, though not all of its layers' state is here yet."""
+        self.goes_back = False
+        """What has been begun so does not come about: a plan has been adopted that was made without it."""
 
     # The structure of what others hold
 
@@ -84,37 +91,63 @@ class StageSide:
     # Layers come and go
 
     def bring(self, plan: Plan, rank: int, *, initial: bool = False) -> None:
-        """Have memory for the layers of this rank's stage, beside those that it has."""
+        """Have memory for the layers of this rank's stage, beside those whose state it has."""
         layers = _layers(plan, rank)
         self._more_is_here = True
         self._pipe.bring(layers, initial=initial)
         if self.shards is not None and not initial:
             self.shards.bring(plan, rank)
-            return
-        for tensor in tensors_of(self._optimizers, self._pipe.needed(layers).values()):
-            if is_absent(tensor):
-                bring(tensor)
+        else:
+            for tensor in tensors_of(self._optimizers, self._pipe.needed(layers).values()):
+                if is_absent(tensor):
+                    bring(tensor)
+        if not self.held:  # a change that has failed may have left others here
+            self._keep_to(layers)
 
     def carry_on(self, plan: Plan) -> None:
         """An unplanned one: nothing changes hands."""
         if self.shards is not None:
             self.shards.carry_on(plan)
 
-    def settle(self, plan: Plan, rank: int) -> bool:
-        """The plan holds: only its layers are here from now on. Whether they are others than before."""
+    def has_room_to_begin(self) -> bool:
+        """Whether what is here now, layers that come and layers that go, may stay during a step."""
+        most = self._pipe.rank_bytes
+        here = (*self._pipe.parameters(), *self._pipe.buffers())
+        return most is None or sum(tensor.nbytes for tensor in here if not is_absent(tensor)) <= most
+
+    def begin(self, plan: Plan, rank: int) -> None:
+        """Work by this plan from now on; what was here stays, until it is settled or gone back on."""
+        self._begun, self.goes_back = plan, False
+        self._take_up(plan, rank)
+
+    def adopted(self, plan: Plan) -> None:
+        """This is the rank's plan from now on; it holds when it has formed."""
+        self.goes_back = self.goes_back or (self._begun is not None and plan.base < self._begun.generation)
+
+    def settle(self, plan: Plan, rank: int) -> None:
+        """The plan holds: only its layers are here from now on."""
+        if self.goes_back:
+            self._work.drop()
+            self._shaped_for = range(0)
+        layers = _layers(plan, rank)
+        if layers != self.held or self._more_is_here:  # the second also after a change that has failed
+            self._keep_to(layers)
+        self.held = layers
+        if self.shards is not None:
+            self.shards.settle(plan, rank)
+        if self._begun is not plan:
+            self._take_up(plan, rank)
+        self._work.disturbed()
+        self._begun, self.goes_back = None, False
+
+    def _take_up(self, plan: Plan, rank: int) -> None:
         self._plan, self._rank = plan, rank
         layers = _layers(plan, rank)
-        changed = layers != self.held
-        if changed or self._more_is_here:  # the second also after a change that has failed
-            self._keep_to(layers)
-        if changed:
-            self.held = layers
+        if layers != self._shaped_for:
+            self._shaped_for = layers
             self._reshape(layers)
         self._sums.elsewhere = frozenset(use for use, layer in self.uses.items() if layer not in layers)
-        if self.shards is not None:
-            changed |= self.shards.settle(plan, rank)
         self._work.seated(plan, rank)
-        return changed
 
     def _keep_to(self, layers: range) -> None:
         self._more_is_here = False
@@ -173,15 +206,19 @@ class StageSide:
 
     def begin_anew(self, plan: Plan, rank: int) -> None:
         """The state that was here counts no more: have memory for that of this rank's stage, and no other."""
+        self.held = self._shaped_for = range(0)
+        self._begun, self.goes_back = None, False
         if self.shards is not None:
             self.shards.begin_anew(plan)
         self.bring(plan, rank)
-        self._keep_to(_layers(plan, rank))
-        self.held = range(0)
 
     @property
     def post_port(self) -> int:
         return self._work.post_port
+
+    def all_through(self) -> None:
+        """All ranks have done their forward and backward of this step."""
+        self._work.all_through()
 
     @property
     def timing(self) -> Timing:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from actors.post import Key, Parcel, Post
 
 from .buffers import Buffers
+from .core.bubbles import Bubble, Bubbles, bubble_of
 from .core.plan import Place, Plan, Stage
 from .core.schedule import Action, Backward, Forward, choose, turns_of, under_way_limit
 from .errors import LoopError
@@ -56,7 +57,10 @@ class Timing:
     layers: dict[int, deque[float]] = field(default_factory=dict)
     busy_s: float = 0.0
     idle: float = 0.0
-    """The share of the last step's forward and backward for which this rank had nothing to do."""
+    """The share of the last undisturbed step's forward and backward, until all ranks were through, for which this one
+    had nothing to do."""
+    bubbles: Bubbles = field(default_factory=Bubbles)
+    """The same of all of them."""
 
     def took(self, layer: int, time_s: float) -> None:
         self.layers.setdefault(layer, deque(maxlen=REMEMBERED)).append(time_s)
@@ -112,7 +116,8 @@ class StageWork:
         """Of the steps before nothing is needed any more."""
         self._step = step
         self._forget()
-        self._began = self._ended = time.monotonic()
+        self._began = self._all_through_at = time.monotonic()
+        self._disturbed = False
         self.timing.busy_s = 0.0
         if self._post is not None:
             self._post.drop(lambda key: key[1] < step)
@@ -120,6 +125,10 @@ class StageWork:
     def drop(self) -> None:
         """The step is given up."""
         self._forget()
+
+    def disturbed(self) -> None:
+        """The step under way says nothing about how long one takes."""
+        self._disturbed = True
 
     def _forget(self) -> None:
         self._under_way.clear()
@@ -140,9 +149,8 @@ class StageWork:
             former = self._stage
             self._plan, self._stage, self._number = plan, stage, number
             self._owners = [plan.owners(each.ranks) for each in plan.stages]
-            self._turns = turns_of(
-                [[plan.leaves[rank] for rank in each.ranks] for each in plan.stages], plan.micro_batches
-            )
+            self._turns = turns_of(plan.micro_batches)
+            self._bubble = _bubble(plan, number)
             if plan.kind != "unplanned" or (former.first, former.stop) != (stage.first, stage.stop):
                 self._segments = self._made_segments(stage)
                 self.timing.forget(range(stage.first, stage.stop))
@@ -181,7 +189,6 @@ class StageWork:
             del self._under_way[leaf]  # another rank's by now
         fresh = todo - self._under_way.keys()
         return choose(
-            self._pipe.schedule,
             self._limit,
             fresh=fresh,
             under_way=self._under_way.keys(),
@@ -214,14 +221,20 @@ class StageWork:
                 arrived = self._get(self._stage.stop, leaf, BACKWARD)
                 passage = self._under_way.pop(leaf)
                 folded = self._backward(leaf, passage, self._gradients(arrived, passage))
-        self._ended = time.monotonic()
-        self.timing.busy_s += self._ended - began
+        self.timing.busy_s += time.monotonic() - began
         return folded
+
+    def all_through(self) -> None:
+        """All ranks have done their forward and backward of this step. By the generation's thread."""
+        self._all_through_at = time.monotonic()
 
     def end_step(self) -> None:
         """All micro-batches have been through, on all ranks: nobody needs anything again."""
         self._forget()
-        self.timing.idle = 1 - self.timing.busy_s / max(self._ended - self._began, self.timing.busy_s, 1e-9)
+        if not self._disturbed:
+            busy_s = self.timing.busy_s
+            self.timing.idle = 1 - busy_s / max(self._all_through_at - self._began, busy_s, 1e-9)
+            self.timing.bubbles.add(replace(self._bubble, rank_steps=1, idle=self.timing.idle))
 
     def _forward(self, leaf: int) -> Folded | None:
         passage = Passage()
@@ -312,6 +325,16 @@ class StageWork:
         to = self._owner(stage, key[3])
         self._sent[key] = Sent(parcel, stage, to.member)
         self._post.send(to.member, (to.address.host, to.address.post), key, parcel)
+
+
+def _bubble(plan: Plan, stage: int) -> Bubble:
+    """With nothing counted yet."""
+    owned = {len(leaves) for leaves in plan.leaves}
+    return Bubble(
+        ranks=tuple(len(each.ranks) for each in plan.stages),
+        stage=stage,
+        by_schedule=bubble_of(len(plan.stages), owned.pop()) if len(owned) == 1 else None,
+    )
 
 
 def _moved(value: Any, device: torch.device) -> Any:

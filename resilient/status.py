@@ -11,6 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from actors import launch
 
 from .cli_output import Answer
+from .core.view import step_of
 
 ANSWER_LIMIT_S = 10.0
 
@@ -30,9 +31,10 @@ def attach() -> None:
 
 
 def runs(run: str | None = None) -> list[RunView]:
-    """All that have a controller, or this one, by name and attempt. A controller that does not answer in time has
+    """All that are going on, or this one, by name and attempt. A controller that does not answer in time has
     only `run`, `attempt` and `error`."""
-    return [_asked(*key) for key in controllers(launch.names(f"{run}/" if run is not None else ""))]
+    found = [_asked(*key) for key in controllers(launch.names(f"{run}/" if run is not None else ""))]
+    return [view for view in found if not view.get("lingers")]
 
 
 def controllers(names: list[str]) -> list[tuple[str, int]]:
@@ -53,6 +55,19 @@ def _asked(run: str, attempt: int) -> RunView:
     return {"run": run, "attempt": attempt, "error": error}
 
 
+def shown(run: str) -> dict[str, Any] | None:
+    """All that the live page of this run shows; None while its controller does not answer, or if there is none."""
+    found = controllers(launch.names(f"{run}/"))
+    handle = launch.find(f"{run}/{found[-1][1]}/controller") if found else None
+    if handle is None:
+        return None
+    try:
+        answer: dict[str, Any] = ray.get(handle.shown.remote(), timeout=ANSWER_LIMIT_S)
+    except (RayActorError, GetTimeoutError):
+        return None
+    return answer
+
+
 def describe(answer: Answer, found: list[RunView], run: str | None = None) -> None:
     """For people and for programs. Not good if nothing is running."""
     answer.document["runs"] = found
@@ -71,13 +86,15 @@ def describe(answer: Answer, found: list[RunView], run: str | None = None) -> No
 
 def _describe(answer: Answer, view: RunView) -> None:
     answer.say(
-        f"{view['run']}, attempt {view['attempt']}: step {view['step']}, generation {view['generation']}, "
+        f"{view['run']}, attempt {view['attempt']}: {step_of(view)}, generation {view['generation']}, "
         f"{len(view['ranks'])} ranks on {len({seat['node'] for seat in view['ranks']})} of {len(view['nodes'])} nodes"
     )
     if view["outcome"] is not None:
         answer.say(f"ended: {view['outcome']['outcome']}: {view['outcome']['reason']}")
     if view["recovering"] is not None:
         answer.say(f"recovering: {view['recovering']['kind']} {view['recovering']['reason']}".rstrip())
+    if view["observe"]["url"] is not None:
+        answer.say(f"live page: {view['observe']['url']}")
     answer.say(f"snapshots: {_snapshots(view['snapshots'])}")
     answer.say(f"checkpoints: {_checkpoints(view['checkpoints'])}")
     for node, leaving in view["leaving"].items():

@@ -75,9 +75,10 @@ class StepSums:
     def reshape(
         self, parameters: Sequence[tuple[str, nn.Parameter]], uses: Sequence[SharedUse], buffers: Buffers
     ) -> None:
-        """Others are here from now on, at a step's boundary: nothing of a step has begun, or is kept."""
+        """Others are here from now on, at a step's boundary: nothing of a step has begun. The kept result stays, for
+        those that lack it."""
         assert not self.partial.nodes, "a step has begun"
-        self.parameters, self.uses, self.buffers, self.kept = parameters, uses, buffers, None
+        self.parameters, self.uses, self.buffers = parameters, uses, buffers
         self.layout = self._lay_out()
         self.pool = Pool(self.layout, self.device)
         self.partial = PartialSums(self.micro_batches, self.pool)

@@ -245,7 +245,7 @@ def _all_layers(layers: int, micro_batches: int) -> Staging:
         seated=(1,),
         stages=(Stage(first=0, stop=layers, ranks=(0,)),),
         leaves=(tuple(range(micro_batches)),),
-        slowest_s=0.0,
+        step_s=0.0,
         reason="",
     )
 

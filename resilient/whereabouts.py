@@ -52,6 +52,10 @@ class Whereabouts:
                 found.setdefault(self._users(spec), []).append((start, stop))
         return {users: merged(ranges) for users, ranges in sorted(found.items())}
 
+    def for_updates(self, specs: Sequence[TensorSpec]) -> Ranges:
+        """The bytes of what optimizers keep of the layers' parameters: computing needs none of it."""
+        return merged((start, stop) for spec, start, stop in _spans(specs) if "[" in spec.name and self._users(spec))
+
     def captured(
         self, specs: Sequence[TensorSpec], plan: Plan, rank: int, owners: Mapping[int, int] | None = None
     ) -> Ranges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -67,12 +68,12 @@ class RankBody:
         except BaseException as error:  # noqa: BLE001  the thread's edge: whatever the user's code raises ends the run
             if is_machine_error(error):
                 traceback.print_exc()
-                self._member.crashed_here(user_traceback(error))
+                self._member.telling.crashed_here(user_traceback(error))
                 os._exit(1)
-            self._member.failed(self._member.step, user_traceback(error))
+            self._member.telling.failed(self._member.step, user_traceback(error))
         else:
             self._host.tell(ReturnValue(member=self._host.member, value=value))
-            self._member.returned(digest)
+            self._member.telling.returned(digest)
 
     def _train(self) -> tuple[bytes, Any]:
         import torch
@@ -80,6 +81,9 @@ class RankBody:
         torch.set_num_threads(self._job.settings.threads)
         if self._member.device.type == "cuda":
             torch.cuda.set_device(self._member.device)
+        # While a process waits for a place, Ray has all others collect garbage every 10 s. With torch's objects among
+        # what is looked through that takes 0.1 to 0.5 s, in which the rank stands still; so they are left out.
+        gc.freeze()
         value, digest = call(self._job.function, self._member, self._job.settings, self._member.device)
         return cloudpickle.dumps(value), digest
 
@@ -87,13 +91,13 @@ class RankBody:
         self._member.deliver(message)
 
     def report(self) -> None:
-        self._member.report()
+        self._member.telling.report()
 
     def acknowledged(self, through: int) -> None:
-        self._member.recorded_through(through)
+        self._member.telling.recorded_through(through)
 
     def repeat_records(self) -> None:
-        self._member.repeat_records()
+        self._member.telling.repeat_records()
 
 
 def call(function: bytes, team: Any, settings: Settings, device: Any) -> tuple[Any, Any]:

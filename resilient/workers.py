@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from actors import launch
@@ -215,18 +216,32 @@ class Workers:
         }
         return started, set(self._gone)
 
+    def close(self) -> Processes:
+        """All that there are, to be ended by whoever asks: nothing is started from now on. What is said to have died
+        meanwhile changes nothing about them."""
+        self._over = True
+        patience_s = self._job.settings.detection_s / 2
+        return Processes(ranks=tuple(self.ranks.values()), keepers=tuple(self.keepers.values()), patience_s=patience_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """A run's, as it ends."""
+
+    ranks: tuple[Any, ...]
+    keepers: tuple[Any, ...]
+    patience_s: float
+
     def end(self, *, linger: bool) -> None:
         """End every process; keepers a while later, if they are to linger. Ranks may end by themselves first:
         then Ray reports no failure of theirs."""
-        self._over = True
-        patience_s = self._job.settings.detection_s / 2
-        for rank in self.ranks.values():
+        for rank in self.ranks:
             launch.end(rank)
         if linger:
-            launch.wait([keeper.linger.remote() for keeper in self.keepers.values()], patience_s)
+            launch.wait([keeper.linger.remote() for keeper in self.keepers], self.patience_s)
             return
-        launch.wait([keeper.clean_up.remote(patience_s) for keeper in self.keepers.values()], 2 * patience_s + 1.0)
-        for keeper in self.keepers.values():
+        launch.wait([keeper.clean_up.remote(self.patience_s) for keeper in self.keepers], 2 * self.patience_s + 1.0)
+        for keeper in self.keepers:
             launch.end(keeper)
 
 

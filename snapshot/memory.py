@@ -25,8 +25,13 @@ def place_of(tensor: Tensor) -> Place:
 def address_of(tensor: Tensor) -> object:
     """Where its first element is; of an absent one, where it would be."""
     if is_absent(tensor):
-        return "absent", tensor.untyped_storage()._cdata, tensor.storage_offset()
+        return "absent", storage_of(tensor), tensor.storage_offset()
     return tensor.data_ptr()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Which storage it has, present or not."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ from snapshot.capture import (
     parameter_states,
     parts_with_extra_state,
 )
+from snapshot.memory import storage_of
 from snapshot.sharded import identity_of, is_sharded, local_of
 from snapshot.tree import Json, to_bytes
 
@@ -47,7 +48,8 @@ class Changed(Exception):
 class Memory:
     """Tensors, and what memory they were; for a DTensor its local tensor stands.
 
-    Of absent ones only that they still are, and which parts of them are held: they have a type of their own.
+    Of absent ones that they still are, with the same empty storage, and which parts of them are held: they have a type
+    of their own.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -56,6 +58,7 @@ class Memory:
         self._parts = list(map(identity_of, self._sharded))
         self._absent = [local for local in map(local_of, whole) if is_absent(local)]
         self._kinds, self._held = list(map(type, self._absent)), list(map(parts_of, self._absent))
+        self._storages = list(map(storage_of, self._absent))
         present = [tensor for tensor in whole if not is_absent(local_of(tensor))]
         present.extend(part for _, part in chain.from_iterable(self._held))
         self._at = {id(tensor): position for position, tensor in enumerate(present)}
@@ -69,6 +72,9 @@ class Memory:
         if not _same(map(type, self._tensors), self._types) or not _same(map(_DTYPE, self._tensors), self._dtypes):
             raise Changed
         if not _same(map(type, self._absent), self._kinds) or not _same(map(parts_of, self._absent), self._held):
+            raise Changed
+        # One that was brought and released meanwhile has another, and the table's alias the one that was brought.
+        if list(map(storage_of, self._absent)) != self._storages:
             raise Changed
         if self._sharded:
             self._check_sharded()

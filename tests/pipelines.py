@@ -82,6 +82,8 @@ def train(
     schedule: Any = "1f1b",
     beside: Callable[[resilient.Run], None] = lambda run: None,
     shard_optimizer: bool = False,
+    *,
+    rank_bytes: int | None = None,
 ) -> list[float]:
     """The losses."""
     pipe = run.pipeline(
@@ -92,6 +94,7 @@ def train(
         checkpoint=checkpoint,
         schedule=schedule,
         shard_optimizer=shard_optimizer,
+        rank_bytes=rank_bytes,
     )
     optimizer = torch.optim.AdamW(pipe.parameters(), 1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)

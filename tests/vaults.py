@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,11 @@ def write_slots(
     ranks: Sequence[int],
     share_bytes: int = 300_000,
     more_bytes: int = 1000,
+    durable: bool = False,
 ) -> None:
     """As the ranks of a node do, each into another one of its three slots than the two steps before."""
     for rank in ranks:
-        head = head_of(ring, key, rank, share_bytes, more_bytes)
+        head = replace(head_of(ring, key, rank, share_bytes, more_bytes), durable=durable)
         path = folder / f"rank-{head.member}.slot-{key.step % 3}"
         if path.exists():
             path.unlink()

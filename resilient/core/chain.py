@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from .planner import SMALL_GAIN
 
@@ -67,6 +68,17 @@ class Kind:
     memory_bytes: int | None
     ranks: tuple[int, ...]
     """Ascending."""
+
+
+def predicted_s(costs: Costs, usual_speed: float, stages: Iterable[tuple[int, float]]) -> float:
+    """What a step takes at least, and nearly: a stage begins when one micro-batch has come forward through the layers
+    before it, and ends before the last one goes back through them. Messages are taken to cost nothing.
+
+    usual_speed: that of most ranks; the layers before are taken to be on such. stages: of each its first layer, and
+    how long that of its ranks computes which does so longest.
+    """
+    before_ns = (0, *accumulate(costs.layer_ns))
+    return max(before_ns[first] / NANO / usual_speed + longest_s for first, longest_s in stages)
 
 
 def kinds_of(ranks: Sequence[Rank], among: Iterable[int]) -> tuple[Kind, ...]:

@@ -25,6 +25,7 @@ from typing import Any
 from snapshot.core.branches import Lineage
 
 from . import ending, recovery
+from .bubbles import Bubbles
 from .chronicle import Chronicle
 from .events import (
     Event,
@@ -80,6 +81,7 @@ class Control:
     newest: int = 0
     chronicle: Chronicle = field(default_factory=Chronicle)
     timings: Timings = field(default_factory=Timings)
+    bubbles: Bubbles = field(default_factory=Bubbles)
     failures: Failures = field(init=False)
     restoring: Restoring = field(init=False)
     going_back: GoingBack = field(init=False)
@@ -90,8 +92,12 @@ class Control:
     _out: list[Instruction] = field(default_factory=list)
     _unheard: set[int] = field(default_factory=set)
     _since: dict[str, float] = field(default_factory=dict)
+    _dealt_again: int = 0
+    """Micro-batches of members that the generation which is being created goes on without."""
     _said: str = ""
     _starting: Starting = field(init=False)
+    _asked_back: tuple[int, Rollback | None] = (0, None)
+    """A branch, and what was asked for last by ranks that were on it."""
     _inherited: int = 0
     """The newest generation that an earlier controller has made."""
 
@@ -117,6 +123,7 @@ class Control:
         _TABLE[type(event)](self, event)
         if not self.ended:
             self._settle()
+        self.chronicle.figures.spent.look(now, waits=self.waits)
         return tuple(self._out)
 
     # Facts
@@ -176,6 +183,7 @@ class Control:
             return
         member.report = report
         self.timings.take(report.member, report.layer_s)
+        self.bubbles.take(report.member, report.bubbles)
         self.membership.changed(member)
         if report.formed and report.formed in self.plans and self._counts_as_formed(report.member, report.formed):
             self._rule(formed=self.plans[report.formed], current=self.current)
@@ -264,7 +272,7 @@ class Control:
         self.restoring.lineage = Lineage(branches=created.branches)
         self._since.pop("broken", None)
         left_out = self._left_out()
-        self.chronicle.created(created, self.now, drained=bool(left_out))
+        self.chronicle.created(created, self.now, drained=bool(left_out), dealt_again=self._dealt_again)
         for number in (*created.members, *sorted(left_out)):
             self._send(self.membership.members[number])
 
@@ -344,26 +352,41 @@ class Control:
 
     def make(self, plan: Plan) -> None:
         self.creating, self.newest = plan, plan.generation
+        lost = (
+            set() if plan.kind != "unplanned" or self.formed is None else self.formed.ranks.keys() - plan.ranks.keys()
+        )
+        self._dealt_again = sum(len(self.formed.leaves_of(member)) for member in lost) if self.formed else 0
         self._since.pop("waiting", None)
         self._out.append(CreateGeneration(plan=plan))
 
     def _rollback_wanted(self) -> Rollback | None:
-        """What seated ranks ask for. They all do, but one is enough."""
+        """What seated ranks ask for, or have asked for on this branch. They all do, but one is enough, also if it dies
+        then: the others may not have learned of it."""
         if self.formed is None or self.current is None:
             return None
+        if asks := self._asks_to_go_back(self.formed):
+            self._asked_back = self.formed.branch, max(asks, key=_known_by)
         # A planned change is reached only over an exchange, which whoever wants to go back does not take part in.
         if self.formed is not self.current and self.current.kind != "planned":
             return None
-        seated = self.membership.tally(self.formed)
-        if len(seated.values("rollback")) <= 1:
-            return next(iter(seated.values("rollback")), None)
-        first = self.membership.members[min(seated.numbers("rollback"), key=self.formed.rank_of)]
-        return None if first.report is None else first.report.rollback
+        branch, asked = self._asked_back
+        return asked if branch == self.formed.branch else None
+
+    def _asks_to_go_back(self, formed: Plan) -> list[Rollback]:
+        """Of those who have done what was asked for before, some may not have told so yet."""
+        numbers = self.membership.tally(formed).numbers("rollback")
+        reports = (self.membership.members[number].report for number in sorted(numbers))
+        return [
+            report.rollback
+            for report in reports
+            if report is not None and report.rollback is not None and report.generation >= formed.since
+        ]
 
     def _go_back(self, rollback: Rollback) -> None:
         if rollback.back_to < 0:
             self.fail(f"{rollback.why}, and there is no state from before that is known to be right")
             return
+        self.chronicle.rolled_back(rollback)
         self._replace(rollback.suspects, rollback.why)
         self.restoring.look_for(rollback)
         if not self.ended:
@@ -468,6 +491,16 @@ class Control:
             return 0.0
         return self.now - self._since.setdefault(what, self.now)
 
+    @property
+    def waits(self) -> bool:
+        """For nodes: there are too few ranks, and none that is starting."""
+        return "waiting" in self._since and not self.membership.everybody.values("starting")
+
+    @property
+    def waiting_s(self) -> float:
+        """For how long nodes have been waited for; 0 if they are not."""
+        return self.now - self._since["waiting"] if self.waits else 0.0
+
     def say(self, text: str) -> None:
         if text != self._said:
             self._said = text
@@ -482,6 +515,11 @@ class Control:
     def _end(self, outcome: Any, reason: str, digest: str = "") -> None:
         self.ended = True
         self._out.append(End(outcome=outcome, reason=reason, digest=digest))
+
+
+def _known_by(rollback: Rollback) -> tuple[bool, int, str]:
+    """Of those that ranks ask for after the same, the one by whoever has learned most is the greatest."""
+    return bool(rollback.suspects), rollback.back_to, rollback.why
 
 
 _TABLE: dict[type, Callable[[Control, Any], None]] = {

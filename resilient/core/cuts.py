@@ -1,7 +1,9 @@
-"""Where a chain of layers is cut into stages so that the slowest rank of all is done as early as can be.
+"""Where a chain of layers is cut into stages so that a step takes as little time as can be.
 
-For a time T each rank of a stage [first, stop) can do T // (its time for one micro-batch) of them, so the stage needs
-a certain number of ranks, and the fewest ranks for the layers before each layer follow from those before it (dynamic
+A stage [first, stop) has nothing to do until a micro-batch has come forward through the layers before it, and the
+last one has to go back through them: of a time T it has what is left when one micro-batch has been through those
+(`chain.predicted_s`). In that each of its ranks can do a whole number of micro-batches, so the stage needs a certain
+number of ranks, and the fewest ranks for the layers before each layer follow from those before it (dynamic
 programming over layers). T is allowed when no more ranks are needed than there are; the smallest such T is found by
 bisection. What it costs does not depend on the number of ranks, only on that of kinds: ranks of the kind with most are
 counted, and for all others it is tried how many of them each stage gets. That suits what is normal, two or three slow
@@ -46,6 +48,8 @@ class Cutting:
     def __init__(self, costs: Costs, kinds: Sequence[Kind], micro_batches: int, stages: int) -> None:
         self.kinds, self.layers, self.micro_batches = kinds, costs.layers, micro_batches
         ends = np.array([0, *accumulate(costs.layer_ns)], np.int64)
+        self.before_ns = ends
+        """By first layer of a stage: what one micro-batch takes in the layers before it, all on ranks of this kind."""
         weights = np.array([0, *accumulate(costs.layer_bytes)], np.int64)
         stage_bytes = weights[:, None] - weights[None, :]
         self.leaf_ns: list[Integers] = []
@@ -78,7 +82,7 @@ class Cutting:
 
         With several kinds at most a thousandth more than that.
         """
-        worst = int(self.micro_batches * self.model_ns * self.slowest_kind) + self.micro_batches
+        worst = int(self.micro_batches * self.model_ns * self.slowest_kind) + self.micro_batches + self.model_ns
         if self.allowed(worst, counts) is None:
             return None
         power = sum(len(kind.ranks) * kind.speed / self.kinds[0].speed for kind in self.kinds)
@@ -108,7 +112,8 @@ class Cutting:
 
     def needs(self, limit_ns: int) -> dict[Placed, Integers]:
         """For each way to place rare kinds on a stage, the ranks of the first kind that it needs beside them."""
-        return self._needs([limit_ns // leaf_ns for leaf_ns in self.leaf_ns])
+        left_ns = np.maximum(limit_ns - self.before_ns, 0)
+        return self._needs([left_ns[None, :] // leaf_ns for leaf_ns in self.leaf_ns])
 
     def _needs(self, whole: Sequence[Integers]) -> dict[Placed, Integers]:
         """whole: for each kind the micro-batches that one of its ranks does in time, by stage."""
@@ -211,7 +216,8 @@ class Cutting:
 
     def _whole(self, limit_ns: int, cut: Cut) -> list[Integers]:
         firsts, stops = list(cut[:-1]), list(cut[1:])
-        return [limit_ns // leaf_ns[stops, firsts] for leaf_ns in self.leaf_ns]
+        left_ns = np.maximum(limit_ns - self.before_ns[firsts], 0)
+        return [left_ns // leaf_ns[stops, firsts] for leaf_ns in self.leaf_ns]
 
 
 def _sum(one: Placed, other: Placed) -> Placed:

@@ -8,7 +8,7 @@ in everybody's sums, so all go back to before that; whoever stands against a maj
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .lane import NOBODYS
 from .plan import Plan
@@ -38,10 +38,39 @@ def rollback_after(plan: Plan, step: int, digests: Sequence[int], verified: int)
     """What all ranks ask for, who know the same. verified: newest step at whose start all held the same state."""
     odd = odd_of_stages(plan, digests)
     if odd:
-        names = ", ".join(f"rank {rank} (node {plan.places[rank].node[:8]})" for rank in odd)
-        what = f"{names} had another state at the start of step {step} than the majority of ranks"
+        what = f"{_named(plan, odd)} had another state at the start of step {step} than the majority of ranks"
     else:
         what = f"the ranks' states at the start of step {step} differ, and none is that of a majority"
+    return _rollback(plan, what, odd, verified)
+
+
+def rollback_after_move(plan: Plan, step: int, differing: Mapping[str, Mapping[int, int]], verified: int) -> Rollback:
+    """The same where it is found at the boundary before this step, as layers are about to move. differing: in words
+    what differs, and by rank of those that had it before, the digest of it."""
+    odd = tuple(sorted({rank for digests in differing.values() for rank in _odd_holders(digests)}))
+    what = ", ".join(differing)
+    if odd:
+        found = (
+            f"{_named(plan, odd)} had other bytes of {what} at the start of step {step} than the majority that had it"
+        )
+    else:
+        holders = ", ".join(str(rank) for rank in sorted({rank for digests in differing.values() for rank in digests}))
+        found = (
+            f"ranks {holders} had different bytes of {what} at the start of step {step}, and none those of a majority"
+        )
+    return _rollback(plan, found, odd, verified)
+
+
+def _odd_holders(digests: Mapping[int, int]) -> list[int]:
+    ranks = sorted(digests)
+    return [ranks[place] for place in odd_ones([digests[rank] for rank in ranks])]
+
+
+def _named(plan: Plan, odd: Sequence[int]) -> str:
+    return ", ".join(f"rank {rank} (node {plan.places[rank].node[:8]})" for rank in odd)
+
+
+def _rollback(plan: Plan, what: str, odd: Sequence[int], verified: int) -> Rollback:
     return Rollback(
         back_to=verified,
         skip_from=0,

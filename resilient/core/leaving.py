@@ -125,12 +125,13 @@ class Leaving:
     def release(self) -> None:
         """Ranks that no generation which may still form has a seat for."""
         control = self.control
-        first = control.current if control.formed is None else None
-        hopeless = first is not None and bool(self._membership.tally(first).values("gone"))
+        formed, forming = control.formed, control.current if control.current is not control.formed else None
+        hopeless = forming is not None and bool(self._membership.tally(forming).values("gone"))
         for member in self._membership.leavers():
             planned = any(member.number in plan.ranks for plan in control.plans.values())
-            # A beginning that has lost somebody will not form any more; it may have, which would be told by then.
-            waited_s = control.for_s(f"release {member.number}", hopeless or not planned)
+            # What has lost somebody will not form any more; it may have, which would be told by then.
+            joins_in_vain = hopeless and (formed is None or member.number not in formed.ranks)
+            waited_s = control.for_s(f"release {member.number}", joins_in_vain or not planned)
             ready = not planned and self._has_nothing(member)
             if not ready and waited_s < self._limits.start_together_s:
                 continue

@@ -58,9 +58,11 @@ def _beside(
     costs: Costs, ranks: Sequence[Rank], seated: Seated, cutting: Cutting, limit_ns: int, slow: Kind
 ) -> Seated | None:
     """The slow ones added where there is a micro-batch left for each, and time for it; None if there is not."""
-    one_ns = limit_ns * slow.speed / cutting.kinds[0].speed  # what a stage may take on a rank of the fast kind
+    slower = cutting.kinds[0].speed / slow.speed
     most = [
-        cutting.micro_batches - len(there) if sum(costs.layer_ns[first:stop]) <= one_ns else 0
+        cutting.micro_batches - len(there)
+        if cutting.before_ns[first] + sum(costs.layer_ns[first:stop]) * slower <= limit_ns
+        else 0
         for first, stop, there in zip(seated.cut, seated.cut[1:], seated.ranks, strict=False)
     ]
     if sum(most) < len(slow.ranks) or sum(map(len, seated.ranks)) < len(cutting.kinds[0].ranks):

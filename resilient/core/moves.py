@@ -7,7 +7,7 @@ sent once to each receiver, and all who have it share the work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from snapshot.core.ranges import Ranges, clipped, common, size_of
 
@@ -41,6 +41,19 @@ def transfers(has: Sequence[Ranges], wants: Sequence[Ranges]) -> tuple[Transfer,
         if missing:
             raise ValueError(f"nobody has bytes {missing} of the state, which rank {receiver} needs")
     return tuple(found)
+
+
+def divided(moves: Sequence[Transfer], later: Ranges) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+    """The same bytes, those outside of `later` first."""
+    first = (
+        replace(each, start=start, stop=stop)
+        for each in moves
+        for start, stop in without(((each.start, each.stop),), later)
+    )
+    then = (
+        replace(each, start=start, stop=stop) for each in moves for start, stop in clipped(later, each.start, each.stop)
+    )
+    return tuple(first), tuple(then)
 
 
 def _shared_out(part: Ranges, senders: Sequence[int], receiver: int) -> list[Transfer]:

@@ -6,16 +6,17 @@ Wanted, in this order:
    the user's number is an upper bound: any smaller number that fits and seats everybody is tried too, and the fastest
    is taken, because fewer stages are often better balanced. Without a limit the number is kept: splitting is what was
    asked for.
-2. The slowest rank is done as early as can be.
+2. The step is as short as can be: the slowest rank's computing, and what the pipeline's filling adds
+   (`chain.predicted_s`).
 3. The fewest bytes move between ranks.
 4. The first in lexicographic order of cuts: the same input has the same answer.
 
 What is exact, and what a bound:
 
-- Ranks of one speed and memory: `slowest_s` is the least there is. `moved_bytes` is the least there is with that, if
+- Ranks of one speed and memory: `step_s` is the least there is. `moved_bytes` is the least there is with that, if
   there are no more than `movement.EVERY` ways to cut; otherwise good, and not proven least.
 - A few ranks of other speeds or memory (`Cutting.affordable`): speeds within SMALL_GAIN count as equal, and even runs
-  of micro-batches are preferred where they cost no more than SMALL_GAIN, so `slowest_s` is at most
+  of micro-batches are preferred where they cost no more than SMALL_GAIN, so `step_s` is at most
   1.001 (1 + SMALL_GAIN)^2 times the least. It may be more only where there are more ranks than micro-batches, too many
   to try all, and a rare kind is faster or larger than the common one. `moved_bytes` is not proven least.
 - Many ranks of many speeds: see `mixed.py`. No bound is promised.
@@ -26,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .chain import NANO, Costs, Kind, Rank, kinds_of
+from .chain import NANO, Costs, Kind, Rank, kinds_of, predicted_s
 from .cuts import Cutting
 from .mixed import mixed
 from .movement import Movement, Seated
@@ -60,10 +61,9 @@ class Partition:
     unseated: tuple[int, ...]
     """Ranks for which there is no micro-batch, because each stage has as many ranks as micro-batches; ascending."""
     slowest_s: float
-    """How long the rank that is done last computes in a step."""
+    """How long the rank that computes longest in a step does so."""
     step_s: float
-    """`slowest_s`, and what filling and draining the pipeline adds: one micro-batch through every stage but the one
-    with the slowest rank, each on its slowest rank. Messages are taken to cost nothing."""
+    """That, or what is more: a later stage's time, and the filling before it (`chain.predicted_s`)."""
     moved_bytes: int
     """Of layers that a rank will hold and doesn't hold now, summed over ranks."""
     reason: str
@@ -72,7 +72,7 @@ class Partition:
 def partition(costs: Costs, ranks: Sequence[Rank], *, stages: int, micro_batches: int, slack: float = 0.0) -> Partition:
     """The stages, and who does what in them.
 
-    stages: at most so many. slack: how much longer than the least `slowest_s` may become so that fewer bytes move, as a
+    stages: at most so many. slack: how much longer than the least `step_s` may become so that fewer bytes move, as a
     fraction. Raises DoesNotFit if memory is too small for any split.
     """
     _check(costs, ranks, stages, micro_batches, slack)
@@ -86,12 +86,12 @@ def partition(costs: Costs, ranks: Sequence[Rank], *, stages: int, micro_batches
     limited = any(rank.memory_bytes is not None for rank in ranks)
     counts = range(fewest if limited else wanted, wanted + 1)
     found = [
-        _written(costs, ranks, seated, micro_batches)
+        _written(costs, ranks, kinds[0].speed, seated, micro_batches)
         for seated in _seated(costs, ranks, kinds, counts, micro_batches, slack)
     ]
     if not found:
         raise DoesNotFit(_too_small(costs, ranks, wanted))
-    return min(found, key=lambda each: (each.slowest_s, each.moved_bytes))
+    return min(found, key=lambda each: (each.step_s, each.moved_bytes))
 
 
 def _seated(
@@ -106,24 +106,21 @@ def _seated(
     return [Movement(costs, ranks, kinds).least(cutting, int(least_ns * (1 + slack)), counts)]
 
 
-def _written(costs: Costs, ranks: Sequence[Rank], seated: Seated, micro_batches: int) -> Partition:
+def _written(costs: Costs, ranks: Sequence[Rank], usual_speed: float, seated: Seated, micro_batches: int) -> Partition:
     stages = []
     slowest: list[float] = []
-    one_s: list[float] = []
     for first, stop, members in zip(seated.cut, seated.cut[1:], seated.ranks, strict=False):
         stage_s = sum(costs.layer_ns[first:stop]) / NANO
         leaf_s = [stage_s / ranks[index].speed for index in members]
         leaves = _runs(micro_batches, leaf_s)
         stages.append(Stage(first=first, stop=stop, ranks=members, leaves=leaves))
         slowest.append(slowest_s(leaves, leaf_s))
-        one_s.append(max(leaf_s))
-    worst = slowest.index(max(slowest))
     seats = {index for stage in stages for index in stage.ranks}
     found = Partition(
         stages=tuple(stages),
         unseated=tuple(index for index in range(len(ranks)) if index not in seats),
-        slowest_s=slowest[worst],
-        step_s=slowest[worst] + sum(one_s[:worst] + one_s[worst + 1 :]),
+        slowest_s=max(slowest),
+        step_s=predicted_s(costs, usual_speed, zip(seated.cut, slowest, strict=False)),
         moved_bytes=seated.moved_bytes,
         reason="",
     )

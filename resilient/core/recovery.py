@@ -113,8 +113,8 @@ class Situation:
     layer_s: Measured = field(default_factory=dict)
     """In a pipeline, by (member, layer), what a micro-batch takes."""
     gain: float = 0.0
-    """In a pipeline after a loss, the share of the slowest rank's computing that other stages would save, as it was
-    found last: to look for them takes long."""
+    """In a pipeline after a loss, the share of a step that other stages would save, as it was found last: to look for
+    them takes long."""
     uneven: bool = False
     """Whether dealing in proportion to that would have been worth it for long enough."""
 
@@ -165,16 +165,19 @@ def restored(now: Situation, restore: Restore, lineage: Lineage, reason: str) ->
 
 
 def rolled_back(now: Situation, restore: Restore, lineage: Lineage, reason: str) -> Decision:
-    """The same for the ranks that are seated, who drop the state they have, and others if those are too few."""
+    """The same for the ranks that are seated, who drop the state they have, and others if those are too few, or a
+    pipeline does not fit into their memory."""
     assert now.current is not None
-    members = [now.membership.members[number] for number in now.current.members]
-    members = [member for member in members if not member.gone and member.ready is not None]
-    if len(members) < now.limits.min_workers:
-        members += now.membership.ready_unseated(now.current.ranks)
-        members = members[: now.limits.max_workers]
+    seated = [now.membership.members[number] for number in now.current.members]
+    seated = [member for member in seated if not member.gone and member.ready is not None]
+    more = [*seated, *now.membership.ready_unseated(now.current.ranks)][: now.limits.max_workers]
+    members = seated if len(seated) >= now.limits.min_workers else more
     if (too_few := _too_few(now, len(members))) is not None and len(members) < now.limits.min_workers:
         return too_few
-    return _restored(now, members, restore, lineage, reason)
+    decision = _restored(now, members, restore, lineage, reason)
+    if isinstance(decision, NeedNodes) and len(more) > len(members):
+        decision = _restored(now, more, restore, lineage, reason)
+    return decision
 
 
 def _restored(now: Situation, members: list[Member], restore: Restore, lineage: Lineage, reason: str) -> Decision:

@@ -1,13 +1,15 @@
 """In which order a rank of a pipeline goes forward and backward through its micro-batches. Pure.
 
-There is no fixed order: whenever a rank is free it does what is ready by then, by these rules.
+There is no fixed order: whenever a rank is free it does what is ready by then, forward as long as it may have more
+micro-batches under way, and backward otherwise. So others have work as early as can be. How many may be under way is
+what keeps memory small.
 
-    1f1b    backward first; forward only as long as few are under way
-    gpipe   forward first; all of them may be under way
+    1f1b    as many as keep all stages from this one on busy; from then on it goes forward and backward in turn
+    gpipe   all of them
 
-How many may be under way is what keeps memory small. With one rank per stage it is the number of stages from this
-one on (D. Narayanan et al., "Memory-Efficient Pipeline-Parallel DNN Training", ICML 2021, section 3.2), and one more,
-which covers the time that its gradient is on its way. With uneven stages a rank feeds more or fewer ranks than one.
+With one rank per stage it is the number of stages from this one on that keeps them busy (D. Narayanan et al.,
+"Memory-Efficient Pipeline-Parallel DNN Training", ICML 2021, section 3.2), and one more, which covers the time that its
+gradient is on its way. With uneven stages a rank feeds more or fewer ranks than one, and less regularly.
 
 It always comes to an end, whatever ranks own: the last stage goes backward at once after forward, so what is under
 way there gets finished, hence also one stage before, and so on. A micro-batch that a rank takes over from one that
@@ -22,6 +24,7 @@ from typing import Literal
 
 Kind = Literal["1f1b", "gpipe"]
 KINDS: tuple[Kind, ...] = ("1f1b", "gpipe")
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,52 +43,45 @@ Action = Forward | Backward
 def under_way_limit(kind: Kind, stage: int, ranks: Sequence[int], micro_batches: int) -> int:
     """How many micro-batches a rank of this stage may have gone forward through and not yet backward.
 
-    ranks: of each stage, how many there are.
+    ranks: of each stage, how many there are. Where they differ it is twice as many: with fewer, half of the time of
+    some splits was lost to waiting, with more nothing was won.
     """
     if kind == "gpipe":
         return micro_batches
     if stage == len(ranks) - 1:
         return 1
-    return -(-sum(ranks[stage:]) // ranks[stage]) + 1
+    ahead = sum(ranks[stage:]) * (1 if len(set(ranks[stage:])) == 1 else 2)
+    return -(-ahead // ranks[stage]) + 1
 
 
-def turns_of(owned: Sequence[Sequence[Sequence[int]]], micro_batches: int) -> list[float]:
-    """In which order micro-batches go through all stages: by how far each is along its owner's own ones, where most
-    ranks share a stage. So all ranks have something to do from the beginning: each has a run of micro-batches, and in
-    the order of their numbers whoever has the last run would wait for all others.
+def turns_of(micro_batches: int) -> list[int]:
+    """In which order micro-batches go through all stages, the first ones 0: by multiples of the golden section.
 
-    owned: by stage, by rank, its micro-batches.
+    At any time those that have had their turn lie evenly among all (V. T. Sos, "On the distribution mod 1 of the
+    sequence n alpha", 1958). Each rank of each stage has a run of micro-batches, so each has had its part of them,
+    however stages differ. In the order of their numbers whoever has the last run would wait for all others.
     """
-    turns = [0.0] * micro_batches
-    for leaves in max(owned, key=len):
-        for place, leaf in enumerate(sorted(leaves)):
-            turns[leaf] = place / len(leaves)
-    return turns
+    return sorted(range(micro_batches), key=lambda turn: turn * GOLDEN % 1.0)
 
 
 def choose(
-    kind: Kind,
     limit: int,
     *,
     fresh: Collection[int],
     under_way: Collection[int],
     inputs: Collection[int],
     gradients: Collection[int],
-    turns: Sequence[float],
+    turns: Sequence[int],
 ) -> Action | None:
     """What to do now; None while nothing is ready.
 
-    fresh: own micro-batches that forward has not begun. under_way: those that it has, and backward has not. inputs,
-    gradients: micro-batches of which what forward, or backward, needs is here. turns: see `turns_of`.
+    limit: see `under_way_limit`. fresh: own micro-batches that forward has not begun. under_way: those that it has, and
+    backward has not. inputs, gradients: micro-batches of which what forward, or backward, needs is here. turns: see
+    `turns_of`.
     """
 
-    def turn(leaf: int) -> tuple[float, int]:
-        return turns[leaf], leaf
-
-    back = min((leaf for leaf in under_way if leaf in gradients), key=turn, default=None)
-    ahead = min((leaf for leaf in fresh if leaf in inputs), key=turn, default=None)
-    if len(under_way) >= limit:
-        ahead = None
-    if back is not None and (kind == "1f1b" or ahead is None):
-        return Backward(back)
-    return None if ahead is None else Forward(ahead)
+    ahead = min((leaf for leaf in fresh if leaf in inputs), key=turns.__getitem__, default=None)
+    if ahead is not None and len(under_way) < limit:
+        return Forward(ahead)
+    back = min((leaf for leaf in under_way if leaf in gradients), key=turns.__getitem__, default=None)
+    return None if back is None else Backward(back)

@@ -15,9 +15,14 @@ Rules
     * Until a new generation has formed, only leaves owned in the former one are computed; in a planned one, its own:
       nobody stands still while it forms. Where it has joiners, not before the state at the boundary is held for them,
       which they receive while the step is under way. It can't be completed, hence not applied, without them.
-      In a pipeline nothing begins before the generation has formed: a rank may have to receive layers itself.
+      In a pipeline a rank may have to receive layers itself: it begins, a joiner too, when it has all of them that
+      computing needs, while what only updates need is still on its way.
+    * What a pipeline's rank has computed by a planned change that nobody has seen formed is dropped with that change:
+      it was another stage's work. A joiner that has begun so parks first when it is to join once more.
     * Whoever is not in a planned generation holds it as a proposal all the same. When all have agreed it applies the
       step, and comes to rest: it goes on only if an unplanned or restored generation calls it back.
+    * A rollback may be wanted before a planned generation has formed, by those that hold the state: then it never
+      forms.
     * A restored plan is adopted at once, and whatever was held before is gone with that. What the training
       thread still brings of the former line of steps counts for nothing, until the generation has formed.
 
@@ -44,9 +49,9 @@ from .seat_messages import (
     Form,
     Formed,
     FormFailed,
-    Held,
     LeafFolded,
     Leave,
+    MayBegin,
     Next,
     Park,
     PlanArrived,
@@ -72,9 +77,9 @@ __all__ = [
     "Form",
     "FormFailed",
     "Formed",
-    "Held",
     "LeafFolded",
     "Leave",
+    "MayBegin",
     "Next",
     "Park",
     "PlanArrived",
@@ -107,7 +112,8 @@ class Seat:
     held_state_in: int = 0
     """The newest generation by which this rank has come to hold the state, or gave it to others."""
     restoring: bool = False
-    """From the adoption of a restored plan until its generation, or one after it, has formed."""
+    """From the adoption of a restored plan until its generation, or one after it, has formed: what the training thread
+    has in hand counts for nothing. The same goes for a joiner that has begun before by a change that failed."""
     finished: bool = False
     departed: int = 0
     """The generation that the others go on with, and this rank does not; 0 while it has a seat."""
@@ -124,8 +130,8 @@ class Seat:
         match event:
             case PlanArrived(plan=plan):
                 return self._plan_arrived(plan)
-            case Held(generation=generation):
-                return self._state_held(generation)
+            case MayBegin(generation=generation, complete=complete):
+                return self._may_begin(generation, complete)
             case StateReceived(generation=generation, complete=complete):
                 return self._state_received(generation, complete)
             case Formed(generation=generation, complete=complete):
@@ -138,7 +144,7 @@ class Seat:
             case LeafFolded() | Applied() | Rollback() | Finished() if self.restoring:
                 return ()
             case Rollback():
-                self.rollback = event
+                self.rollback = event if self.has_state else None  # whoever has none has nothing to go back from
                 return (Report(),)
             case LeafFolded(step=step, leaf=leaf):
                 return self._leaf_folded(step, leaf)
@@ -187,6 +193,12 @@ class Seat:
         return planned and self.forming and self.has_state and self.at_boundary
 
     @property
+    def has_begun_ahead(self) -> bool:
+        """Whether this rank of a pipeline computes by a planned change that it has not seen formed."""
+        planned = self.plan is not None and self.plan.kind == "planned" and bool(self.plan.stages)
+        return planned and self.forming and bool(self.work)
+
+    @property
     def settled(self) -> bool:
         """Whether no planned change is under way at this boundary."""
         if self.plan is None or self.departed:
@@ -232,17 +244,23 @@ class Seat:
         return ()
 
     def _adopt(self, plan: Plan) -> tuple[SeatInstruction, ...]:
+        goes_back = self.has_begun_ahead and self.plan is not None and plan.base < self.plan.generation
+        begun_again = self.has_begun_ahead
         self.plan, self.proposal, self.forming = plan, None, True
         self.departed, self.at_rest = 0, False
         if plan.kind == "unplanned":
             # Between its base and this plan a retried beginning may have asked this rank to join again.
             self.has_state = self.has_state or self.held_state_in == plan.base
+            if goes_back:
+                self.work, self.folded = frozenset(), set()
+                return (Discard(), Form(plan=plan))
         elif plan.kind == "restored":
             self.restoring, self.has_state, self.rollback = True, False, None
             self.work, self.folded = frozenset(), set()
         else:
-            self.work = frozenset()
-            self.has_state = self.member not in plan.joiners
+            self.work, self.has_state = frozenset(), self.member not in plan.joiners
+            if begun_again:
+                self.restoring, self.folded = True, set()
             if self.has_state:
                 self.held_state_in = plan.generation
                 if plan.kind == "planned" and not plan.joiners and not plan.stages:
@@ -257,16 +275,22 @@ class Seat:
         self.folded.add(leaf)
         return ()
 
-    def _state_held(self, generation: int) -> tuple[SeatInstruction, ...]:
-        if self.awaited and self.plan is not None and generation == self.plan.generation:
-            self.work = frozenset(self.plan.leaves_of(self.member))
+    def _may_begin(self, generation: int, complete: int) -> tuple[SeatInstruction, ...]:
+        if self.plan is None or generation != self.plan.generation or not (self.plan.stages or self.awaited):
+            return ()
+        assert self.forming and self.plan.kind == "planned", (generation, self)
+        if not self.has_state:
+            self.step, self.complete = complete + 1, complete
+        assert complete == self.complete == self.step - 1 and not self.folded, (complete, self)
+        self.work, self.restoring = frozenset(self.plan.leaves_of(self.member)), False
         return ()
 
     def _state_received(self, generation: int, complete: int) -> tuple[SeatInstruction, ...]:
         if self.plan is None or generation != self.plan.generation:
             return ()
         assert self.forming and not self.has_state, (generation, self)
-        self.step, self.complete, self.has_state, self.folded = complete + 1, complete, True, set()
+        self.step, self.complete, self.has_state = complete + 1, complete, True
+        self.folded &= self.work
         self.held_state_in = generation
         return ()
 

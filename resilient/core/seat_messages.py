@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .bubbles import Bubble
 from .plan import Plan
 
 # What happens to a seat.
@@ -26,10 +27,15 @@ class StateReceived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """The state at this boundary is held for the joiners of this generation: the step may begin."""
+class MayBegin:
+    """Step complete + 1 may begin here, though the generation has not formed.
+
+    Without stages: the state at this boundary is held for joiners. In a pipeline: of this rank's layers all that
+    forward and backward need is here, and what only updates need is still on its way.
+    """
 
     generation: int
+    complete: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +109,7 @@ class Rollback:
 
 SeatEvent = (
     PlanArrived
-    | Held
+    | MayBegin
     | StateReceived
     | Formed
     | FormFailed
@@ -199,6 +205,8 @@ class SeatReport:
     layer_s: tuple[tuple[int, float], ...] = field(default=(), compare=False)
     """In a pipeline, of its layers: number, and what a micro-batch takes in it, forward and backward."""
     idle: float = field(default=0.0, compare=False)
-    """In a pipeline, the share of its newest steps for which it waited for other stages."""
+    """In a pipeline, the share of its newest step for which it had nothing to do."""
+    bubbles: tuple[Bubble, ...] = field(default=(), compare=False)
+    """The same of all steps so far."""
     serial: int = field(default=0, compare=False)
     """Grows with everything that happens to the seat: of two reports the greater is the later one."""

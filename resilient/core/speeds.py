@@ -42,8 +42,8 @@ class Speeds:
     uneven: bool = False
     """Whether dealing in proportion to that would have been worth it for long enough."""
     gain: float = 0.0
-    """In a pipeline, the share of the slowest rank's computing that other stages would save; looked at only after a
-    loss, or when all layers have been measured."""
+    """In a pipeline, the share of a step that other stages would save; looked at only after a loss, or when all layers
+    have been measured."""
     stragglers: set[int] = field(default_factory=set)
     """Members that have been reported as such, and still are."""
     _generation: int = 0
@@ -112,11 +112,12 @@ class Speeds:
                 self.stragglers.add(number)
                 self._found(member, plan, f"it takes {times:.1f} times as long for a micro-batch as the median rank")
 
-    def relative(self, member: int) -> float | None:
-        """Speed of a rank, 1 for the median; None while it is not known."""
-        if member not in self.known:
-            return None
-        return statistics.median_low(self.known.values()) / self.known[member]
+    def relative(self) -> dict[int, float]:
+        """Speed of those members that have measured it, 1 for the median."""
+        if not self.known:
+            return {}
+        usual_s = statistics.median_low(self.known.values())
+        return {number: usual_s / leaf_s for number, leaf_s in self.known.items()}
 
     def _found(self, member: Member, plan: Plan, why: str) -> None:
         control = self.control

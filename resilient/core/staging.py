@@ -7,21 +7,23 @@ not, a slow rank and a costly layer look the same, and lighten the same stage.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .chain import Costs, Rank
+from .chain import Costs, Rank, kinds_of, predicted_s
 from .events import PipelineShape
 from .partition import DoesNotFit, partition
 from .plan import Plan, Stage
-from .planner import SMALL_GAIN
 
 Measured = Mapping[tuple[int, int], float]
 """By (member, layer), the seconds that a micro-batch takes, forward and backward."""
 
 LEAST_SHARE = 0.1
 """Of the mean layer's bytes: what a layer is taken to cost at least, before it is measured. Some have no parameters."""
+LONGER = 0.01
+"""How much longer than need be a step may become so that fewer layers move: they move once, and steps are many."""
 ROUNDS = 4
 NOISE = 0.1
 SLOWEST, FASTEST = 0.05, 20.0
@@ -35,8 +37,8 @@ class Staging:
     """Members; their place here is their rank."""
     stages: tuple[Stage, ...]
     leaves: tuple[tuple[int, ...], ...]
-    slowest_s: float
-    """How long the rank that is done last computes in a step; only relative while nothing is measured."""
+    step_s: float
+    """What a step takes by prediction; only relative while nothing is measured."""
     reason: str
 
 
@@ -60,7 +62,7 @@ def staged(
         return _with_guests(base, [member for member in members if member in leaving], held)
     costs, speeds = costs_and_speeds(shape, measured, members)
     ranks = [Rank(speed=speeds[member], memory_bytes=shape.rank_bytes, holds=held.get(member)) for member in members]
-    found = partition(costs, ranks, stages=shape.stages, micro_batches=micro_batches, slack=SMALL_GAIN)
+    found = _partition(costs, tuple(ranks), stages=shape.stages, micro_batches=micro_batches, slack=LONGER)
     seats = sorted(index for stage in found.stages for index in stage.ranks)
     ranks_of = {index: rank for rank, index in enumerate(seats)}
     leaves = {index: run for stage in found.stages for index, run in zip(stage.ranks, stage.leaves, strict=True)}
@@ -71,9 +73,13 @@ def staged(
             for stage in found.stages
         ),
         leaves=tuple(leaves[index] for index in seats),
-        slowest_s=found.slowest_s,
+        step_s=found.step_s,
         reason=found.reason,
     )
+
+
+_partition = functools.lru_cache(maxsize=16)(partition)
+"""While something is waited for, the same is asked again at every event."""
 
 
 def _with_guests(base: Staging, guests: Sequence[int], held: Mapping[int, tuple[int, int]]) -> Staging:
@@ -150,20 +156,22 @@ class Timings:
                 del self.known[member, layer]
 
 
-def slowest_s(plan: Plan, shape: PipelineShape, measured: Measured) -> float:
-    """How long the rank that is done last computes in a step of this plan."""
+def step_s(plan: Plan, shape: PipelineShape, measured: Measured) -> float:
+    """What a step of this plan takes by prediction, as `partition` predicts."""
     costs, speeds = costs_and_speeds(shape, measured, plan.members)
-    return max(
-        len(plan.leaves[rank]) * sum(costs.layer_s[stage.first : stage.stop]) / speeds[plan.members[rank]]
-        for stage in plan.stages
-        for rank in stage.ranks
-    )
+    usual, *_ = kinds_of([Rank(speed=speeds[member]) for member in plan.members], range(plan.size))
+    stages = []
+    for stage in plan.stages:
+        stage_s = sum(costs.layer_s[stage.first : stage.stop])
+        longest = max(len(plan.leaves[rank]) / speeds[plan.members[rank]] for rank in stage.ranks)
+        stages.append((stage.first, longest * stage_s))
+    return predicted_s(costs, usual.speed, stages)
 
 
 def gain(plan: Plan, shape: PipelineShape, measured: Measured) -> float:
-    """The share of the slowest rank's computing that other stages would save. Raises DoesNotFit."""
+    """The share of a step that other stages would save. Raises DoesNotFit."""
     other = staged(shape, plan.members, micro_batches=plan.micro_batches, held=held_by(plan), measured=measured)
-    return 1.0 - other.slowest_s / slowest_s(plan, shape, measured)
+    return 1.0 - other.step_s / step_s(plan, shape, measured)
 
 
 def held_by(plan: Plan | None) -> dict[int, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,7 @@ RECENT_RECOVERIES = 5
 def view(control: Control, detector: Detector) -> dict[str, Any]:
     """Generation, ranks, other processes, nodes and recoveries. Nothing is changed."""
     current, alive = control.current, {member.number: member for member in control.membership.alive()}
-    seated = current.members if current else ()
+    seated, speeds = current.ranks if current else {}, control.speeds.relative()
     chronicle = control.chronicle
     return {
         "generation": current.generation if current else 0,
@@ -25,14 +26,18 @@ def view(control: Control, detector: Detector) -> dict[str, Any]:
         "ranks": [
             {
                 "rank": rank,
-                **_process(alive[number], detector, "connecting"),
-                "speed": control.speeds.relative(number),
+                **_process(alive[number], detector, "connecting", ended=control.ended),
+                "speed": speeds.get(number),
                 **_in_pipeline(current, rank, alive[number]),
             }
-            for rank, number in enumerate(seated)
+            for number, rank in seated.items()  # in the order of ranks
             if number in alive
         ],
-        "others": [_process(member, detector, "ready") for number, member in alive.items() if number not in seated],
+        "others": [
+            _process(member, detector, "ready", ended=control.ended)
+            for number, member in alive.items()
+            if number not in seated
+        ],
         "nodes": dict(sorted(control.membership.nodes.items())),
         "leaving": control.leaving.view(),
         "recoveries": [as_values(recovery) for recovery in chronicle.recoveries[-RECENT_RECOVERIES:]],
@@ -54,6 +59,11 @@ def processes(control: Control) -> dict[str, Any]:
     }
 
 
+def step_of(look: Mapping[str, Any]) -> str:
+    """Where the run is, and of how many steps as far as that is known."""
+    return f"step {look['step']}" if look["steps"] is None else f"step {look['step']} of {look['steps']}"
+
+
 def _in_pipeline(current: Plan | None, rank: int, member: Member) -> dict[str, Any]:
     """The layers that it holds, the first and the one after the last, and the share of a step for which it waits."""
     stage = None if current is None else current.stage_of(rank)
@@ -67,8 +77,9 @@ def as_values(recovery: Recovery) -> dict[str, Any]:
     return {**asdict(recovery), "total_s": recovery.total_s}
 
 
-def _process(member: Member, detector: Detector, before_training: str) -> dict[str, Any]:
-    return {"member": member.number, "node": member.node, "state": _state(member, detector, before_training)}
+def _process(member: Member, detector: Detector, before_training: str, *, ended: bool) -> dict[str, Any]:
+    state = "ended" if ended else _state(member, detector, before_training)
+    return {"member": member.number, "node": member.node, "state": state}
 
 
 def _state(member: Member, detector: Detector, before_training: str) -> str:

@@ -69,6 +69,17 @@ class Lifecycle:
         free, spare = self.free, int(self.durable and self.kept is None)
         return free if len(free) > spare else []
 
+    def in_vain(self, protected_here: Ordinal | None, begun: Ordinal | None) -> list[Ordinal]:
+        """The one to give up, if one is, where nobody would learn any more that what waits is protected everywhere.
+
+        protected_here: the newest that this node's keeper has protected. What is newer can't be protected everywhere;
+        if all nodes' keepers have come about as far, what is much older is overtaken. begun: what it is protecting now.
+        """
+        held = {ordinal for number, ordinal in enumerate(self.slots) if ordinal is not None and number != self.writing}
+        others = sorted(held - {self.everywhere, self.kept, protected_here, begun})
+        newer = [ordinal for ordinal in others if protected_here is None or ordinal > protected_here]
+        return newer[-1:] or others[:1]
+
     def begin(self, number: int, ordinal: Ordinal, *, durable: bool = False) -> None:
         """This snapshot is written into slot `number`, and kept there until `settled`, if it is to be made durable."""
         assert self.writing is None and number in self.free, (number, ordinal, self)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import resilient
+from snapshot.core.branches import data_position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +210,7 @@ def body(
         for fault in faults:
             fault.flip(run, model.body[0].weight)
         loss = loss_of(model(x), y)
-        if run._position(run.step) == poisoned:
+        if data_position(run.step, run._team.skipped) == poisoned:
             loss = loss * float("nan")
         loss.backward()
         if run.committing:

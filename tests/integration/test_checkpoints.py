@@ -46,6 +46,7 @@ def test_a_run_leaves_its_final_state_and_the_last_few_before(cluster: Any, undi
     assert left_behind("saved") == []
 
 
+@pytest.mark.long
 def test_a_run_that_failed_goes_on_from_storage_when_it_is_submitted_again(
     cluster: Any, undisturbed: Any, tmp_path: Path
 ) -> None:

@@ -50,7 +50,9 @@ def why_lost(result: Any) -> list[str]:
 
 
 def nobody_was_blamed(run: Watched, result: Any) -> bool:
-    return not result.recoveries and not any("gone" in line for line in run.news["messages"])
+    """Where the machine slows some ranks for long, micro-batches may be dealt anew: nobody stands still for that."""
+    kinds = {each["kind"] for each in result.recoveries}
+    return kinds <= {"dealt anew"} and not any("gone" in line for line in run.news["messages"])
 
 
 # Hung
@@ -221,6 +223,7 @@ def stop_in_commit(rank: int, step: int, marker: str) -> Callable[[resilient.Run
     return arm
 
 
+@pytest.mark.long
 def test_ranks_stopped_in_an_exchange_and_with_an_open_slot(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     """All ranks die afterwards, so that what the second of them had in its slot could be read."""
     snapshot = resilient.Snapshot(every=1, linger_s=60.0)

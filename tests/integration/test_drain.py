@@ -21,6 +21,7 @@ from tests.integration.loops import Noisy, train
 from tests.integration.nodes import add_spots, only_spots
 from tests.integration.processes import Watched, until
 from tests.integration.test_chaos import command
+from tests.integration.test_checkpoints import complete
 
 STEPS = 150
 SNAPSHOT = resilient.Snapshot(every=5)
@@ -93,6 +94,48 @@ def test_a_node_is_drained_by_the_command(cluster: Any, undisturbed: Any, tmp_pa
     run.at_step(step + 3)
     result = check(run, undisturbed, audit)
     assert len(drained(result.recoveries)) == 1
+
+
+def saver_of(run: Watched, node: str) -> psutil.Process:
+    """The process that makes the snapshots of this node durable."""
+    (name,) = run.keeper_names(node)
+    keeper = psutil.Process(ray.get(launch.find(name).process.remote(), timeout=30))
+    (saver,) = (child for child in keeper.children() if "actors.saver" in child.cmdline())
+    return saver
+
+
+@pytest.mark.long
+def test_a_node_is_let_go_when_its_part_of_a_checkpoint_is_on_storage(
+    cluster: Any, undisturbed: Any, tmp_path: Path
+) -> None:
+    """Its rank leaves at once, and training goes on; the keeper stays while storage stalls."""
+    audit, url = str(tmp_path / "reads"), tmp_path / "checkpoints"
+    checkpoint = resilient.Checkpoint(str(url), every=60)
+    main = train("drained-saving", workers=(1, 3), snapshot=resilient.Snapshot(every=1), checkpoint=checkpoint)
+    run = Watched(main, steps=STEPS, hold=str(tmp_path / "go"), dataset=Audited(audit))
+    run.at_step(3, ranks=3)
+    node = run.ranks()[1][1]
+    saver = saver_of(run, node)
+    saver.suspend()
+    try:
+        run.at_step(62)
+        run.controller.drain.remote(node)
+        run.until(lambda news: drained(news["recoveries"]), "its rank has left")
+        run.until(lambda _: waits_for(run, node) == "its keeper to finish", "nothing else is waited for")
+        run.at_step(run.news["step"] + 3, ranks=2)
+        assert run.keeper_names(node) and complete(url) == []
+    finally:
+        saver.resume()
+    run.until_said("is drained: nothing of the run is on it")
+    assert gone(run, node)
+    run.until(lambda news: news["checkpoints"]["durable"] == 60, "what it had a part of is durable")
+    result = check(run, undisturbed, audit)
+    assert result.checkpoints["failures"] == 0, result.checkpoints
+    assert complete(url)[0] == 60, "the one that was being written"
+
+
+def waits_for(run: Watched, node: str) -> str:
+    return str(ray.get(run.controller.look.remote(), timeout=30)["leaving"][node]["waits_for"])
 
 
 @pytest.mark.long

@@ -160,3 +160,4 @@ def test_more_failures_than_allowed_end_the_run(cluster: Any, tmp_path: Path) ->
     run.signal_rank(1)
     with pytest.raises(resilient.RunLost, match=r"max_failures=0"):
         run.result()
+    assert left_behind("budget") == []

@@ -15,6 +15,8 @@ from tests.integration.nodes import kill_host, only_spots
 from tests.integration.processes import Watched
 from tests.pipelines import train
 
+pytestmark = pytest.mark.long
+
 STEPS = 60
 EVERY_STEP = resilient.Snapshot(every=1, linger_s=60.0)
 
@@ -74,7 +76,6 @@ def test_a_rank_is_killed_that_had_optimizer_state_of_its_own(cluster: Any, undi
     assert back["source"] == "memory" and back["restored_step"] >= 5 and back["replayed"] <= 3, back
 
 
-@pytest.mark.long
 def test_a_node_is_gone_with_the_only_rank_of_a_stage(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
     """Its layers are decoded from what the other nodes hold of them."""
     with only_spots(cluster, 1, 1, 1) as spots:
@@ -89,7 +90,23 @@ def test_a_node_is_gone_with_the_only_rank_of_a_stage(cluster: Any, undisturbed:
     assert back["source"] == "parity", (back, run.news["messages"])
 
 
-@pytest.mark.long
+def test_two_nodes_are_gone_at_once_with_two_stages(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    """Two parity blocks cover that: both stages' layers are decoded from what two other nodes hold."""
+    with only_spots(cluster, 1, 1, 1, 1) as spots:
+        twice = resilient.Snapshot(every=1, linger_s=60.0, parity=2)
+        settings = {"resources": {"CPU": 1, "spot": 1}, "workers": (2, 4), "snapshot": twice}
+        run = Watched(pipeline("stages-node", **settings), stages=4, steps=STEPS, hold=str(tmp_path / "go"))
+        run.at_step(6, ranks=4)
+        run.until_protected(run.news["step"] + 1)
+        kill_host(spots[1], spots[2])
+        run.until(lambda news: news["recoveries"], "it has recovered")
+        (tmp_path / "go").touch()
+        result = run.result()
+    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed), run.news["messages"]
+    back = next(item for item in result.recoveries if item["restored_step"] >= 0)
+    assert back["source"] == "parity" and back["ranks"] == 2, (back, run.news["messages"])
+
+
 def test_a_checkpoint_is_gone_on_from_with_another_number_of_stages(
     cluster: Any, undisturbed: Any, tmp_path: Path
 ) -> None:

@@ -10,9 +10,10 @@ import pytest
 import resilient
 from resilient.core.seat import SeatReport
 from tests import crew
-from tests.pipelines import Death, train
+from tests.pipelines import GLOBAL_BATCH, MICRO_BATCH, Death, train
 
 STEPS = 8
+MICRO_BATCHES = GLOBAL_BATCH // MICRO_BATCH
 
 
 @functools.cache
@@ -32,8 +33,11 @@ def check(found: crew.Crew, reference: resilient.Result) -> None:
 @pytest.mark.parametrize(
     ("stages", "ranks"),
     [
-        *((2, 3), (3, 3)),
-        *(pytest.param(*layout, marks=pytest.mark.long) for layout in ((1, 3), (2, 2), (2, 5), (3, 5), (4, 4), (5, 6))),
+        (2, 3),
+        *(
+            pytest.param(*layout, marks=pytest.mark.long)
+            for layout in ((1, 3), (2, 2), (2, 5), (3, 3), (3, 5), (4, 4), (5, 6))
+        ),
     ],
 )
 def test_every_layout_comes_to_the_same_bits(stages: int, ranks: int) -> None:
@@ -41,6 +45,19 @@ def test_every_layout_comes_to_the_same_bits(stages: int, ranks: int) -> None:
     check(found, alone())
     (plan,) = found.plans
     assert len(plan.stages) == stages and plan.size == ranks
+    check_bubbles(found, stages, ranks)
+
+
+def check_bubbles(found: crew.Crew, stages: int, ranks: int) -> None:
+    """All steps of all ranks are in it."""
+    assert [row["stage"] for row in found.bubbles] == list(range(stages))
+    assert sum(row["rank_steps"] for row in found.bubbles) == STEPS * ranks
+    for row in found.bubbles:
+        assert sum(row["ranks"]) == ranks and row["rank_steps"] == STEPS * row["ranks"][row["stage"]]
+        assert 0.0 <= row["idle"] < 1.0
+        even = len(set(row["ranks"])) == 1 and MICRO_BATCHES % row["ranks"][0] == 0
+        micro_batches = MICRO_BATCHES // row["ranks"][0]
+        assert row["by_schedule"] == ((stages - 1) / (micro_batches + stages - 1) if even else None)
 
 
 @pytest.mark.parametrize(

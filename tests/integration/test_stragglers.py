@@ -1,47 +1,46 @@
-"""A rank that is slower than the others: micro-batches are dealt in proportion, and the bits stay the same."""
+"""A rank that is much slower than the others for long leaves, and another one is started on another node."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
 
-from tests.integration.loops import Noisy, claim, train
+import resilient
+from tests.integration.loops import train
+from tests.integration.nodes import only_spots
 from tests.integration.processes import Watched
 
-STEPS = 150
+STEPS = 100
+SLOW_S = 0.15
 
 
-class SlowForOne(Noisy):
-    """The rank that reads first takes long for every sample."""
+class Slow:
+    """Each micro-batch takes long on the node that the file names, if it is there."""
 
-    def __init__(self, marker: str) -> None:
-        super().__init__()
-        self._marker = marker
-        self._slow: bool | None = None
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    def __getitem__(self, index: int) -> Any:
-        if self._slow is None:
-            self._slow = claim(self._marker)
-        if self._slow:
-            threading.Event().wait(0.05)
-        return super().__getitem__(index)
+    def __call__(self, run: resilient.Run) -> None:
+        if self.path.exists() and self.path.read_text() == run._team._host.node:  # type: ignore[attr-defined]
+            threading.Event().wait(SLOW_S)
 
 
 @pytest.mark.long
-def test_micro_batches_are_dealt_in_proportion_and_the_straggler_is_said(cluster: Any, tmp_path: Path) -> None:
-    undisturbed = train("alone").local(steps=STEPS)
-    main = train("uneven", workers=2, detection_s=1.0)
-    run = Watched(main, steps=STEPS, hold=str(tmp_path / "go"), dataset=SlowForOne(str(tmp_path / "slow")))
-    run.until(lambda news: news["recoveries"], "dealt anew")
-    (change,) = run.news["recoveries"]
-    assert change["kind"] == "dealt anew" and "in proportion to the ranks' speed" in change["reason"]
-    run.until_said("is a straggler")
-    speeds = sorted(seat["speed"] for seat in ray.get(run.controller.look.remote(), timeout=30)["ranks"])
-    assert speeds[0] < 1 / 3 and speeds[1] == 1.0
-    result = run.result()
-    assert result.digest == undisturbed.digest
-    assert [row["loss"] for row in result.metrics] == [row["loss"] for row in undisturbed.metrics]
+def test_a_straggler_leaves_for_one_on_another_node(cluster: object, tmp_path: Path) -> None:
+    alone = train("alone").local(steps=STEPS)
+    main = train("straggler", workers=2, resources={"CPU": 1, "spot": 1}, evict_stragglers=True)
+    with only_spots(cluster, 1, 1, 1):
+        run = Watched(main, steps=STEPS, hold=str(tmp_path / "go"), in_step=Slow(tmp_path / "slow"))
+        run.at_step(3, ranks=2)
+        node = run.ranks()[1][1]
+        (tmp_path / "writing").write_text(node)
+        (tmp_path / "writing").rename(tmp_path / "slow")
+        run.until_said("times as long for a micro-batch as the median rank; it leaves")
+        run.until(lambda news: any(item["kind"] == "drained" for item in news["recoveries"]), "it has left")
+        assert node not in [where for _, where in run.ranks()]
+        result = run.result()
+    assert result.digest == alone.digest
+    assert [row["loss"] for row in result.metrics] == [row["loss"] for row in alone.metrics]
+    assert all(item["replayed"] == 0 and not item["lost"] for item in result.recoveries), "nothing was aborted"

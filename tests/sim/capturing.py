@@ -10,7 +10,7 @@ from resilient.core.saves import Saves
 from snapshot.core.inventory import SnapshotKey
 from snapshot.core.lifecycle import Lifecycle, Ordinal
 
-from .memory import SlotFile
+from .memory import SlotFile, ordinal
 from .stages import all_stay, captured_by
 from .truth import NOBODYS, written
 
@@ -41,6 +41,10 @@ class Capturing:
         """What was captured last, what it comes to, and by whose plan it was held."""
         self.protected_generation = 0
         """The newest whose members have captured a snapshot that is protected everywhere."""
+        self._protected_here: Ordinal | None = None
+        """The newest that this node's keeper has protected, as far as is known."""
+        self._full_in = 0
+        """The generation in which there was no room for the first snapshot."""
         self._captured_in = 0
         """The generation whose members have captured the last one."""
         self._agreed: tuple[int, Plan, Agreed] | None = None
@@ -58,6 +62,12 @@ class Capturing:
         memory = self.world.nodes[self.rank.node].memory
         if memory.settled is not None:
             self.lifecycle.settled(memory.settled)
+        if memory.protected[0] == self._captured_in:
+            self._protected_here = Ordinal.unpacked(memory.protected[1])
+        if self.world.drained and not self.lifecycle.free_for_any and self._captured_in != plan.generation:
+            if self._full_in == plan.generation:
+                self._discard(self.lifecycle.in_vain(self._protected_here, self._begun()))
+            self._full_in = plan.generation
         due = (step + 1) % self.world.setting.every == 0
         # The first of a new membership is due at once.
         due = due or (self.world.drained and plan.base > 0 and self._captured_in != plan.generation)
@@ -78,6 +88,19 @@ class Capturing:
             protected=protected,
             digest=self._digest_of(Ordinal(plan.branch, step), plan),
         )
+
+    def _discard(self, given_up: list[Ordinal]) -> None:
+        memory, member = self.world.nodes[self.rank.node].memory, self.rank.member
+        for each in given_up:
+            number = self.lifecycle.slots.index(each)
+            self.lifecycle.never_protected((each,))
+            if self.lifecycle.slots[number] is None:
+                memory.slots.pop((member, number))
+
+    def _begun(self) -> Ordinal | None:
+        """What the keeper begins to protect."""
+        keeper = self.world.keeper_of(self.rank.node)
+        return None if keeper is None or keeper.sending is None else ordinal(keeper.sending)
 
     def _digest_of(self, ordinal: Ordinal, plan: Plan) -> int | None:
         """None where layers have moved since: not all of a stage have held the same."""

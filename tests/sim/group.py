@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from resilient.core.difference import rollback_after
-from resilient.core.lane import NOBODYS, Agreed, Wish
+from resilient.core.lane import Agreed, Wish
 from resilient.core.plan import Plan
 
 from .back import WayBack
 from .capturing import Submission
 from .checkers import Violation
 from .closing import Closing, learn_outcome
+from .differing import states_differ
 from .moving import Moving
 from .stages import is_staged
 from .truth import Complete, State, outcome_of, sums_of
@@ -70,7 +70,7 @@ class Group:
         if self.called == set(self.plan.members):
             self.then(self.world.rng.uniform(0.003, 0.1), self._compare)
         elif any(not self.member_lives(number) for number in self.plan.members):
-            self._fail_later(rank.member)
+            self.fail_later(rank.member)
 
     def member_lives(self, number: int) -> bool:
         return number in self.world.ranks and self.member(number).alive
@@ -184,7 +184,7 @@ class Group:
         harmed = self.broken or any(not self.member_lives(other) for other in self.plan.members)
         if harmed and number not in self.told and (number in self.noticing or self.world.rng.random() < 0.5):
             self.world.seen["formation seen by some members only"] += 1
-            self._fail_later(number)
+            self.fail_later(number)
             return
 
         def tell() -> None:
@@ -197,9 +197,9 @@ class Group:
     def _fail_formation(self) -> None:
         for number in self.plan.members:
             if self.within(number) and number not in self.formed and number in self.called:
-                self._fail_later(number)
+                self.fail_later(number)
 
-    def _fail_later(self, number: int) -> None:
+    def fail_later(self, number: int) -> None:
         """The member learns after a while that forming failed, or never, unless it has to."""
         if number in self.told or (number not in self.noticing and self.world.rng.random() < 0.4):
             return
@@ -230,8 +230,10 @@ class Group:
         here = self.submissions[step]
         lane = Agreed.of([min(words) for words in zip(*(one.lane for one in here.values()), strict=True)])
         if lane.differs:
-            self._differ(step)
+            states_differ(self, step)
             return
+        if lane.verified:
+            self.world.flips.agreed(self.plan, step)
         values: dict[int, dict[int, int]] = {}
         for number in self.plan.members:
             for leaf, by_layer in here[number].values.items():
@@ -255,23 +257,6 @@ class Group:
                 self.world.at(delay / 2, lambda number=number: self._told_lane(number, step, lane))
             self.world.at(delay, lambda number=number: self._told_done(number, agreed, result, lane))
         self.world.faults.point("exchanged", list(self.plan.members))
-
-    def _differ(self, step: int) -> None:
-        """Not all hold the same state: nobody goes on, and all ask for the same."""
-        self.world.flips.found(self.plan, step)
-        digests = [self.submissions[step][number].wish.digest for number in self.plan.members]
-        verified = max(self.member(number).capturing.verified_on(self.plan.branch) for number in self.plan.members)
-        wanted = rollback_after(self.plan, step, [NOBODYS if each is None else each for each in digests], verified)
-        self.world.seen["states differed"] += 1
-        self.world.tell(f"{wanted.why}: back to {verified}")
-
-        def told(number: int) -> None:
-            if self.within(number):
-                self.member(number).run(lambda: self.member(number).tell_seat(wanted))
-
-        for number in self.plan.members:
-            self.world.at(self.world.rng.uniform(0.001, 0.12), lambda number=number: told(number))
-        self.world.faults.point("differing", list(self.plan.members))
 
     def _told_lane(self, number: int, step: int, lane: Agreed) -> None:
         """The lane comes first: what it says counts even if the exchange then breaks."""
@@ -316,7 +301,17 @@ class Group:
         self.noticing = {number for number in unfinished if self.world.rng.random() < 0.5}
         if not self.noticing:
             self.noticing = {self.world.rng.choice(unfinished)}
+        if self.plan.stages:
+            self._let_who_waits_notice(unfinished)
         self._wake()
+
+    def _let_who_waits_notice(self, unfinished: list[int]) -> None:
+        """The others may be waiting for what the furthest behind are to send, and those for bytes over the link that
+        broke: they would get them otherwise."""
+        progress = {number: (number in self.formed, self.member(number).seat.complete) for number in unfinished}
+        behind = [number for number in unfinished if progress[number] == min(progress.values())]
+        if self.noticing.isdisjoint(behind):
+            self.noticing.add(self.world.rng.choice(behind))
 
     def member_died(self, number: int) -> None:
         if number not in self.plan.members or all(
@@ -343,7 +338,7 @@ class Group:
             seat = self.member(number).seat
             if number not in self.formed:
                 if number in self.called and not self.entered:
-                    self._fail_later(number)
+                    self.fail_later(number)
                 continue
             on_its_way = number in self.delivering.get(seat.step, set())
             if number in self.submissions.get(seat.step, {}) and seat.complete < seat.step and not on_its_way:

@@ -33,7 +33,7 @@ class Keeper:
         self.alive = True
         self._done: set[SnapshotKey] = set()
         """Protected, given up or overtaken."""
-        self._sending: SnapshotKey | None = None
+        self.sending: SnapshotKey | None = None
         self._saved: set[SnapshotKey] = set()
         """Written to storage, or given up."""
         self.later(world.rng.uniform(0.0, LOOK_S), self._look)
@@ -64,7 +64,7 @@ class Keeper:
         ]
 
     def _protect_next(self) -> None:
-        if self._sending is not None or not self.memory.slots:
+        if self.sending is not None or not self.memory.slots:
             return
         waiting = self._newer_than(None)
         if not waiting:
@@ -73,7 +73,7 @@ class Keeper:
         if len(waiting) > 1:
             self.world.seen["snapshot overtaken before it was protected"] += 1
         self._done.update(waiting)
-        self._sending = key
+        self.sending = key
         self._send(key, 1)
 
     def _send(self, key: SnapshotKey, tries: int) -> None:
@@ -150,10 +150,14 @@ class Keeper:
 
     def _give_up(self, key: SnapshotKey) -> None:
         self.world.seen["protection given up"] += 1
-        self._sending = None
+        self.sending = None
 
     def _protected(self, key: SnapshotKey) -> None:
-        self._sending = None
+        if not self.memory.shares(key):
+            self.world.seen["given up by a rank while it was protected"] += 1
+            self._give_up(key)
+            return
+        self.sending = None
         self.memory.protected = max(self.memory.protected, (key.generation, ordinal(key).packed()))
         self.world.protected.settled(key, self.node)
         self.world.tell(f"{self.node} has protected {key}")

@@ -66,13 +66,12 @@ class Passing:
         back = self._arrived(self._under_way, stage.stop, BACKWARD)
         ranks = [len(each.ranks) for each in plan.stages]
         return choose(
-            "1f1b",
             under_way_limit("1f1b", number, ranks, plan.micro_batches),
             fresh=fresh,
             under_way=self._under_way,
             inputs=inputs,
             gradients=back,
-            turns=turns_of([[plan.leaves[rank] for rank in each.ranks] for each in plan.stages], plan.micro_batches),
+            turns=turns_of(plan.micro_batches),
         )
 
     def _arrived(self, leaves: Collection[int], boundary: int, direction: int) -> set[int]:

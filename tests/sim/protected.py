@@ -47,7 +47,7 @@ class Protected:
     def must_be_readable(self, also_gone: str = "", known: set[str] | None = None) -> bool:
         """Whether at most as many nodes are gone of every group as it has parity.
 
-        known: nodes that the controller in question counts with.
+        known: nodes that the controller in question counts with, and has had an answer from.
         """
         if self.newest is None or not self.world.flips.line.holds(self.newest.branch, self.newest.step):
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,20 +20,28 @@ if TYPE_CHECKING:
 
 ANSWER_LIMIT_S = 10.0
 TELL_AGAIN_S = 1.0
+LATE_SHARE = 0.01
+"""Of the answers, those that come when nobody waits for them any more."""
 
 
 @dataclass(slots=True)
 class _Question:
+    what: str
+    details: tuple[object, ...]
     expected: set[str]
     then: Callable[[_Question], None]
+    put_to: dict[str, Keeper] = field(default_factory=dict)
     answers: dict[str, object] = field(default_factory=dict)
 
 
 class Questions:
     def __init__(self, shell: Shell) -> None:
         self.shell, self.world = shell, shell.world
+        self.absent: frozenset[str] = frozenset()
+        """Whose answers were not in the last inventory."""
         self._rings: dict[str, Ring] = {}
         self._question: _Question | None = None
+        self._rng = random.Random(f"late answers {self.world.seed} {shell.number}")
 
     # Rings
 
@@ -61,25 +70,40 @@ class Questions:
 
     def _ask(self, what: str, then: Callable[[_Question], None], *details: object) -> None:
         """Put to all keepers; whoever does not hear it, or dies, is missing from the answers."""
-        question = self._question = _Question(set(self.shell.keepers), then)
+        question = self._question = _Question(what, details, set(self.shell.keepers), then)
         world = self.world
         for node in sorted(question.expected):
-            keeper = world.keeper_of(node)
-            if keeper is None or world.now < world.nodes[node].silent_until:
-                continue
-
-            def answered(answer: object, node: str = node) -> None:
-                if world.now >= world.nodes[node].silent_until:
-                    world.at(world.delay(), lambda: self._answered(question, node, answer))
-
-            def put(keeper: Keeper = keeper, answered: Callable[[object], None] = answered) -> None:
-                if keeper.alive:
-                    getattr(keeper, what)(*details, answered)
-
-            world.at(world.delay(), put)
+            self._put(question, node)
         world.at(ANSWER_LIMIT_S, lambda: self._settle(question))
         world.at(0.0, lambda: self._look(question))
         world.faults.controller_point()
+
+    def heard(self, node: str) -> None:
+        """Its keeper beats: if it has taken another's place, it is asked what that one was asked."""
+        question = self._question
+        if question is None or node not in question.expected - question.answers.keys():
+            return
+        if question.put_to.get(node) is not self.world.keeper_of(node):
+            self.world.seen["a keeper was asked what the one before it was asked"] += 1
+            self._put(question, node)
+
+    def _put(self, question: _Question, node: str) -> None:
+        world, keeper = self.world, self.world.keeper_of(node)
+        if keeper is None or world.now < world.nodes[node].silent_until:
+            return
+        question.put_to[node] = keeper
+
+        late_s = ANSWER_LIMIT_S if not world.healing and self._rng.random() < LATE_SHARE else 0.0
+
+        def answered(answer: object) -> None:
+            if world.now >= world.nodes[node].silent_until:
+                world.at(world.delay() + late_s, lambda: self._answered(question, node, answer))
+
+        def put() -> None:
+            if keeper.alive:
+                getattr(keeper, question.what)(*question.details, answered)
+
+        world.at(world.delay(), put)
 
     def _answered(self, question: _Question, node: str, answer: object) -> None:
         question.answers[node] = answer
@@ -101,6 +125,7 @@ class Questions:
         def then(question: _Question) -> None:
             found = [answer for _, answer in sorted(question.answers.items()) if isinstance(answer, Inventory)]
             absent = sorted(question.expected - {inventory.keeper for inventory in found})
+            self.absent = frozenset(absent)
             if absent:
                 self.world.seen["a keeper did not answer"] += 1
             addresses = tuple(

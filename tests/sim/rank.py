@@ -22,9 +22,9 @@ from resilient.core.seat import (
     Form,
     Formed,
     FormFailed,
-    Held,
     LeafFolded,
     Leave,
+    MayBegin,
     PlanArrived,
     Reduce,
     Report,
@@ -59,6 +59,10 @@ class Rank:
         """Beside the layers that are held there may be others, which count for nothing."""
         self.layers = range(0 if world.setting.pipeline else world.setting.layers)
         """Those whose state this rank holds."""
+        self.begun: Plan | None = None
+        """The planned change by which it works on a step that was begun before the generation has formed."""
+        self._goes_back = False
+        """Another plan has been adopted since, that was made without that change."""
         self.partial: dict[int, dict[int, int]] = {}
         """By leaf and layer."""
         self.reduced: tuple[int, dict[int, int]] | None = None
@@ -75,6 +79,8 @@ class Rank:
         self.loaded: tuple[int, Restore] | None = None
         """The generation for which this rank has last loaded a snapshot, and which."""
         self._busy = False
+        self._stale = False
+        """What is in hand counts for nothing."""
         self._waiting_room: list[Callable[[], None]] = []
         self._submitted: tuple[int, int] | None = None
         self._work = 0
@@ -159,12 +165,13 @@ class Rank:
         for instruction in instructions:
             match instruction:
                 case Form(plan=plan):
+                    self._goes_back |= self.begun is not None and plan.base < self.begun.generation
                     self.world.group_of(plan).called_by(self)
                 case Report():
                     self.telling.report()
                 case Discard():
                     self.world.seen["partial sums discarded"] += 1
-                    self.partial = {}
+                    self.partial, self._stale = {}, self._busy and self.world.setting.pipeline
                 case Leave():
                     self.world.seen["left"] += 1
                     self.world.kill_rank(self.member, "left, as the others went on without it")
@@ -172,6 +179,19 @@ class Rank:
     def receive_state(self, generation: int, complete: int, state: State) -> None:
         self.state, self.partial = dict(state), {}
         self.tell_seat(StateReceived(generation=generation, complete=complete))
+
+    def begin_ahead(self, plan: Plan, complete: int) -> None:
+        """Forward and backward have what they need of the layers of this planned change, which has not formed yet."""
+        if self.seat.plan is None or self.seat.plan.generation != plan.generation or not self.seat.forming:
+            return
+        self.world.seen["begun before layers were complete"] += 1
+        self.begun, self._goes_back = plan, False
+        self.passing.seated(plan)
+        self.tell_seat(MayBegin(generation=plan.generation, complete=complete))
+
+    @property
+    def has_empty_hands(self) -> bool:
+        return not self._busy
 
     @property
     def parked(self) -> bool:
@@ -181,6 +201,7 @@ class Rank:
     def load(self, generation: int, restore: Restore, state: State) -> None:
         """The snapshot's state takes the place of what was held here, if anything was."""
         self.loaded, self.kept, self.reduced = (generation, restore), None, None
+        self.begun, self._goes_back = None, False
         self.passing.drop()
         branch = self.world.plans_on_record[generation].branch
         self.capturing.begin_anew(Ordinal(branch, restore.key.step))
@@ -191,6 +212,9 @@ class Rank:
     def formed(self, generation: int, complete: int) -> None:
         """The group of this generation exists, and this rank has what it lacked."""
         if self.seat.plan is None or self.seat.plan.generation != generation:
+            return
+        if self._goes_back and self._busy:
+            self.later(0.02, lambda: self.formed(generation, complete))
             return
         if self.seat.complete < complete:
             assert self.received_result is not None and self.received_result[0] == generation
@@ -210,6 +234,10 @@ class Rank:
         if former == self.layers and len(self.state) > len(former) + 1:
             self.world.seen["a change of layers was gone back on"] += 1
         self.state = {layer: self.state[layer] for layer in (NOBODYS, *self.layers)}
+        if self._goes_back:
+            self.world.seen["what was computed ahead was dropped"] += 1
+            self.passing.drop()
+        self.begun, self._goes_back = None, False
         if plan.stages:
             self.passing.seated(plan)
 
@@ -253,7 +281,9 @@ class Rank:
         self.advance()
 
     def advance(self) -> None:
-        if self._busy or not self.ready or self.seat.finished or self.seat.formed == 0 or self.seat.restoring:
+        if self._busy or not self.ready or self.seat.finished or self.seat.restoring:
+            return
+        if self.seat.formed == 0 and not self.seat.has_begun_ahead:
             return
         self._work += 1
         if self.seat.departed:
@@ -289,15 +319,16 @@ class Rank:
     def _compute(self, leaf: int, action: Action | None = None) -> None:
         """action: in a pipeline."""
         self._busy = True
-        step, values = self.seat.step, leaf_values(self.state, self.seat.step, leaf, self.layers)
+        layers = self.layers if self.begun is None else layers_of(self.begun, self.member, self.world.setting.layers)
+        step, values = self.seat.step, leaf_values(self.state, self.seat.step, leaf, layers)
         takes_s = self.world.rng.uniform(0.03, 0.15) * self.world.speeds.factor(self.node, self.world.now)
         self.later(takes_s, lambda: self._fold(step, leaf, values, action))
 
     def _fold(self, step: int, leaf: int, values: dict[int, int], action: Action | None) -> None:
-        self._busy = False
+        self._busy, stale, self._stale = False, self._stale, False
         self._work += 1
         self.pace.folded(self.world.now)
-        if action is not None and (self.seat.restoring or not self.passing.done(action)):
+        if action is not None and (self.seat.restoring or not self.passing.done(action) or stale):
             self.advance()
             return
         self.partial[leaf] = values
@@ -322,7 +353,7 @@ class Rank:
         self.capturing.boundary()
         if self.seat.awaited and self.seat.plan is not None:
             self.held = self.seat.plan.generation, dict(self.state)
-            self.seat.handle(Held(generation=self.seat.plan.generation))
+            self.seat.handle(MayBegin(generation=self.seat.plan.generation, complete=self.seat.complete))
         if self.world.drains.active and self.capturing.protected_generation:
             told = SnapshotProtected(generation=self.capturing.protected_generation)
             self.world.to_controllers(self.node, lambda shell: shell.take(told))

@@ -124,6 +124,7 @@ class Shell:
         if keeper is not None and keeper in self._ended_keepers:
             return
         self.keepers.add(node)
+        self.questions.heard(node)
         self.take(NodeSeen(node=node, capacity=self.world.nodes[node].capacity))
         for vital in vitals:
             if vital.alive and self.control.membership.is_gone(vital.member):
@@ -148,6 +149,11 @@ class Shell:
         """It was let go."""
         self.detector.forget_node(node)
         self.questions.forget(node)
+
+    @property
+    def answering(self) -> set[str]:
+        """Nodes whose keepers it counts with: all but those that have not answered the last time."""
+        return self.keepers - self.questions.absent
 
     def _tick(self) -> None:
         if not self.alive:

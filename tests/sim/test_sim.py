@@ -9,7 +9,7 @@ import pytest
 from tests.sim.swarm import run_seed, swarm
 
 SEEDS = 500
-RARE = (1207, 1506, 1741, 3256, 3478)
+RARE = (732, 761, 1207, 1279, 1506, 1564, 1741, 3256, 3478, 4264)
 """Further seeds, which reach what few do."""
 
 IMPORTANT = (
@@ -17,9 +17,12 @@ IMPORTANT = (
     "a checkpoint could not be read",
     "a checkpoint was loaded",
     "a keeper did not answer",
+    "a keeper was asked what the one before it was asked",
     "a share could not be loaded",
     "all members have loaded a snapshot",
+    "a joiner that had begun joined again",
     "all ranks died at once",
+    "begun before layers were complete",
     "checkpoint committed",
     "capture across a planned change",
     "behind with its own sums",
@@ -68,6 +71,7 @@ IMPORTANT = (
     "the server of a kept result died",
     "the store's host died while forming",
     "two controllers",
+    "what was computed ahead was dropped",
 )
 
 
@@ -90,4 +94,10 @@ def test_seeds_that_found_a_mistake(seed: int) -> None:
 @pytest.mark.parametrize("seed", [174, 342, 11284, 13033, 17764, 42015])
 def test_seeds_that_found_a_mistake_in_drains(seed: int) -> None:
     _, _, error = run_seed(seed, staged=False)
+    assert not error
+
+
+@pytest.mark.parametrize("seed", [11228, 14719, 25459, 36368, 39892, 56842, 59214, 700960])
+def test_seeds_that_found_a_mistake_since(seed: int) -> None:
+    _, _, error = run_seed(seed)
     assert not error

@@ -103,6 +103,8 @@ class World:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
         self.checkers: list[Checker] = all_checkers(self)
+        self._concerned: dict[str, list[Callable[..., None]]] = {}
+        """By fact, those checks that look at it."""
 
     # Time
 
@@ -155,8 +157,11 @@ class World:
             self.story.append(f"{self.now:8.3f}  {text}")
 
     def emit(self, what: str, **facts: Any) -> None:
-        for checker in self.checkers:
-            checker.take(what, facts)
+        if what not in self._concerned:
+            found = (getattr(checker, f"on_{what}", None) for checker in self.checkers)
+            self._concerned[what] = [check for check in found if check is not None]
+        for check in self._concerned[what]:
+            check(**facts)
 
     def add_node(self, capacity: int) -> None:
         name = f"node{len(self.nodes) + 1}"
@@ -210,6 +215,7 @@ class World:
         self.shells.append(shell)
         if sum(shell.alive for shell in self.shells) > 1:
             self.seen["two controllers"] += 1
+            self.disturbed = True  # one may let ranks go that the other has just seated
         shell.begin()
         self.drains.notices(shell)
 

@@ -32,12 +32,13 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
 def test_a_restarted_controller_says_only_what_has_happened_since(ledger: Ledger) -> None:
     before = Saved()
     (said,) = before.heard("aaaabbbbcccc/7", news(40, 4))
-    assert said.startswith("the checkpoint of step 40 is durable")
+    assert said.reason.startswith("the checkpoint of step 40 is durable")
     ledger.has_said("aaaabbbbcccc/7", news(40, 4))
     after = Saved(news=ledger.said())
     assert after.heard("aaaabbbbcccc/7", news(40, 4)) == []
     assert len(after.heard("aaaabbbbcccc/7", news(50, 5))) == 1
-    assert after.heard("aaaabbbbcccc/7", news(50, 5, failures=1)) == ["node aaaabbbb: checkpoint not written: full"]
+    (failed,) = after.heard("aaaabbbbcccc/7", news(50, 5, failures=1))
+    assert failed.kind == "checkpoint failed" and failed.reason == "node aaaabbbb: checkpoint not written: full"
 
 
 def test_what_a_keeper_counted_that_died_before_the_controller_stays_counted(ledger: Ledger) -> None:

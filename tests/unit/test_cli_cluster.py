@@ -20,14 +20,14 @@ from resilient.core.plan import Address
 from resilient.core.recovery import Limits
 from resilient.core.view import view
 from resilient.faults import Act, Seat, Seen
-from resilient.status import controllers, describe
+from resilient.status import controllers, describe, runs
 
 RECOVERY = {
     "kind": "rank lost", "step": 41, "ranks": 2, "source": "memory", "restored_step": 40, "total_s": 1.25,
     "reason": "lost rank 1 (node bbbbbbbb)",
 }  # fmt: skip
 GPT: dict[str, Any] = {
-    "run": "gpt", "attempt": 2, "step": 42, "generation": 5, "formed": 5,
+    "run": "gpt", "attempt": 2, "step": 42, "steps": 100, "generation": 5, "formed": 5,
     "ranks": [
         {"rank": 0, "member": 3, "node": "aaaaaaaaaaaa", "state": "computing", "speed": 1.0},
         {"rank": 1, "member": 7, "node": "bbbbbbbbbbbb", "state": "stopped", "speed": None},
@@ -37,6 +37,7 @@ GPT: dict[str, Any] = {
     "leaving": {}, "recoveries": [RECOVERY], "recovering": None, "snapshots": {"protected": 41.0},
     "checkpoints": {"durable": 40, "committed": 4, "failures": 1, "last_failure": "no room"},
     "messages": ["10:00:00 the checkpoint of step 40 is durable"], "outcome": None, "memory": "/dev/shm",
+    "observe": {"url": "http://10.0.0.1:9400/", "events": None, "events_left_out": 0},
 }  # fmt: skip
 
 
@@ -51,7 +52,8 @@ def test_a_run_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     text, good = told(capsys, GPT)
     assert good
     assert text == (
-        "gpt, attempt 2: step 42, generation 5, 2 ranks on 2 of 3 nodes\n"
+        "gpt, attempt 2: step 42 of 100, generation 5, 2 ranks on 2 of 3 nodes\n"
+        "live page: http://10.0.0.1:9400/\n"
         "snapshots: step 41 is protected everywhere\n"
         "checkpoints: step 40 is durable, 4 were written, 1 failed, the last: no room\n"
         "\n"
@@ -65,6 +67,14 @@ def test_a_run_is_described(capsys: pytest.CaptureFixture[str]) -> None:
         "\n"
         "10:00:00 the checkpoint of step 40 is durable\n"
     )
+
+
+def test_a_run_that_has_ended_and_is_only_still_shown_is_not_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["gpt/1/controller", "other/1/controller", "gone/1/controller"]
+    views = {"gpt": {**GPT, "lingers": True}, "other": {**GPT, "run": "other", "lingers": False}, "gone": {"error": ""}}
+    monkeypatch.setattr("resilient.status.launch.names", lambda prefix: names)
+    monkeypatch.setattr("resilient.status._asked", lambda run, attempt: views[run])
+    assert runs() == [views["gone"], views["other"]]
 
 
 def test_programs_get_one_document(capsys: pytest.CaptureFixture[str]) -> None:

@@ -300,3 +300,14 @@ def test_resuming_twice_changes_nothing() -> None:
     with pytest.raises(AssertionError, match="resumed twice"):
         run.take(Resumed(plans=(), spawned=()))
     assert run.report(1, 1) == []
+
+
+def test_nodes_are_waited_for_while_nothing_is_starting() -> None:
+    """Only more of them would help then; the time until ranks are ready is something else."""
+    control = Control(limits=Limits(min_workers=2, max_workers=2))
+    control.handle(NodeSeen(node="a", capacity=0), 0.0)
+    assert control.waits
+    spawned = control.handle(NodeSeen(node="a", capacity=2), 5.0)
+    assert sum(isinstance(each, Spawn) for each in spawned) == 2 and not control.waits
+    control.handle(Tick(), 9.0)
+    assert control.chronicle.figures.spent.seconds["waiting"] == 5.0

@@ -12,6 +12,10 @@ from resilient.core.control import Control
 from resilient.core.events import NodeSeen
 from resilient.core.instructions import End, Spawn
 from resilient.core.recovery import Limits
+from resilient.core.story import Story
+from resilient.ending import Ending
+from resilient.presence import Presence
+from tests.unit.test_ending import ending
 
 
 @pytest.fixture
@@ -19,10 +23,24 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
     """One that has nobody to talk to."""
     found = object.__new__(Controller)
     shell: Any = found
-    shell._control = Control(limits=Limits(min_workers=1, max_workers=2))
-    shell._outcome, shell._finishing, shell._ended_at = None, None, 0.0
-    shell._job = SimpleNamespace(settings=SimpleNamespace(checkpoint=None))
-    monkeypatch.setattr(Controller, "_clean_up", lambda self: None)
+    control: Any = Control(limits=Limits(min_workers=1, max_workers=2))
+    nobody: Any = SimpleNamespace()
+    shell._control = control
+    shell._story, shell._showing = Story(), SimpleNamespace(happened=lambda happening, step: None)
+    shell._told = SimpleNamespace(records=SimpleNamespace(newest=-1))
+    shell._ending = ending(control=control, happened=shell._happened)
+    shell._presence = Presence(
+        job=nobody,
+        control=control,
+        detector=nobody,
+        workers=nobody,
+        departures=nobody,
+        protection=nobody,
+        ending=shell._ending,
+        told=nobody,
+        handle=shell._handle,
+    )
+    monkeypatch.setattr(Ending, "_clean_up", lambda self: None)
     return found
 
 
@@ -34,7 +52,7 @@ def test_one_that_lost_its_rule_over_a_rank_decides_nothing_more(
     controller._handle(NodeSeen(node="a", capacity=1))
     assert [type(item) for item in carried_out if not isinstance(item, End)].count(Spawn) == 1
     carried_out.clear()
-    controller._end(End(outcome="superseded", reason="member 1 was started by another controller"))
+    controller._ending.end(End(outcome="superseded", reason="member 1 was started by another controller"))
     controller._handle(NodeSeen(node="b", capacity=1))
-    controller._nodes({"c": 1}, set())
+    controller._presence.listed({"c": 1}, set())
     assert not carried_out

@@ -34,6 +34,16 @@ def test_what_an_errand_raises_is_raised_where_it_was_ordered() -> None:
         done.get(timeout=10.0).finish()
 
 
+def test_who_is_to_be_told_of_an_error_is_told_and_nothing_is_raised() -> None:
+    done, told, results = queue.Queue[Done](), list[Exception](), list[Any]()
+    errands = Errands(done.put)
+    errands.run(lambda: {}["absent"], results.append, told.append)
+    errands.run(lambda: "second", results.append, told.append)
+    for _ in range(2):
+        done.get(timeout=10.0).finish()
+    assert [str(error) for error in told] == ["'absent'"] and results == ["second"]
+
+
 def test_a_connection_that_breaks_repeats_the_errand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resilient.errands.TRY_AGAIN_S", 0.0)
     done: queue.Queue[Done] = queue.Queue()

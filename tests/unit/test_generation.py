@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from actors.group import LinkBroken
+from resilient.core.difference import odd_ones
+from resilient.core.lane import NOBODYS
 from resilient.core.plan import Address, Place, Plan
 from resilient.generation import GenerationThread, Holding, Superseded
+from resilient.moving import gathered
 from snapshot.capture import capture
 
 
@@ -40,7 +44,8 @@ def test_a_joiner_is_not_seated_with_a_state_that_was_changed_while_it_was_sent(
         return SimpleNamespace(wait=lambda: None)
 
     state = capture({"values": {"weights": torch.ones(3)}})
-    member: Any = SimpleNamespace(number=1, held_state=lambda generation: state, require_current=require_current)
+    turns = SimpleNamespace(held_state=lambda generation: state, require_current=require_current)
+    member: Any = SimpleNamespace(number=1, turns=turns)
     group: Any = SimpleNamespace(gather=lambda row: [row, [0, -1, -1]], post_host=post_host, minimum=barriers.append)
     thread = GenerationThread(member, plan, Holding(has_state=True, complete=4, kept=None))
     with pytest.raises(Superseded):
@@ -85,9 +90,20 @@ def test_sums_that_were_given_up_do_not_count_as_had() -> None:
         joiners=(),
         reason="test",
     )
-    member: Any = SimpleNamespace(number=1, staying=staying)
+    member: Any = SimpleNamespace(number=1, turns=SimpleNamespace(staying=staying))
     thread = GenerationThread(member, plan, Holding(has_state=True, complete=4, kept=None))
     result: Any = object()
     with pytest.raises(Superseded):
         thread._stage_done(result)
     assert thread.reduced is None
+
+
+def test_who_has_seen_that_states_differ_goes_back_though_the_others_can_not_be_asked() -> None:
+    """Whoever it was may have been ended for it by then."""
+
+    def broken(row: list[int]) -> list[list[int]]:
+        raise LinkBroken("rank 1 has gone")
+
+    group: Any = SimpleNamespace(size=3, gather=broken)
+    assert gathered(group, [5, 7], 2, [NOBODYS, -1]) == [[NOBODYS, -1], [NOBODYS, -1], [5, 7]]
+    assert odd_ones([NOBODYS, NOBODYS, 5]) == (), "nobody can be blamed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from resilient.core.events import (
@@ -13,7 +14,7 @@ from resilient.core.events import (
     RankReturned,
     Resumed,
 )
-from resilient.core.instructions import End, Instruction
+from resilient.core.instructions import End, Instruction, Say
 from resilient.core.plan import Address
 from resilient.core.seat import SeatReport
 from snapshot.core.digest import StatePart, put_together
@@ -27,6 +28,8 @@ PARTS = {
 
 
 class Pipeline(Scenario):
+    shape = SHAPE
+
     def ready(self, *members: int) -> tuple[Instruction, ...]:
         out: tuple[Instruction, ...] = ()
         for member in members:
@@ -39,7 +42,7 @@ class Pipeline(Scenario):
                     steps=9,
                     probe="p",
                     probe_fields="p",
-                    pipeline=SHAPE,
+                    pipeline=self.shape,
                 )
             )
         return out
@@ -63,8 +66,9 @@ class Pipeline(Scenario):
         return self.take(RankReturned(member=member, step=9, digest="", part=PARTS[member]))
 
 
-def begun() -> Pipeline:
+def begun(shape: PipelineShape = SHAPE) -> Pipeline:
     run = Pipeline()
+    run.shape = shape
     run.begun()
     assert [stage.ranks for stage in run.control.plans[1].stages] == [(0,), (1,)]
     return run
@@ -85,6 +89,17 @@ def test_who_is_left_goes_back_on_a_branch_of_its_own() -> None:
     plan = plan_of(run.answer(found("a", 4), found("b", 4)))
     assert plan.kind == "restored" and 2 in plan.ranks, "it has captured later states than that of step 4"
     assert [(branch.number, branch.parent, branch.at_step) for branch in plan.branches] == [(0, None, 0), (1, 0, 4)]
+
+
+def test_who_is_left_waits_for_others_where_the_layers_do_not_fit() -> None:
+    """As few ranks as the user allows would do, but not for their memory."""
+    run = begun(replace(SHAPE, rank_bytes=15))
+    run.take(RankGone(member=1, why="killed"))
+    out = run.answer(found("a", 4), found("b", 4))
+    (said,) = (one.text for one in out if isinstance(one, Say))
+    assert "waiting for nodes" in said and "add ranks, or give them more memory" in said
+    plan = plan_of(run.ready(3))
+    assert plan.kind == "restored" and set(plan.members) == {2, 3} and len(plan.stages) == 2
 
 
 def test_when_nobody_is_left_the_branch_goes_on() -> None:

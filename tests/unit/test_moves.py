@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.group import LinkBroken
-from resilient.core.moves import transfers, without
-from resilient.errors import StateDiverged
-from resilient.moving import check_equal
+from resilient.core.moves import divided, transfers, without
+from resilient.moving import check_received, differing
 from snapshot.core.ranges import Ranges, merged
 
 SIZE = 24
@@ -52,14 +51,31 @@ def test_what_nobody_has_is_said() -> None:
 
 
 def test_a_layer_that_arrived_damaged_is_found() -> None:
+    told = [{"0": 5, "": 9}, {"1": 6, "": 9}, {"1": 7, "": 9}]
+    assert differing([(0, 1), (1, 2), (0, 0)], told) == {}, "whoever had layer 1 had it alone"
     with pytest.raises(LinkBroken, match="layer 1 was not received as it was sent"):
-        check_equal([(0, 1), (1, 2), (0, 0)], [{"0": 5, "": 9}, {"1": 6, "": 9}, {"1": 7, "": 9}])
+        check_received(told)
 
 
-def test_ranks_that_differed_before_are_named() -> None:
-    with pytest.raises(StateDiverged, match="layer 0,3: ranks 0, 1 hold different bytes of it"):
-        check_equal([(0, 1), (3, 4)], [{"0,3": 5}, {"0,3": 6}])
+def test_holders_that_differed_before_are_told_from_receivers() -> None:
+    told = [{"0,3": 5, "": 9}, {"0,3": 6, "": 9}, {"0,3": 7, "": 8}]
+    assert differing([(0, 1), (3, 4), (0, 0)], told) == {"layer 0,3": {0: 5, 1: 6}}
+    assert differing([(0, 1), (3, 4), (1, 2)], told) == {
+        "layer 0,3": {0: 5, 1: 6},
+        "what belongs to no layer": {0: 9, 1: 9, 2: 8},
+    }
 
 
 def test_equal_bytes_pass() -> None:
-    check_equal([(0, 1), (0, 0)], [{"0": 5, "": 9}, {"0": 5, "": 9}])
+    told = [{"0": 5, "": 9}, {"0": 5, "": 9}]
+    assert differing([(0, 1), (0, 0)], told) == {}
+    check_received(told)
+
+
+def test_what_comes_later_is_told_apart_from_what_comes_first() -> None:
+    moves = transfers([((0, 100),), ((0, 100),), ()], [(), (), ((10, 90),)])
+    first, then = divided(moves, ((20, 40), (60, 70)))
+    assert sorted((each.start, each.stop) for each in first) == [(10, 20), (40, 50), (50, 60), (70, 90)]
+    assert sorted((each.start, each.stop) for each in then) == [(20, 40), (60, 70)]
+    senders = {each.start: each.sender for each in (*first, *then)}
+    assert all(senders[start] == (0 if start < 50 else 1) for start in senders), "from the same ones"

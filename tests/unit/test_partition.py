@@ -43,6 +43,16 @@ def test_layers_of_equal_weight_on_equal_ranks() -> None:
     )
 
 
+def test_a_later_stage_has_less_to_do_because_it_begins_later() -> None:
+    costs = Costs(layer_s=(0.1,) * 12, layer_bytes=(1,) * 12)
+    found = partition(costs, [Rank()] * 3, stages=3, micro_batches=2)
+    assert [stage.stop for stage in found.stages] == [6, 10, 12]
+    assert (found.slowest_s, found.step_s) == (pytest.approx(1.2), pytest.approx(1.4))
+    found = partition(costs, [Rank(speed=0.5)] * 3, stages=3, micro_batches=32)
+    assert [stage.stop for stage in found.stages] == [4, 8, 12]
+    assert (found.slowest_s, found.step_s) == (pytest.approx(25.6), pytest.approx(27.2))
+
+
 def test_a_lost_rank_moves_nothing_if_nothing_is_won_by_it() -> None:
     ranks = now(partition(SIX, [Rank()] * 4, stages=2, micro_batches=8), [Rank()] * 4)
     found = partition(SIX, ranks[:3], stages=2, micro_batches=8, slack=0.5)
@@ -68,7 +78,7 @@ def test_a_joiner_goes_where_it_is_needed() -> None:
 
 def test_a_slow_rank_has_fewer_micro_batches_and_stays_where_it_is() -> None:
     ranks = [Rank(holds=(0, 4))] * 2 + [Rank(holds=(4, 6)), Rank(holds=(4, 6), speed=0.5)]
-    found = partition(SIX, ranks, stages=2, micro_batches=9, slack=0.2)
+    found = partition(SIX, ranks, stages=2, micro_batches=9, slack=0.3)
     assert stages_of(found) == [(0, 4, (0, 1)), (4, 6, (2, 3))]
     assert [len(run) for run in found.stages[1].leaves] == [6, 3]
     assert found.moved_bytes == 0

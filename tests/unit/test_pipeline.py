@@ -112,6 +112,20 @@ def test_layers_made_by_callables_take_no_memory_until_they_are_held() -> None:
     in_a_run(main)
 
 
+@pytest.mark.parametrize(("rank_bytes", "last"), [(None, 0), (10_000, 11 * 8 * 4)])
+def test_under_a_limit_of_memory_a_shared_parameter_counts_wherever_it_is_held(
+    rank_bytes: int | None, last: int
+) -> None:
+    def main(run: resilient.Run) -> None:
+        tied = {"layers.4.weight": "layers.0.weight"}
+        pipe = run.pipeline(layers(), loss_of, stages=3, tied=tied, rank_bytes=rank_bytes)
+        sizes = pipe.layer_bytes()
+        assert (sizes[0], sizes[4]) == (11 * 8 * 4, last)
+        loop(run, pipe, data=Text)
+
+    in_a_run(main)
+
+
 def test_what_a_layer_begins_with_depends_on_its_place_alone() -> None:
     """Not on the layers before it, nor on what else was drawn."""
 
@@ -147,6 +161,13 @@ def test_bad_options_are_named(options: dict[str, Any], says: str) -> None:
 def test_a_layer_that_is_none_is_named() -> None:
     with pytest.raises(TypeError, match="layer 1 makes a int"):
         in_a_run(lambda run: pipeline(run, [nn.Identity(), lambda: 3]))
+
+
+def test_a_parameter_with_gaps_in_memory_is_named() -> None:
+    sliced = nn.Linear(SIZE, SIZE)
+    sliced.weight = nn.Parameter(torch.zeros(SIZE, 2 * SIZE)[:, :SIZE])
+    with pytest.raises(ValueError, match=r"layers\.1\.weight has gaps or overlaps.*\.clone\(\)"):
+        in_a_run(lambda run: pipeline(run, [nn.Linear(SIZE, SIZE), sliced]))
 
 
 def test_nothing_to_train_is_said() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.pipeline_model import Layer, Split, best_s, bound_s, simulated_s, splits
+from benchmarks.pipeline_model import Layer, Split, best_s, bound_s, planned, simulated_s, splits
 
 LAYER = Layer(forward_s=1.0, backward_s=2.0)
 
@@ -33,9 +33,21 @@ def test_no_simulated_step_is_shorter_than_the_bound() -> None:
 
 
 def test_the_best_split_is_found() -> None:
-    assert best_s(4, 2, 2, 8, LAYER) == min(
+    assert best_s(4, 2, range(1, 3), 8, LAYER, 4) == min(
         bound_s(Split((4,), (2,)), 8, LAYER), bound_s(Split((2, 2), (1, 1)), 8, LAYER)
     )
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(3, 2), (6, 4), (7, 4)])
+def test_ours_is_planned_as_well_as_any_split(ranks: int, stages: int) -> None:
+    found = planned(12, ranks, stages, 32, LAYER)
+    assert bound_s(found, 32, LAYER) == pytest.approx(best_s(12, ranks, range(stages, stages + 1), 32, LAYER, 12))
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(3, 2), (7, 2), (6, 4), (7, 4), (11, 4), (13, 6)])
+def test_uneven_stages_hardly_wait_for_each_other(ranks: int, stages: int) -> None:
+    split = planned(16, ranks, stages, 64, LAYER)
+    assert bound_s(split, 64, LAYER) >= 0.92 * simulated_s(split, 64, LAYER)
 
 
 def test_messages_cost_time() -> None:

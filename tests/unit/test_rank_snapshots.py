@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.ring import Ring
+from actors.standing import StandingFile
 from actors.vault import Vault
 from resilient.core.cadence import Cadence
 from resilient.core.lane import Agreed
@@ -25,6 +26,7 @@ from resilient.verification import Digests
 from snapshot.absent import hold_parts, release
 from snapshot.arena import NoRoom, SlotHead, SlotView, find_slots
 from snapshot.capture import capture
+from snapshot.core.inventory import SnapshotKey
 from snapshot.core.lifecycle import Ordinal
 from snapshot.core.ranges import Ranges, merged
 from snapshot.core.stripes import Group
@@ -328,6 +330,53 @@ def test_the_first_snapshot_of_a_new_membership_is_due_at_once(tmp_path: Path) -
     assert not is_due(renewed=False) and is_due(renewed=True)
     training.snapshots.boundary(Ordinal(0, training.steps), training.objects, later, wanted=True)
     assert not is_due(renewed=True)
+
+
+@pytest.mark.parametrize("ranks_before", [1, 2])
+def test_snapshots_go_on_in_a_new_membership_though_the_former_ones_wait_for_protection(
+    training: Training, ranks_before: int
+) -> None:
+    """Keepers protect what the new one captures, and that is nothing before a slot is free. With two ranks before, the
+    slots are too small for what the only one captures now."""
+    before, later = Seating(generation=1, rank=0, world=ranks_before), Seating(generation=7, rank=0, world=1)
+    training.values["large"] = [torch.zeros(1 << 16) for _ in range(4)]
+    training.step(seating=before)
+    wait_for(lambda: is_ready(training.snapshots, training.steps + 1) and made_or_full(training.snapshots))
+    for _ in range(6):
+        training.step(seating=before)
+    training.snapshots.gate()
+    held = sorted(in_slots(training.folder))
+    assert len(held) == 3, "all that there are"
+    training.snapshots.boundary(Ordinal(0, training.steps), training.objects, later, wanted=False)
+    assert not is_ready(training.snapshots, training.steps + 1), "in the former membership"
+    wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), later.generation).room)
+    assert not set(in_slots(training.folder)) - set(held[:2]), "no keeper can protect any more what was given up"
+    training.steps += 1
+    training.snapshots.boundary(Ordinal(0, training.steps), training.objects, later, wanted=True)
+    training.snapshots.gate()
+    assert sorted(in_slots(training.folder)) == [*held[:2], training.steps], "only the newest was given up"
+
+
+def test_what_the_keeper_has_protected_is_kept_until_newer_ones_are_protected_everywhere(training: Training) -> None:
+    """All nodes may have, though no exchange has told so before somebody died: then all would go back to it."""
+    before, later = Seating(generation=1, rank=0, world=1), Seating(generation=7, rank=0, world=1)
+    training.step(seating=before)
+    wait_for(lambda: is_ready(training.snapshots, training.steps + 1) and made_or_full(training.snapshots))
+    for _ in range(6):
+        training.step(seating=before)
+    training.snapshots.gate()
+    held = sorted(in_slots(training.folder))
+    standing = StandingFile(training.folder)
+    standing.show("protected", SnapshotKey(attempt=1, branch=0, step=held[-1], generation=1))
+    assert not is_ready(training.snapshots, training.steps + 1)
+    standing.clear()  # a keeper takes another one's place
+    standing.show("taken_up", SnapshotKey(attempt=1, branch=0, step=training.steps + 9, generation=7))
+    wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), later.generation).room)
+    training.steps += 1
+    training.snapshots.boundary(Ordinal(0, training.steps), training.objects, later, wanted=True)
+    training.snapshots.gate()
+    assert held[-1] in in_slots(training.folder) and training.steps in in_slots(training.folder)
+    standing.close()
 
 
 def test_one_slow_keeper_makes_all_skip_the_same_snapshots(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from snapshot.absent import bring, is_absent, release
 from snapshot.capture import capture
 from snapshot.recapture import Recapture
 
@@ -143,6 +144,17 @@ def test_views_are_kept_and_show_the_present() -> None:
     third = recapture.capture(parts)
     (_, view) = third.front_share(((0, third.nbytes),))[0].calm[0]
     assert view.data_ptr() == weight.data_ptr() and not view.any()
+
+
+def test_what_was_here_between_two_captures_only_is_not_in_the_second() -> None:
+    parts, recapture = build(), Recapture()
+    norm = parts["model"][1]
+    release(norm.running_mean)
+    recapture.capture(parts)
+    bring(norm.running_mean)
+    release(norm.running_mean)
+    table = recapture.capture(parts)
+    assert table.held_ranges() == capture(parts).held_ranges() and sum(map(is_absent, table.tensors)) == 1
 
 
 def test_a_table_that_stands_alone_has_no_front() -> None:

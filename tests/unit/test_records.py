@@ -188,3 +188,16 @@ def restored_plan(generation: int, step: int, branch: int) -> Plan:
         branches=(Branch(number=0), Branch(number=branch, parent=0, at_step=step)),
         restore=Restore(key=SnapshotKey(attempt=1, branch=branch, step=step, generation=1)),
     )
+
+
+def test_after_a_rewind_the_newest_loss_is_that_of_the_line_that_the_run_is_on() -> None:
+    records = Records()
+    for step in range(6):
+        records.add(account(step, losses=(float(step),)))
+        records.after(step - LATE_STEPS, all_of_them=False)
+    records.rewind(7, 3, 0, anew=False)
+    assert records.newest_loss == 2.0
+    records.add(account(3, losses=(30.0,)))
+    assert records.newest_loss == 30.0
+    records.rewind(8, 0, 0, anew=False)
+    assert records.newest_loss is None

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resilient.core.planner import even_runs
 from resilient.core.schedule import KINDS, Backward, Forward, Kind, choose, turns_of, under_way_limit
 
 
@@ -16,11 +17,7 @@ class Pipe:
         """owners: by stage, of each micro-batch, the rank within the stage."""
         self.kind, self.owners, self.ranks = kind, owners, ranks
         self.micro_batches = len(owners[0])
-        owned = [
-            [[b for b, owner in enumerate(of) if owner == rank] for rank in range(count)]
-            for of, count in zip(owners, ranks, strict=True)
-        ]
-        self.turns = turns_of([[leaves for leaves in stage if leaves] for stage in owned], self.micro_batches)
+        self.turns = turns_of(self.micro_batches)
         places = [(stage, rank) for stage, count in enumerate(ranks) for rank in range(count)]
         self.fresh = {
             place: {b for b in range(self.micro_batches) if owners[place[0]][b] == place[1]} for place in places
@@ -38,7 +35,6 @@ class Pipe:
         for (stage, rank), fresh in self.fresh.items():
             under_way, last = self.under_way[stage, rank], stage == len(self.ranks) - 1
             action = choose(
-                self.kind,
                 under_way_limit(self.kind, stage, self.ranks, self.micro_batches),
                 fresh=fresh,
                 under_way=under_way,
@@ -102,18 +98,34 @@ def test_the_bubble_of_an_even_pipeline_is_the_known_one(stages: int, micro_batc
     assert pipe.ticks == 2 * micro_batches + 2 * (stages - 1)
 
 
-def test_gpipe_goes_forward_first() -> None:
-    both = {"fresh": {1}, "under_way": {0}, "inputs": {1}, "gradients": {0}, "turns": (0.0, 0.5)}
-    assert choose("gpipe", 4, **both) == Forward(1)
-    assert choose("1f1b", 4, **both) == Backward(0)
-    assert choose("1f1b", 1, fresh={1}, under_way={0}, inputs={1}, gradients=(), turns=(0.0, 0.5)) is None
+def test_forward_first_as_long_as_more_may_be_under_way() -> None:
+    both = {"fresh": {1}, "under_way": {0}, "inputs": {1}, "gradients": {0}, "turns": (0, 1)}
+    assert choose(2, **both) == Forward(1)
+    assert choose(1, **both) == Backward(0)
+    assert choose(1, fresh={1}, under_way={0}, inputs={1}, gradients=(), turns=(0, 1)) is None
+
+
+def test_fewer_are_under_way_where_all_stages_that_follow_have_as_many_ranks() -> None:
+    assert [under_way_limit("1f1b", stage, (2, 2, 2), 32) for stage in range(3)] == [4, 3, 1]
+    assert [under_way_limit("1f1b", stage, (1, 3, 3), 32) for stage in range(3)] == [15, 3, 1]
+    assert under_way_limit("gpipe", 0, (2, 2, 2), 32) == 32
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 8, 31, 1000])
+def test_whoever_owns_a_run_of_micro_batches_has_had_its_part_of_the_turns_at_any_time(micro_batches: int) -> None:
+    turns = turns_of(micro_batches)
+    assert sorted(turns) == list(range(micro_batches))
+    for ranks in range(1, min(micro_batches, 8) + 1):
+        for run in even_runs(micro_batches, ranks):
+            for now in range(0, micro_batches, 1 + micro_batches // 50):
+                had = sum(turns[leaf] <= now for leaf in run)
+                assert abs(had - (now + 1) * len(run) / micro_batches) <= 3
 
 
 def test_all_ranks_of_the_widest_stage_have_something_to_do_from_the_beginning() -> None:
-    turns = turns_of([[range(8)], [range(4), range(4, 8)]], 8)
-    order = sorted(range(8), key=lambda leaf: (turns[leaf], leaf))
-    assert order == [0, 4, 1, 5, 2, 6, 3, 7]
+    turns = turns_of(8)
+    assert sorted(range(8), key=turns.__getitem__) == [0, 5, 2, 7, 4, 1, 6, 3]
     pipe = Pipe("1f1b", [[0] * 8, [0] * 4 + [1] * 4], [1, 2])
     while not pipe.done:
         pipe.tick()
-    assert pipe.ticks == 17, "the first stage has 16 things to do"
+    assert pipe.ticks == 16, "the first stage has 16 things to do"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from resilient.core.plan import Address, Kind, Place, Plan
+from resilient.core.plan import Address, Kind, Place, Plan, Restore, Stage
 from resilient.core.planner import even_runs
 from resilient.core.seat import (
     Applied,
@@ -20,17 +21,22 @@ from resilient.core.seat import (
     Form,
     Formed,
     FormFailed,
-    Held,
     LeafFolded,
+    MayBegin,
+    Park,
     PlanArrived,
     Reduce,
     Report,
     Rested,
+    Rollback,
     Seat,
     SeatEvent,
     StateReceived,
     Wait,
 )
+from snapshot.core.inventory import SnapshotKey
+
+RESTORE = Restore(key=SnapshotKey(attempt=1, branch=0, step=1, generation=1))
 
 
 def plan(
@@ -179,9 +185,9 @@ def changing(wider: Plan) -> Seat:
 def test_the_step_goes_on_as_soon_as_the_state_is_held_for_the_joiners() -> None:
     seat = changing(plan(2, (1, 2, 3), base=1, kind="planned", joiners=(3,)))
     assert seat.awaited and not seat.settled
-    seat.handle(Held(generation=1))
+    seat.handle(MayBegin(generation=1, complete=0))
     assert seat.awaited, "of another generation"
-    seat.handle(Held(generation=2))
+    seat.handle(MayBegin(generation=2, complete=0))
     assert not seat.awaited and not seat.settled
     assert seat.next() == Compute(leaf=0) and seat.work == {0, 1}
     fold_all(seat)
@@ -198,11 +204,67 @@ def test_nobody_waits_for_a_planned_change_without_joiners() -> None:
 def test_what_was_computed_for_a_change_that_failed_is_dropped_unless_it_is_this_rank_s() -> None:
     for leaves, dropped in ((((0, 1), (2, 3)), False), (((2, 3), (0, 1)), True)):
         seat = changing(plan(2, (1, 2, 3), base=1, kind="planned", joiners=(3,)))
-        seat.handle(Held(generation=2))
+        seat.handle(MayBegin(generation=2, complete=0))
         fold_all(seat)
         seat.handle(PlanArrived(plan=plan(3, (1, 2), base=1, kind="unplanned", leaves=leaves)))
         assert (Discard() in seat.handle(Formed(generation=3, complete=0))) is dropped
         assert bool(seat.folded) is not dropped
+
+
+def staged(generation: int, members: tuple[int, ...], base: int, kind: Kind, joiners: tuple[int, ...] = ()) -> Plan:
+    """A pipeline with one stage."""
+    dealt = plan(generation, members, base=base, kind=kind, joiners=joiners)
+    return replace(dealt, stages=(Stage(first=0, stop=2, ranks=tuple(range(len(members)))),))
+
+
+def begun_ahead() -> Seat:
+    """By generation 2, which has not formed, and its whole share of step 1 computed."""
+    seat = changing(staged(2, (1, 2, 3), base=1, kind="planned", joiners=(3,)))
+    assert seat.next() == Wait(reason="forming generation 2") and not seat.settled
+    seat.handle(MayBegin(generation=2, complete=0))
+    assert seat.has_begun_ahead and not seat.settled and seat.next() == Compute(leaf=0)
+    fold_all(seat)
+    return seat
+
+
+def test_a_rank_of_a_pipeline_begins_when_it_can_compute_and_waits_with_the_update() -> None:
+    seat = begun_ahead()
+    assert seat.next() == Wait(reason="forming generation 2")
+    seat.handle(Formed(generation=2, complete=0))
+    assert isinstance(seat.next(), Reduce) and seat.settled and not seat.has_begun_ahead
+
+
+def test_what_a_pipeline_computed_by_a_change_that_failed_is_dropped() -> None:
+    seat, back = begun_ahead(), staged(3, (1, 2), base=1, kind="unplanned")
+    assert seat.handle(PlanArrived(plan=back)) == (Discard(), Form(plan=back))
+    assert seat.next() == Wait(reason="forming generation 3"), "by the layers that are here no more"
+    seat.handle(Formed(generation=3, complete=0))
+    assert seat.next() == Compute(leaf=0) and not seat.folded
+
+
+def test_what_a_pipeline_computed_by_a_change_that_others_saw_formed_is_kept() -> None:
+    seat = begun_ahead()
+    folded = set(seat.folded)
+    on = staged(3, (1, 2), base=2, kind="unplanned")
+    assert seat.handle(PlanArrived(plan=on)) == (Form(plan=on),)
+    assert seat.folded == folded
+    assert Discard() not in seat.handle(Formed(generation=3, complete=0)) and seat.folded == folded
+
+
+@pytest.mark.parametrize("received", [False, True])
+def test_a_joiner_that_has_begun_parks_before_it_joins_once_more(received: bool) -> None:
+    seat = Seat(member=3)
+    seat.handle(PlanArrived(plan=staged(2, (1, 2, 3), base=1, kind="planned", joiners=(3,))))
+    seat.handle(MayBegin(generation=2, complete=4))
+    assert (seat.step, seat.has_state) == (5, False)
+    fold_all(seat)
+    if received:
+        seat.handle(StateReceived(generation=2, complete=4))
+        assert seat.folded == seat.work
+    seat.handle(PlanArrived(plan=staged(4, (1, 2, 3), base=3, kind="planned", joiners=(3,))))
+    assert seat.next() == Park() and seat.restoring
+    seat.handle(MayBegin(generation=4, complete=6))
+    assert (seat.step, seat.next()) == (7, Compute(leaf=min(seat.work)))
 
 
 def test_a_leaf_that_was_begun_for_a_change_that_failed_meanwhile_does_not_count() -> None:
@@ -364,3 +426,25 @@ def test_an_unplanned_generation_without_this_rank_says_nothing_to_it() -> None:
     before = deepcopy(seat)
     assert seat.handle(PlanArrived(plan=plan(2, (1,), base=1, kind="unplanned"))) == ()
     assert seat == before
+
+
+WANTED = Rollback(back_to=0, skip_from=0, skip_to=-1, why="layers differ")
+
+
+def test_a_rollback_may_be_wanted_while_a_planned_generation_forms() -> None:
+    seat = seated()
+    seat.handle(PlanArrived(plan=plan(2, (1, 2, 3), base=1, kind="planned", joiners=(3,))))
+    seat.handle(ExchangeDone(generation=1, step=0, agreed=2))
+    seat.handle(Applied(step=0))
+    assert seat.forming and seat.handle(WANTED) == (Report(),)
+    assert seat.report().rollback == WANTED and isinstance(seat.next(), Wait)
+    restored = replace(plan(3, (1, 2, 3), base=1), kind="restored", joiners=(), restore=RESTORE)
+    (form,) = seat.handle(PlanArrived(plan=restored))
+    assert isinstance(form, Form) and seat.restoring and seat.report().rollback is None
+
+
+def test_a_joiner_has_nothing_to_go_back_from() -> None:
+    seat = Seat(member=3)
+    seat.handle(PlanArrived(plan=plan(2, (1, 2, 3), base=1, kind="planned", joiners=(3,))))
+    seat.handle(WANTED)
+    assert seat.report().rollback is None

@@ -61,7 +61,7 @@ class Rank:
         )  # fmt: skip
         self.optimizer = build(self.pipe.parameters())
         self.shards = OptimizerShards(self.pipe, [("optimizer", self.optimizer)])
-        work: Any = SimpleNamespace(seated=lambda *_: None)
+        work: Any = SimpleNamespace(seated=lambda *_: None, disturbed=lambda: None, drop=lambda: None)
         self.side = StageSide(
             "model",
             self.pipe,
@@ -140,7 +140,7 @@ def test_a_change_that_others_have_seen_succeed_is_gone_on_with() -> None:
     for generation, base in ((3, 2), (4, 3)):  # neither has this rank seen formed
         again = plan(generation, 7, 8, 9, kind="unplanned", base=base)
         rank.side.carry_on(again)
-    assert rank.side.settle(again, 0)
+    rank.side.settle(again, 0)
     assert owned(rank) == expected
 
 
@@ -149,7 +149,7 @@ def test_nothing_is_touched_where_nothing_changes() -> None:
     before = {first: part.data_ptr() for first, part in rank.held().items()}
     again = plan(2, 7, 8, kind="unplanned", base=1)
     rank.side.carry_on(again)
-    assert not rank.side.settle(again, 0)
+    rank.side.settle(again, 0)
     assert {first: part.data_ptr() for first, part in rank.held().items()} == before
 
 

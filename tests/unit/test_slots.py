@@ -37,6 +37,19 @@ def test_a_state_without_bytes_has_empty_shares() -> None:
 # Slots
 
 
+def test_what_is_given_up_is_what_nobody_will_go_back_to() -> None:
+    lifecycle = Lifecycle()
+    first, second, third = (Ordinal(0, step) for step in (1, 2, 3))
+    for number, ordinal in enumerate((first, second, third)):
+        lifecycle.begin(number, ordinal)
+        assert lifecycle.in_vain(None, None) == [first, second][number - 1 : number], "what is being written stays"
+        lifecycle.commit()
+    assert lifecycle.in_vain(None, None) == lifecycle.in_vain(second, None) == [third]
+    assert lifecycle.in_vain(third, None) == lifecycle.in_vain(second, third) == [first]
+    lifecycle.protected(second)
+    assert lifecycle.in_vain(third, None) == lifecycle.in_vain(None, third) == []
+
+
 def test_the_newest_protected_snapshot_and_all_after_it_stay() -> None:
     slots = Lifecycle()
     for step in (1, 2, 3):

@@ -135,7 +135,7 @@ def test_micro_batches_follow_speed_after_a_while() -> None:
     assert (cluster.plans[1].kind, cluster.plans[1].reason[:26]) == ("planned", "micro-batches dealt in pro")
     cluster.train(100.0)
     assert len(cluster.plans) == 2
-    assert cluster.control.speeds.relative(1) == 0.5
+    assert cluster.control.speeds.relative()[1] == 0.5
 
 
 @pytest.mark.parametrize("seed", range(5))

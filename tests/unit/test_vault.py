@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import shutil
@@ -29,7 +30,7 @@ from snapshot.core.stripes import Group
 from snapshot.fields import image_fields, key_fields
 from snapshot.parity import PAYLOAD_AT
 from snapshot.room import NoRoom
-from snapshot.slot import PAGE_BYTES
+from snapshot.slot import PAGE_BYTES, clear_words
 from tests.vaults import (
     RUN,
     SECRET,
@@ -379,6 +380,20 @@ def test_a_new_generation_begins_with_nothing_protected(three: Nodes) -> None:
     with pytest.raises(ValueError, match="not in its group"):
         three.vaults["a"].ring(ring_of("bc", 1, generation=3))
     assert lost.generation == 1
+
+
+def test_what_a_rank_gives_up_while_it_is_protected_is_not_called_protected(three: Nodes) -> None:
+    key = three.write(4, nodes="ac")
+    (path,) = three.folder("a").glob("rank-*.slot-*")
+    # All of a's data is where it belongs, and b's part of the parity is waited for.
+    wait_for(lambda: three.vaults["a"].tally().sent_bytes > 300_000)
+    with path.open("r+b") as slot:
+        mapped = mmap.mmap(slot.fileno(), 0)
+        clear_words(memoryview(mapped))
+    three.write(4, nodes="b")
+    wait_for(lambda: three.vaults["b"].tally().protected == key)
+    wait_for(lambda: three.vaults["a"].tally().failures == {"slot changed": 1})
+    assert three.vaults["a"].tally().protected is None
 
 
 def test_a_peer_that_has_left_is_not_waited_for(three: Nodes) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from resilient.core.control import Control
-from resilient.core.difference import odd_ones, rollback_after
-from resilient.core.events import GenerationCreated, NodeSeen, RankGone, RankReady, RankReported
+from resilient.core.difference import odd_ones, rollback_after, rollback_after_move
+from resilient.core.events import GenerationCreated, NodeSeen, RankGone, RankReady, RankReported, Tick
 from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, TakeInventory
 from resilient.core.lane import NOBODYS, Agreed, Wish
 from resilient.core.plan import Address, Plan
@@ -204,6 +204,42 @@ def test_who_stands_against_the_majority_is_replaced_and_all_go_back() -> None:
     assert any(isinstance(item, TakeInventory) for item in out)
     assert not any(isinstance(item, Kill) for item in team.report(3, 1, 1, wanted)), "once"
     assert team.control.membership.avoided == {"b"}, "its memory or processor may do it again"
+
+
+def test_what_the_suspect_has_told_itself_is_not_forgotten_with_it() -> None:
+    """The others may not have learned who differs before it was killed, nor that anybody does."""
+    team = Team()
+    out = team.report(2, 1, 1, rollback_after(team.plan, 4, [7, 8, 7], verified=3))
+    assert [item.member for item in out if isinstance(item, Kill)] == [2]
+    assert any(isinstance(item, TakeInventory) for item in out)
+    for out in (team.take(Tick()), team.report(1, 1, 1), team.report(3, 1, 1)):
+        assert not any(isinstance(item, CreateGeneration) for item in out), "with what it may have damaged"
+
+
+def test_whose_layers_differ_as_they_are_to_move_is_replaced_before_the_generation_has_formed() -> None:
+    """The others have adopted its plan by then, with somebody who joins."""
+    team = Team()
+    team.take(RankGone(member=3, why="test"))
+    team.take(GenerationCreated(generation=2))
+    for member in (1, 2):
+        team.report(member, 2, 2)
+    team.ready(4, "c")
+    team.take(GenerationCreated(generation=3))
+    assert team.plan.members == (1, 2, 4)
+    wanted = rollback_after_move(team.plan, 4, {"layer 0": {0: 7, 1: 8, 2: 7}}, verified=3)
+    assert wanted.suspects == (2,)
+    assert "rank 1 (node b) had other bytes of layer 0 at the start of step 4 than the majority" in wanted.why
+    out = team.report(1, 3, 2, wanted)
+    assert [item.member for item in out if isinstance(item, Kill)] == [2]
+    assert any(isinstance(item, TakeInventory) for item in out)
+
+
+def test_of_holders_without_a_majority_nobody_is_blamed() -> None:
+    plan = Team().plan
+    wanted = rollback_after_move(plan, 4, {"layer 0": {0: 7, 2: 8}, "layer 1": {0: 1, 1: 2, 2: 1}}, verified=-1)
+    assert wanted.suspects == (plan.members[1],), "of layer 1 it is known"
+    wanted = rollback_after_move(plan, 4, {"layer 0": {0: 7, 2: 8}}, verified=3)
+    assert wanted.suspects == () and "ranks 0, 2 had different bytes of layer 0" in wanted.why
 
 
 def test_a_rank_that_is_replaced_for_its_bits_counts_as_a_failure() -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from actors import launch
 from actors.keeper import Pulse
-from resilient.job import Job, Snapshot, settings_from
+from resilient.job import Snapshot
 from resilient.workers import Workers
+from tests.jobs import job
 
 
 class AtOnce:
@@ -52,19 +53,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
     monkeypatch.setattr(launch, "start_keeper", lambda spec, controller: Keeper())
     monkeypatch.setattr(launch, "end", lambda handle: None)
     monkeypatch.setattr(launch, "write_key", lambda key, value: None)
-    settings = settings_from(
-        name="r",
-        workers=1,
-        spares=0,
-        resources=None,
-        seed=0,
-        reduction="exact",
-        detection_s=2.0,
-        wait_for_nodes_s=60.0,
-        allow_different_bits=False,
-        snapshot=Snapshot(),
-    )
-    found = Workers(Job(settings=settings, attempt=1, function=b"", secret="x"), None, AtOnce())  # type: ignore[arg-type]
+    found = Workers(job("r", secret="x", snapshot=Snapshot()), None, AtOnce())  # type: ignore[arg-type]
     found.start_keeper("n")
     return found
 
@@ -128,3 +117,19 @@ def test_a_keeper_is_ordered_once(workers: Workers) -> None:
     assert len(errands.held) == 1
     errands.go_on()
     assert "n" in workers.keepers
+
+
+def test_a_death_that_is_heard_of_while_all_are_ended_changes_nothing(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    def end(handle: str) -> None:
+        ended.append(handle)
+        workers.ranks.clear()
+
+    monkeypatch.setattr(launch, "end", end)
+    workers.ranks.update({1: "rank 1", 2: "rank 2"})
+    workers.keepers.clear()
+    workers.close().end(linger=True)
+    assert ended == ["rank 1", "rank 2"]

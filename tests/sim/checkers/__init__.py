@@ -1,4 +1,5 @@
-"""What must hold whatever fails. Each checker sees every fact and raises `Violation` at the first wrong one."""
+"""What must hold whatever fails. Each checker sees the facts that concern it, and raises `Violation` at the first wrong
+one."""
 
 from __future__ import annotations
 
@@ -15,11 +16,6 @@ class Checker:
 
     def __init__(self, world: Any) -> None:
         self.world = world
-
-    def take(self, what: str, facts: dict[str, Any]) -> None:
-        method = getattr(self, f"on_{what}", None)
-        if method is not None:
-            method(**facts)
 
     def require(self, holds: bool, text: str) -> None:
         if not holds:

@@ -21,10 +21,10 @@ class GenerationsUnique(Checker):
         self.plans[plan.generation] = plan
         if plan.kind == "initial" or (plan.kind == "restored" and plan.base == 0):
             return
-        self.require(plan.base in self.formed, f"{plan} comes from a generation that never formed")
+        self.require(plan.base in self.formed, f"generation {plan.generation} comes from one that never formed")
         if plan.kind == "unplanned":
             strangers = set(plan.members) - set(self.plans[plan.base].members)
-            self.require(not strangers, f"members {strangers} of {plan} hold no state")
+            self.require(not strangers, f"members {strangers} of generation {plan.generation} hold no state")
 
     def on_formed(self, rank: Any, generation: int) -> None:
         self.formed.add(generation)

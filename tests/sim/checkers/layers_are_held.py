@@ -29,7 +29,7 @@ class LayersAreHeld(Checker):
             if not rank.alive or rank.seat.formed != newest or rank.seat.restoring:
                 continue
             wanted = layers_of(plan, member, self.world.setting.layers)
-            self.require(rank.layers == wanted, f"rank {member} holds layers {rank.layers}, not {wanted} of {plan}")
+            self.require(rank.layers == wanted, f"rank {member} holds layers {rank.layers}, not {wanted} of {newest}")
             if not self.world.flips.excuses(plan.branch, rank.seat.step):
                 true = self.truth.is_true(rank, rank.seat.step)
                 self.require(true, f"rank {member} holds another state than that of step {rank.seat.step}")

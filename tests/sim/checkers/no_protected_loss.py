@@ -16,7 +16,7 @@ from . import Checker
 class NoProtectedLoss(Checker):
     def on_decided(self, shell: Any, plan: Plan) -> None:
         protected = self.world.protected
-        if plan.restore is None or not protected.must_be_readable(known=shell.keepers):
+        if plan.restore is None or not protected.must_be_readable(known=shell.answering):
             return
         if not self.world.flips.line_looked_on(plan).holds(protected.newest.branch, protected.newest.step):
             return
@@ -35,6 +35,6 @@ class NoProtectedLoss(Checker):
         ):
             return
         self.require(
-            not protected.must_be_readable(known=self.world.ended_by.keepers),
+            not protected.must_be_readable(known=self.world.ended_by.answering),
             f"the run ended, though {protected.newest} was protected: {self.world.end.reason}",
         )

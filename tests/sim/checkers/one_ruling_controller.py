@@ -20,4 +20,4 @@ class OneRulingController(Checker):
 
     def on_plan_sent(self, shell: Any, plan: Plan) -> None:
         on_record = self.world.plans_on_record.get(plan.generation)
-        self.require(plan == on_record, f"controller {shell.number} sent {plan}, on record is {on_record}")
+        self.require(plan == on_record, f"controller {shell.number} sent {plan.generation} otherwise than on record")

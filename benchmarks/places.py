@@ -1,0 +1,28 @@
+"""Places on a node that are taken, so that no rank is started there. Nothing large is imported: the processes are small
+and start in a second, beside what is measured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import ray
+
+
+@ray.remote(num_cpus=0, resources={"place": 1})
+class Blocker:
+    def there(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def places_taken(count: int, *, free: bool) -> Iterator[None]:
+    """free: they are free now, and taken before anything else goes on; else they are taken as soon as they are."""
+    blockers = [Blocker.remote() for _ in range(count)]  # type: ignore[attr-defined]
+    try:
+        if free:
+            ray.get([blocker.there.remote() for blocker in blockers])
+        yield
+    finally:
+        for blocker in blockers:
+            ray.kill(blocker)

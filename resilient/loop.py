@@ -1,0 +1,240 @@
+"""What stands around the user's loop body, whatever is iterated over: steps begin, are committed, refused, left."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Generator, Mapping
+from typing import Any, Literal
+
+import torch
+
+from snapshot.core.branches import data_position
+
+from .buffers import Buffers
+from .clipping import Untouched
+from .core.order import derive_seed
+from .core.seat import Apply, Rollback
+from .data import Feed
+from .errors import LoopError
+from .gates import Gates
+from .protected import Protected
+from .randomness import seed_everything
+from .stage_side import StageSide
+from .sums import StepSums
+from .team import Loop, Team, mean
+
+MOST_REFUSALS = 3
+"""So many times in a row a step's data is left out because it was not finite; then the run stops."""
+OnNonfinite = Literal["ignore", "stop", "skip", "rollback"]
+
+
+class TrainingLoop:
+    """One rank's. Begun when it is iterated over."""
+
+    gates: Gates
+    sums: StepSums
+
+    def __init__(
+        self,
+        team: Team,
+        feed: Feed,
+        protected: Protected,
+        *,
+        seed: int,
+        on_nonfinite: OnNonfinite,
+        values: dict[str, Any],
+    ) -> None:
+        """values: `run.state`."""
+        self.team, self.feed, self.protected, self.seed = team, feed, protected, seed
+        self.committing = False
+        """Whether this iteration is the last of its step: gradients are reduced, and updates act."""
+        self.leaf: int | None = None
+        """The micro-batch in hand, by which is known what was logged for which; None outside of the user's code."""
+        self.paused = False
+        self.entered = False
+        self.left_in_step: int | None = None
+        self.rollback: Rollback | None = None
+        """Asked for in this step."""
+        self.logged: dict[int, dict[str, float]] = {}
+        self.loss = float("nan")
+        """The mean of the last committed step; while one is committed, of that."""
+        self.norms: dict[str, float] | None = None
+        """Of the mean gradients of the step that is being committed, if some of them are on other ranks."""
+        self.untouched: Untouched | None = None
+        self.stage: StageSide | None = None
+        self._iterator: weakref.ref[Generator[Any, None, None]] | None = None
+        self._values, self._on_nonfinite = values, on_nonfinite
+        self._skipping = False
+        """Whether the present step goes by without an update."""
+        self._refused = (-1, 0)
+        """The last step that was not finite, and with how much data in a row."""
+
+    def iterate(self) -> Generator[Any, None, None]:
+        raise NotImplementedError
+
+    def begin(self) -> Generator[Any, None, None]:
+        """What the user iterates over. Held by the user alone, so that a break ends it at once."""
+        iterator = self.iterate()
+        self._iterator = weakref.ref(iterator)
+        return iterator
+
+    def close(self) -> None:
+        """Leave the loop now, although the user or a traceback still holds its iterator."""
+        iterator = self._iterator() if self._iterator is not None else None
+        if iterator is not None:
+            iterator.close()
+
+    @property
+    def step(self) -> int:
+        return self.team.step
+
+    def brought(self) -> Loop:
+        def objects() -> Mapping[str, object]:
+            return {
+                **{f"user:{name}": thing for name, thing in self.protected.objects.items()},
+                "run.state": self._values,
+                "run.data": _At(self.feed, self.team),
+                "run.buffers": _KnownBuffers(self.sums),
+            }
+
+        return Loop(
+            sums=self.sums,
+            steps=self.feed.steps,
+            objects=objects,
+            control_state=self.protected.control_state,
+            leave=self.close,
+        )
+
+    def has_more(self) -> bool:
+        self.feed.leave_out(len(self.team.skipped))
+        return (self.feed.steps is None or self.step < self.feed.steps) and self.feed.has_step(self.position(self.step))
+
+    def position(self, step: int) -> int:
+        """Which position in the data the step trains on."""
+        return data_position(step, self.team.skipped)
+
+    # A step's end
+
+    def commit_or_go_on(self) -> None:
+        if not isinstance(self.team.next(), Apply):
+            return
+        if self._on_nonfinite != "ignore" and not self.sums.is_finite(gradients=not self.gates.scaled):
+            self._refuse()
+            return
+        losses = self.sums.apply()
+        self.team.committed(losses)
+        self.loss = mean(losses)
+        self.committing = True
+        self.gates.open = True
+        seed_everything(derive_seed("commit", self.seed, self.step))
+
+    @property
+    def checks_finite(self) -> bool:
+        return self._on_nonfinite != "ignore"
+
+    def _refuse(self) -> None:
+        """The step's loss or gradient is not finite: nothing of it reaches the state."""
+        losses = self.sums.losses()
+        what = f"the loss or gradient of step {self.step} is not finite (loss {mean(losses)})"
+        if self._on_nonfinite == "stop":
+            raise LoopError(f'{what}; on_nonfinite="skip" or "rollback" would go on without this step\'s data')
+        position = self.position(self.step)
+        if self._on_nonfinite == "rollback":
+            self._refused = (self.step, self._refused[1] + 1 if self._refused[0] == self.step else 1)
+            if self._refused[1] > MOST_REFUSALS:
+                raise LoopError(f"{what}, nor was it with the data of {MOST_REFUSALS} others: the state itself is bad")
+            self.rollback = Rollback(back_to=self.step, skip_from=position, skip_to=position, why=what)
+        else:
+            self._skipping = True
+            assert self.leaf is not None
+            self.logged.setdefault(self.leaf, {})["skipped"] = 1.0
+            self.team.committed(losses)
+
+    def check_stepped(self) -> None:
+        """The user's code has come to the end of an iteration."""
+        if self.committing and not self.gates.stepped:
+            raise LoopError(
+                f"step {self.step} was committed without optimizer.step(); call it in every iteration: it acts "
+                "once per step, when the gradients of all micro-batches have been added up (do not accumulate "
+                "by hand, choose micro_batch and global_batch instead)"
+            )
+
+    def end_iteration(self, buffers: Buffers) -> None:
+        """Go back, or on to the next step, if either is due."""
+        self.gates.close()
+        if self.rollback is not None:
+            wanted = self.rollback
+            self.drop_step()
+            self.team.roll_back(wanted)
+        elif self.committing or self._skipping:
+            self._cross_boundary(buffers)
+
+    def _cross_boundary(self, buffers: Buffers) -> None:
+        logged, self.logged = self.logged, {}
+        self.committing = self._skipping = False
+        self.leaf = None
+        buffers.begin_step()
+        self.team.applied(logged)
+
+    # Otherwise
+
+    def park(self) -> None:
+        """Drop what this step has come to, and go on from the snapshot that takes the state's place."""
+        self.drop_step()
+        self.team.park()
+        self.sums.buffers.begin_step()  # in a pipeline other layers may be here than before
+
+    def drop_step(self) -> None:
+        self.leaf, self.committing, self._skipping, self.rollback = None, False, False, None
+        self.logged = {}
+        self.sums.forget()
+
+    def leave(self, buffers: Buffers) -> None:
+        """The user broke out of the loop: in good order right after a commit, and only there."""
+        if self.committing and self.gates.stepped:
+            self._cross_boundary(buffers)
+            if not self.team.finished():
+                os._exit(1)  # the user's code can't be gone back to: another process takes this one's place
+        else:
+            self.left_in_step = self.step
+
+    def end(self) -> None:
+        """Nothing of the loop stays."""
+        self.leaf = None
+        self.gates.take_off()
+        self.feed.close()
+
+    def log(self, values: Mapping[str, float | torch.Tensor]) -> None:
+        assert self.leaf is not None
+        mine = self.logged.setdefault(self.leaf, {})
+        for name, value in values.items():
+            if name != "loss":
+                mine[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
+class _At:
+    """The data position as an object with a state, asked at a boundary."""
+
+    def __init__(self, feed: Feed, team: Team) -> None:
+        self._feed, self._team = feed, team
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._feed.state_dict(data_position(self._team.step, self._team.skipped))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._feed.load_state_dict(state)
+
+
+class _KnownBuffers:
+    """Which buffers take part in the exchange: all ranks must agree."""
+
+    def __init__(self, sums: StepSums) -> None:
+        self._sums = sums
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": list(self._sums.known_buffers)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if tuple(state["names"]) != self._sums.known_buffers:
+            self._sums.widen(state["names"])

@@ -1,0 +1,151 @@
+"""Which nodes, keepers and ranks there are, as the controller is told of it: by heartbeats, and by those that stay
+out; by connections that close; by the cluster's own list of nodes.
+
+The detector gives the verdicts. What they mean for keepers is done here, what they mean for the membership is decided
+by the core. All but `scan` belongs to the controller's loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from actors import launch
+from actors.keeper import Pulse
+from actors.saving import SaveNews
+
+from .core.control import Control
+from .core.detector import Detector, Verdict, Vital
+from .core.events import Event, NodeGone, NodeSeen, RankGone
+from .departures import Departures
+from .ending import Ending
+from .job import Job
+from .protection import Protection
+from .told import Told
+from .workers import Workers
+
+SCAN_EVERY_S = 1.0
+
+log = logging.getLogger("resilient.controller")
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A keeper's heartbeat."""
+
+    node: str
+    incarnation: int
+    pulses: tuple[Pulse, ...]
+    vault: tuple[str, int] | None
+    saved: SaveNews | None
+
+
+@dataclass(frozen=True, slots=True)
+class LifelineLost:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """As the cluster lists them."""
+
+    capacities: dict[str, int]
+    gone: set[str]
+    draining: dict[str, float]
+
+
+@dataclass(slots=True, kw_only=True)
+class Presence:
+    job: Job
+    control: Control
+    detector: Detector
+    workers: Workers
+    departures: Departures
+    protection: Protection
+    ending: Ending
+    told: Told
+    handle: Callable[[Event], None]
+    """Takes in what follows, in the caller's thread."""
+    nodes_alive: set[str] = field(default_factory=set)
+    """As the cluster lists them, which may be late."""
+
+    def beaten(self, node: str, pulses: tuple[Pulse, ...], now: float) -> None:
+        self.workers.heard(node)
+        self.workers.shown(node, pulses, self.control.membership.is_gone)
+        vitals = tuple(
+            Vital(
+                member=pulse.member,
+                alive=pulse.alive,
+                stopped=pulse.stopped,
+                activity=pulse.activity,  # type: ignore[arg-type]
+                work=pulse.work,
+                longest_s=pulse.longest_s,
+            )
+            for pulse in pulses
+        )
+        for verdict in self.detector.beat(node, vitals, now):
+            self._judge(verdict)
+
+    def look_around(self, now: float) -> None:
+        """What follows from time alone."""
+        for node in self.workers.lonely(now):
+            self._replace_keeper(node, now)
+        for verdict in self.detector.verdicts(now):
+            self._judge(verdict)
+
+    def lost(self, name: str, now: float) -> None:
+        """The lifeline of this name has closed."""
+        living = [found.number for found in self.control.membership.on_node(name.split()[2])]
+        node = self.workers.lifeline_closed(name, living, now)
+        if node is not None:
+            self._judge(self.detector.node_ended(node, now))
+
+    def _judge(self, verdict: Verdict) -> None:
+        if verdict.what == "node":
+            self.workers.forget_node(verdict.node)
+            self.ending.not_saving(verdict.node)
+            self.protection.forget(verdict.node)
+            self.handle(NodeGone(node=verdict.node, why=verdict.why, silent_s=verdict.silent_s))
+        else:
+            self.handle(RankGone(member=verdict.member, why=verdict.why, silent_s=verdict.silent_s))
+
+    def _replace_keeper(self, node: str, now: float) -> None:
+        self.workers.forget_keeper(node)
+        self.told.say(f"the keeper of node {node[:8]} has ended while its ranks live; another takes its place")
+        self.detector.excuse(node, now + self.job.settings.lease_s)
+        self.workers.start_keeper(node)
+        self.departures.replaced(node)
+
+    # The cluster's list
+
+    def scan(self, put: Callable[[Nodes], None]) -> None:
+        """Which nodes there are, told again and again until the run ends; in a thread of its own."""
+        known: set[str] = set()
+        while self.ending.outcome is None:
+            try:
+                now = launch.capacities(dict(self.job.settings.resources))
+                put(Nodes(now, known - set(now), launch.draining()))
+                known = set(now)
+            except Exception:  # the cluster's head may be away for a while; asked again
+                log.warning("could not list the cluster's nodes", exc_info=True)
+            time.sleep(SCAN_EVERY_S)
+
+    def listed(self, capacities: dict[str, int], gone: set[str]) -> None:
+        """Starts a keeper on each new node."""
+        if self.ending.outcome is not None:
+            return
+        drained = self.control.leaving.drained
+        self.nodes_alive = {node for node, capacity in capacities.items() if capacity > 0 and node not in drained}
+        for node in sorted(gone):
+            self._judge(Verdict(what="node", node=node, why="the cluster lists it as dead", silent_s=0.0))
+            self.detector.forget_node(node)
+        for node, capacity in sorted(capacities.items()):
+            if capacity == 0 and node not in self.workers.keepers:
+                continue
+            if node not in self.control.membership.leaving:
+                self.workers.start_keeper(node)
+            news = self.control.membership.nodes.get(node) != capacity
+            if news and node in self.detector.nodes:
+                self.handle(NodeSeen(node=node, capacity=capacity))
