@@ -15,7 +15,7 @@ from resilient.dashboards.export import own
 from resilient.dashboards.panels import queries
 from resilient.metrics import RunCollector
 from tests.integration.loops import train
-from tests.integration.processes import Watched, left_behind, until
+from tests.integration.processes import Watched, disturbances, left_behind, until
 from tests.integration.test_showing import folder
 from tests.prometheus import Prometheus, program
 from tests.scripted import ScriptedRun, served
@@ -174,7 +174,7 @@ def test_a_real_run_with_kills_answers_all_that_the_dashboard_asks(cluster: Any,
         until(lambda: left_behind("watched") == [], "it is gone", 30)
         until(lambda: not prometheus.query(up), "it is announced no more", 30)
         assert "ResilientControllerAbsent" not in names(prometheus)
-    assert [item["kind"] for item in result.recoveries][:1] == ["rank lost"]
+    assert [item["kind"] for item in disturbances(result.recoveries)][:1] == ["rank lost"]
 
 
 def names(prometheus: Prometheus) -> list[str]:

@@ -22,7 +22,7 @@ from actors import launch
 from actors.words import read_words
 from tests.integration.loops import Fault, claim, fault, train
 from tests.integration.nodes import only_spots, raylet_of
-from tests.integration.processes import Watched, is_training, left_behind, until
+from tests.integration.processes import Watched, disturbances, is_training, left_behind, until
 
 LONG = 300
 """Steps; at the pace that `hold` keeps, long enough for new processes to start and join."""
@@ -50,9 +50,7 @@ def why_lost(result: Any) -> list[str]:
 
 
 def nobody_was_blamed(run: Watched, result: Any) -> bool:
-    """Where the machine slows some ranks for long, micro-batches may be dealt anew: nobody stands still for that."""
-    kinds = {each["kind"] for each in result.recoveries}
-    return kinds <= {"dealt anew"} and not any("gone" in line for line in run.news["messages"])
+    return not disturbances(result.recoveries) and not any("gone" in line for line in run.news["messages"])
 
 
 # Hung
@@ -80,7 +78,7 @@ def test_code_that_hangs_in_python_and_in_c_with_the_lock_held(cluster: Any, und
     run = Watched(train("hung", workers=(1, 3)), steps=LONG, hold=str(tmp_path / "go"), faults=faults)
     run.at_step(4, ranks=3)
     pids = [run.pid_of_rank(rank) for rank in (1, 2)]
-    run.until(lambda news: news["ranks"] == 3 and len(news["recoveries"]) >= 2, "both are replaced")
+    run.until_recovered(2, ranks=3)
     assert not any(map(psutil.pid_exists, pids))
     result = identical(run, undisturbed)
     hung = [why for why in why_lost(result) if why.startswith("no progress for 6") and "while computing" in why]
@@ -177,7 +175,7 @@ def test_a_stopped_controller_that_ray_gives_up_never_runs_again(
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             first.resume()
-    run.until(lambda news: len(news["recoveries"]) >= 2 and news["ranks"] == 3, "the second one rules")
+    run.until_recovered(2, ranks=3)
     result = identical(run, undisturbed)
     assert len(why_lost(result)) == 1, result.recoveries
 
@@ -265,7 +263,7 @@ def test_a_host_that_was_stopped_and_goes_on_changes_nothing(cluster: Any, undis
         for process in processes:
             process.send_signal(signal.SIGSTOP)
         try:
-            run.until(lambda news: news["recoveries"] and news["ranks"] == 3, "it goes on elsewhere")
+            run.until_recovered(1, ranks=3)
         finally:
             for process in processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -273,4 +271,5 @@ def test_a_host_that_was_stopped_and_goes_on_changes_nothing(cluster: Any, undis
         _, left = psutil.wait_procs(training, timeout=60)
         assert not left, "they have ended"
         result = identical(run, undisturbed)
-    assert result.recoveries[0]["kind"] == "node lost" and "silent" in why_lost(result)[0], result.recoveries
+    first = disturbances(result.recoveries)[0]
+    assert first["kind"] == "node lost" and "silent" in why_lost(result)[0], result.recoveries

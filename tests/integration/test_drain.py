@@ -19,7 +19,7 @@ import resilient
 from actors import launch
 from tests.integration.loops import Noisy, train
 from tests.integration.nodes import add_spots, only_spots
-from tests.integration.processes import Watched, until
+from tests.integration.processes import Watched, disturbances, until
 from tests.integration.test_chaos import command
 from tests.integration.test_checkpoints import complete
 
@@ -65,7 +65,7 @@ def check(run: Watched, undisturbed: Any, audit: str) -> Any:
     result = run.result()
     assert result.digest == alone.digest
     assert [row["loss"] for row in result.metrics] == [row["loss"] for row in alone.metrics]
-    assert {item["kind"] for item in result.recoveries} <= {"drained", "joined"}, result.recoveries
+    assert {item["kind"] for item in disturbances(result.recoveries)} <= {"drained", "joined"}, result.recoveries
     assert all(item["replayed"] == 0 and not item["lost"] for item in result.recoveries)
     assert reads(audit) == read_alone
     return result

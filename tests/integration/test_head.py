@@ -16,7 +16,7 @@ import ray
 import resilient
 from tests.integration.loops import train
 from tests.integration.nodes import add_spots, another_cluster
-from tests.integration.processes import Watched, until
+from tests.integration.processes import Watched, disturbances, until
 from tests.integration.test_detection import PACE_S, identical, newest_step, why_lost
 
 pytestmark = pytest.mark.long
@@ -78,14 +78,14 @@ def test_training_goes_on_without_a_head_and_what_needs_one_waits(headed: Any, t
     headed.head_node.kill_gcs_server()
     enough = newest_step("beheaded") + int(3 * DETECTION_S / PACE_S)
     until(lambda: newest_step("beheaded") >= enough, "training goes on")
-    assert not run.news["recoveries"] and run.news["step"] > 4, "the driver hears of it, too"
+    assert not disturbances(run.news["recoveries"]) and run.news["step"] > 4, "the driver hears of it, too"
     os.kill(pids[1], 9)
     run.until_said("the cluster's head has not answered")
     headed.head_node.start_gcs_server()
     run.until_said("the cluster's head answers again")
-    run.until(lambda news: len(news["recoveries"]) >= 2 and news["ranks"] == 3, "the dead rank is replaced")
+    run.until_recovered(2, ranks=3)
     run.signal_rank(0)
-    run.until(lambda news: len(news["recoveries"]) >= 4 and news["ranks"] == 3, "another one is, too")
+    run.until_recovered(4, ranks=3)
     assert ray.get(run.controller.process.remote(), timeout=30) == controller, "it has lived through all of it"
     result = identical(run, undisturbed)
     assert why_lost(result) == ["the process has ended"] * 2, result.recoveries

@@ -13,7 +13,7 @@ import resilient
 from resilient.generation import GenerationThread
 from tests.integration.loops import fault, train
 from tests.integration.nodes import add_spots, kill_host, only_spots
-from tests.integration.processes import Watched, until
+from tests.integration.processes import Watched, disturbances, until
 
 LONG = 150
 """Steps; at the pace that `hold` keeps, long enough for new processes to start and join."""
@@ -25,7 +25,7 @@ def undisturbed() -> Any:
 
 
 def kinds(result: Any) -> list[str]:
-    return [item["kind"] for item in result.recoveries]
+    return [item["kind"] for item in disturbances(result.recoveries)]
 
 
 @pytest.mark.long
@@ -96,7 +96,7 @@ def test_a_host_dies_without_a_word_and_a_new_one_joins(cluster: Any, undisturbe
         run.until(lambda news: any(item["kind"] == "joined" for item in news["recoveries"]), "a rank joins")
         result = run.result()
     assert result.digest == undisturbed.digest
-    lost = result.recoveries[0]
+    lost = disturbances(result.recoveries)[0]
     assert kinds(result)[0] == "node lost" and "joined" in kinds(result), (result.recoveries, run.news["messages"])
     assert len(lost["lost"]) == 2 and lost["decide_s"] + lost["form_s"] < 5
 
@@ -117,7 +117,8 @@ def test_a_keeper_that_dies_alone_is_replaced_and_its_ranks_go_on(
     run.until_recovered(1)
     result = run.result()
     assert result.digest == undisturbed.digest
-    assert kinds(result)[0] == "rank lost" and "process has ended" in result.recoveries[0]["lost"][0]["why"]
+    first = disturbances(result.recoveries)[0]
+    assert first["kind"] == "rank lost" and "process has ended" in first["lost"][0]["why"]
 
 
 def test_a_stopped_rank_is_found_and_killed(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
@@ -127,8 +128,9 @@ def test_a_stopped_rank_is_found_and_killed(cluster: Any, undisturbed: Any, tmp_
     run.until_recovered(1)
     result = run.result()
     assert result.digest == undisturbed.digest
-    (lost,) = result.recoveries[0]["lost"]
-    assert "stopped" in lost["why"] and result.recoveries[0]["detect_s"] >= 1.0
+    first = disturbances(result.recoveries)[0]
+    (lost,) = first["lost"]
+    assert "stopped" in lost["why"] and first["detect_s"] >= 1.0
     until(lambda: not psutil.pid_exists(pid), "the stopped process has been killed", 5)
 
 

@@ -48,7 +48,7 @@ def test_nodes_appear_a_kill_shows_at_once_and_nothing_is_complained_of(cluster:
         until(lambda: "rank gone" in browser.says(HAPPENINGS), "the kill shows", 30)
         assert time.monotonic() - killed_at < SHOWN_WITHIN_S, "what the page promises to whoever looks at it"
         run.until_recovered(1)
-        run.until(lambda news: news["ranks"] == 3 and len(news["recoveries"]) >= 2, "another rank has joined")
+        run.until_recovered(2, ranks=3)
         until(lambda: browser.says("document.querySelectorAll('#recoveries tbody tr').length") >= 2, "recoveries show")
         until(lambda: "durable" in browser.says(HAPPENINGS), "a checkpoint shows")
         assert browser.says("document.querySelectorAll('#loss .mark:not(.planned)').length") == 1

@@ -12,7 +12,7 @@ import pytest
 
 import resilient
 from tests.integration.nodes import kill_host, only_spots
-from tests.integration.processes import Watched
+from tests.integration.processes import Watched, disturbances
 from tests.pipelines import train
 
 pytestmark = pytest.mark.long
@@ -52,11 +52,11 @@ def test_the_only_rank_of_a_stage_is_killed(cluster: Any, undisturbed: Any, tmp_
     run.at_step(6, ranks=3)
     run.until_protected(5)
     run.signal_rank(1)
-    run.until(lambda news: news["recoveries"], "it has recovered")
+    run.until_recovered(1)
     run.until(lambda news: news["ranks"] == 3, "there are three again")
     result = run.result()
     assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed), run.news["messages"]
-    back = result.recoveries[0]
+    back = disturbances(result.recoveries)[0]
     assert back["source"] == "memory" and back["restored_step"] >= 5 and back["replayed"] <= 3, back
     assert any(item["kind"] == "joined" for item in result.recoveries[1:]), result.recoveries
 
@@ -68,11 +68,11 @@ def test_a_rank_is_killed_that_had_optimizer_state_of_its_own(cluster: Any, undi
     run.at_step(6, ranks=3)
     run.until_protected(5)
     run.signal_rank(1)
-    run.until(lambda news: news["recoveries"], "it has recovered")
+    run.until_recovered(1)
     (tmp_path / "go").touch()
     result = run.result()
     assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed), run.news["messages"]
-    back = result.recoveries[0]
+    back = disturbances(result.recoveries)[0]
     assert back["source"] == "memory" and back["restored_step"] >= 5 and back["replayed"] <= 3, back
 
 
@@ -99,7 +99,7 @@ def test_two_nodes_are_gone_at_once_with_two_stages(cluster: Any, undisturbed: A
         run.at_step(6, ranks=4)
         run.until_protected(run.news["step"] + 1)
         kill_host(spots[1], spots[2])
-        run.until(lambda news: news["recoveries"], "it has recovered")
+        run.until_recovered(1)
         (tmp_path / "go").touch()
         result = run.result()
     assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed), run.news["messages"]

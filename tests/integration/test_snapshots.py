@@ -50,7 +50,7 @@ def test_all_ranks_killed_at_once(cluster: Any, undisturbed: Any, tmp_path: Path
     run.at_step(5, ranks=3)
     run.until_protected(5)
     run.kill_all_ranks()
-    run.until(lambda news: news["recoveries"], "it has recovered")
+    run.until_recovered(1)
     result = run.result()
     assert result.digest == undisturbed.digest
     assert losses(result) == losses(undisturbed)
