@@ -224,7 +224,7 @@ class GoingBack:
         self.changed()
         self.looking_back, self.lineage_known = False, True
         self.storage.own_only = self.resume != "auto"
-        self.control.make(plan)
+        self.control.forming.make(plan)
 
     def _from_step(self, step: int, situation: recovery.Situation) -> None:
         """Later steps than this one are given up: what begins here is a new branch."""

@@ -1,4 +1,4 @@
-"""Ranks that are started because there are fewer than wanted, and those that died before they reached their loop."""
+"""Ranks that are started because there are fewer than wanted, until they reach their loop, or die before."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from . import recovery
+from .events import RankReady
 from .instructions import Spawn
 from .standing import Member
 
@@ -25,8 +26,33 @@ class Starting:
     mine: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
 
-    def reached_loop(self) -> None:
+    def rank_ready(self, event: RankReady) -> None:
+        """It has reached its loop: it must be the same as the others', and compute the same bits."""
+        control = self.control
+        member = control.new_member(event.member, event.node)
+        if member.gone:
+            return
         self.failed.clear()
+        first = control.membership.first_ready() or event
+        member.ready = event
+        control.membership.changed(member)
+        if (event.micro_batches, event.steps) != (first.micro_batches, first.steps):
+            control.fail(
+                f"ranks disagree about their loop: {event.micro_batches} micro-batches and {event.steps} steps in "
+                f"one, {first.micro_batches} and {first.steps} in another; every rank must run the same script"
+            )
+        elif event.probe != first.probe:
+            self._different_bits(event, first)
+
+    def _different_bits(self, event: RankReady, first: RankReady) -> None:
+        what = (
+            f"node {event.node[:8]} computes other bits than node {first.node[:8]}: {event.probe_fields} "
+            f"against {first.probe_fields}"
+        )
+        if self.control.allow_different_bits:
+            self.control.say(f"warning: {what}; the result may differ in its last bits")
+        else:
+            self.control.fail(f"{what}; use equal machines, or allow it with allow_different_bits=True")
 
     def died(self, member: Member) -> None:
         if member.ready is None and not member.leaving and member.number in self.mine:

@@ -99,7 +99,7 @@ def test_a_node_is_one_failure_whatever_was_on_it_and_an_empty_one_is_none() -> 
     assert not ends(run.take(NodeGone(node="a", why="its keeper has fallen silent")))
     run.take(NodeSeen(node="c", capacity=1))
     assert not ends(run.take(NodeGone(node="c", why="its keeper has fallen silent")))
-    assert run.control.failures.total == 1
+    assert run.control.deaths.failures.total == 1
 
 
 def test_what_died_before_this_controller_came_is_not_counted() -> None:

@@ -1,0 +1,48 @@
+"""Going back because ranks ask for it: for a loss that is not finite, states that differ, or the user's own wish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .plan import Plan
+from .seat import Rollback
+
+if TYPE_CHECKING:
+    from .control import Control
+
+
+@dataclass(slots=True, kw_only=True)
+class Rollbacks:
+    control: Control = field(repr=False, compare=False)
+    _asked: tuple[int, Rollback | None] = (0, None)
+    """A branch, and what was asked for last by ranks that were on it."""
+
+    def wanted(self) -> Rollback | None:
+        """What seated ranks ask for, or have asked for on this branch. They all do, but one is enough, also if it dies
+        then: the others may not have learned of it."""
+        formed, current = self.control.formed, self.control.current
+        if formed is None or current is None:
+            return None
+        if asks := self._asks(formed):
+            self._asked = formed.branch, max(asks, key=_known_by)
+        # A planned change is reached only over an exchange, which whoever wants to go back does not take part in.
+        if formed is not current and current.kind != "planned":
+            return None
+        branch, asked = self._asked
+        return asked if branch == formed.branch else None
+
+    def _asks(self, formed: Plan) -> list[Rollback]:
+        """Of those who have done what was asked for before, some may not have told so yet."""
+        membership = self.control.membership
+        reports = (membership.members[number].report for number in sorted(membership.tally(formed).numbers("rollback")))
+        return [
+            report.rollback
+            for report in reports
+            if report is not None and report.rollback is not None and report.generation >= formed.since
+        ]
+
+
+def _known_by(rollback: Rollback) -> tuple[bool, int, str]:
+    """Of those that ranks ask for after the same, the one by whoever has learned most is the greatest."""
+    return bool(rollback.suspects), rollback.back_to, rollback.why
