@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .core.limits import Limits
 from .core.listening import AUTO, address_of
-from .core.recovery import Limits
 
 DRIVER_LEASE_DETECTIONS = 5
 LEASE_DETECTIONS = 15

@@ -9,15 +9,12 @@ counters, and that snapshot is given up rather than kept torn.
 
 from __future__ import annotations
 
-import ctypes
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -25,25 +22,21 @@ from torch import Tensor
 
 from actors.standing import Standing, read_standing
 from actors.vault import wake_vault
-from snapshot.arena import NoRoom, Slot, SlotHead, required_bytes
+from snapshot.arena import Slot, SlotHead, required_bytes
 from snapshot.core.chunks import are_chunks, ends_within, share_of
-from snapshot.core.lifecycle import Lifecycle, Ordinal
+from snapshot.core.lifecycle import Ordinal
 from snapshot.core.ranges import Ranges, merged
 from snapshot.front import FrontShare, Targets
 from snapshot.recapture import Recapture
 from snapshot.skeleton import TensorSpec
 from snapshot.table import StateTable
 
+from .copying import Copy
 from .core.cadence import Cadence
 from .core.lane import Agreed, Wish
 from .core.saves import Saves
-from .pinning import pin, unpin
-from .verification import Digests, StateDigest
-
-LARGE_BYTES = 4 << 20
-ROOM_TO_GROW, SKELETON_GROWTH_BYTES = 1.05, 1 << 16
-
-_VERSION: Callable[[Tensor], int] = attrgetter("_version")
+from .slots import Slots
+from .verification import Digests
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,24 +69,6 @@ class Tally:
     """From the step's boundary until all ranks knew it protected everywhere, the last time."""
 
 
-@dataclass(slots=True)
-class _Copy:
-    ordinal: Ordinal
-    slot: Slot
-    targets: list[Tensor]
-    sources: list[Tensor]
-    watched: list[Tensor]
-    """What must not be written meanwhile."""
-    versions: list[int]
-    """Of what is watched."""
-    ready: Any
-    """CUDA: the work that the state still depends on; else None."""
-    digesting: StateDigest | None
-    digest: int | None = None
-    """Of the whole state, once it is done."""
-    done: threading.Event = field(default_factory=threading.Event)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seating:
     """Under which membership a share is cut."""
@@ -123,25 +98,26 @@ class Snapshots:
         whether to compare the state with the other ranks' at each capture."""
         self.tally = Tally(interval=cadence.interval)
         self._run, self._attempt, self._folder, self._member = run, attempt, folder, member
-        self._device = device
         self._cadence = cadence
         self._say = say
-        self._lock = threading.Lock()
-        """Over lifecycle, slots and what they need."""
         self._saves = saves
-        self._lifecycle = Lifecycle(durable=saves is not None)
-        self._slots: list[Slot | None] = [None] * len(self._lifecycle.slots)
-        self._made = 0
-        self._needed = 0
-        self._preparing = False
+        self._targets: dict[Slot, Targets] = {}
+        self._slots = Slots(
+            folder=folder,
+            member=member,
+            device=device,
+            durable=saves is not None,
+            say=say,
+            replaced=self._forget_slot,
+            without_room=self._without_room,
+        )
         self._no_room: Exception | None = None
         self._seating: Seating | None = None
         self._recapture = Recapture()
         self._digests = Digests() if verify else None
         self._compared: Callable[[TensorSpec], bool] = lambda spec: True
         self._verified: Ordinal | None = None
-        self._targets: dict[Slot, Targets] = {}
-        self._copy: _Copy | None = None
+        self._copy: Copy | None = None
         self._last: Ordinal | None = None
         self._boundaries: dict[Ordinal, float] = {}
         """Of the last snapshots, when their steps began."""
@@ -156,7 +132,7 @@ class Snapshots:
         self._agreed_interval = cadence.interval
         self._began_at: float | None = None
         self._waited_s = 0.0
-        self._jobs: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Copy | None] = queue.SimpleQueue()
         threading.Thread(target=self._copying, name="copying", daemon=True).start()
 
     # The lane: by the generation's thread, while the training thread waits for it
@@ -170,25 +146,26 @@ class Snapshots:
         last = self._last.step if self._last is not None and self._last.branch == ordinal.branch else None
         due = self._cadence.is_due(ordinal.step, last, self._agreed_interval)
         here = read_standing(self._folder, generation)
-        with self._lock:
+        slots, lifecycle = self._slots, self._slots.lifecycle
+        with slots.lock:
             kept_here = self._kept_here(here, generation)
-            hopeless = _hopeless(self._lifecycle.slots, ordinal.branch, here)
-            self._lifecycle.never_protected(each for each in hopeless if each not in kept_here)
+            hopeless = _hopeless(lifecycle.slots, ordinal.branch, here)
+            lifecycle.never_protected(each for each in hopeless if each not in kept_here)
             if here.settled is not None:
-                self._lifecycle.settled(here.settled)
-            room = self._free_slot(self._lifecycle.free_for_any) is not None
-            if not self._lifecycle.free_for_any and generation != self._captured_in:
+                lifecycle.settled(here.settled)
+            room = slots.has_room()
+            if not lifecycle.free_for_any and generation != self._captured_in:
                 # One that is free and too small is being replaced. If there is none: keepers protect what this
                 # generation captures, and that is nothing yet, so what waits, waits in vain. Not at once: what they
                 # are about to protect they may have protected in a moment.
                 if self._full_in == generation:
-                    self._discard(self._lifecycle.in_vain(*kept_here))
-                    room = self._free_slot(self._lifecycle.free_for_any) is not None
+                    slots.discard(lifecycle.in_vain(*kept_here))
+                    room = slots.has_room()
                 self._full_in = generation
-            save_room = self._saves is not None and self._lifecycle.kept is None and self._free_slot() is not None
-            started = self._made > 0
+            save_room = self._saves is not None and lifecycle.kept is None and slots.free() is not None
+            started = slots.made > 0
         if started and not room:
-            self._make_room()  # what has become free may be too small for the share of a new seat
+            slots.make_room()  # what has become free may be too small for the share of a new seat
         if due and not room and started:
             self.tally.skipped += 1
             self._cadence.skipped()
@@ -216,14 +193,6 @@ class Snapshots:
             self._protected_here = max(found, self._protected_here or found)
         goes_on = before.taken_up >= 0 and before.taken_up != before.given_up
         return self._protected_here, Ordinal(self._last.branch, before.taken_up) if goes_on else None
-
-    def _discard(self, given_up: Iterable[Ordinal]) -> None:
-        """From now on their slots hold nothing: else a keeper might yet say that it has protected one."""
-        for ordinal in given_up:
-            slot = self._slots[self._lifecycle.slots.index(ordinal)]
-            self._lifecycle.never_protected((ordinal,))
-            if slot is not None and ordinal not in self._lifecycle.slots:
-                slot.invalidate()
 
     def _digest_of(self, ordinal: Ordinal) -> int | None:
         """Of the state that the ranks are about to leave behind, if it was captured here."""
@@ -263,19 +232,11 @@ class Snapshots:
             if (began := self._boundaries.pop(everywhere, None)) is not None:
                 self.tally.protected_s = time.monotonic() - began
             self.tally.protected, self.tally.protected_generation = everywhere.step, generation
-            with self._lock:
-                self._lifecycle.protected(everywhere)
+            with self._slots.lock:
+                self._slots.lifecycle.protected(everywhere)
 
     def account(self) -> dict[str, float]:
         return asdict(self.tally)
-
-    def _free_slot(self, numbers: Sequence[int] | None = None) -> tuple[int, Slot] | None:
-        """One of these, or of all, that is free and large enough."""
-        for number in self._lifecycle.free if numbers is None else numbers:
-            slot = self._slots[number]
-            if slot is not None and slot.capacity_bytes >= self._needed:
-                return number, slot
-        return None
 
     # The boundary and the gate: by the training thread
 
@@ -343,11 +304,11 @@ class Snapshots:
             chunks=tuple(len(table.skeleton) + end for end in (0, *ends_within(ends, ranges))),
             durable=durable,
         )
-        with self._lock:
-            self._needed = required_bytes(head)
-            free = self._free_slot() if wanted else None
+        with self._slots.lock:
+            self._slots.needed_bytes = required_bytes(head)
+            free = self._slots.free() if wanted else None
             if free is not None:
-                self._lifecycle.begin(free[0], ordinal, durable=durable)
+                self._slots.lifecycle.begin(free[0], ordinal, durable=durable)
         if free is not None:
             while len(self._boundaries) >= len(self._slots):
                 del self._boundaries[min(self._boundaries)]
@@ -357,7 +318,7 @@ class Snapshots:
             self.tally.state_bytes = head.state_bytes
         elif wanted:
             self.tally.skipped += 1  # the state has grown; no other rank can complete this snapshot either
-        self._make_room()
+        self._slots.make_room()
 
     def _begin(self, ordinal: Ordinal, slot: Slot, head: SlotHead, table: StateTable) -> None:
         buffer = slot.begin(head)
@@ -387,8 +348,20 @@ class Snapshots:
         targets = [*known.calm, *(target for target, _ in later)]
         sources = [*known.sources, *(source for _, source in later)]
         digesting = None if self._digests is None else self._digests.begin(table, self._compared)
-        self._copy = _Copy(ordinal, slot, targets, sources, watched, list(map(_VERSION, watched)), ready, digesting)
+        self._copy = Copy(
+            ordinal=ordinal,
+            slot=slot,
+            targets=targets,
+            sources=sources,
+            watched=watched,
+            ready=ready,
+            digesting=digesting,
+        )
         self._jobs.put(self._copy)
+
+    def _forget_slot(self, slot: Slot) -> None:
+        """The targets in it keep its memory."""
+        self._targets.pop(slot, None)
 
     def _forget_targets(self, front: FrontShare) -> None:
         """Those of other fronts, which keep memory that the state may have left."""
@@ -401,10 +374,10 @@ class Snapshots:
     def _copying(self) -> None:
         torch.set_num_threads(1)
         while (copy := self._jobs.get()) is not None:
-            why = self._copied(copy)
+            why = copy.run()
             copy.slot.invalidate() if why else copy.slot.commit()
-            with self._lock:
-                self._lifecycle.give_up() if why else self._lifecycle.commit()
+            with self._slots.lock:
+                self._slots.lifecycle.give_up() if why else self._slots.lifecycle.commit()
             if not why:
                 wake_vault(self._folder, self._everywhere)
                 self._digest(copy)
@@ -418,72 +391,11 @@ class Snapshots:
                 began = self._boundaries.get(copy.ordinal)
                 self.tally.mutable_s = 0.0 if began is None else time.monotonic() - began
 
-    def _digest(self, copy: _Copy) -> None:
-        if copy.digesting is None:
-            return
+    def _digest(self, copy: Copy) -> None:
         try:
-            digest = copy.digesting.finish()
-        except RuntimeError as error:  # no memory on the device, say: the ranks compare what others have
+            copy.finish_digest()
+        except RuntimeError as error:  # the ranks compare what others have
             self._say(f"the digest of step {copy.ordinal.step} could not be made: {error}")
-            return
-        copy.digest = digest if list(map(_VERSION, copy.watched)) == copy.versions else None
-
-    def _copied(self, copy: _Copy) -> str:
-        """Why the copy is of no use; empty if it is whole."""
-        try:
-            if copy.ready is not None:
-                _copy_from_device(copy)
-            else:
-                _copy_on_host(copy)
-        except RuntimeError as error:  # whatever torch says: training must not wait for this copy for ever
-            return f"copying failed: {error}"
-        if list(map(_VERSION, copy.watched)) != copy.versions:
-            return (
-                "the state was written while it was copied: change parameters and optimizer state only in "
-                "committing iterations"
-            )
-        return ""
-
-    # Room
-
-    def _make_room(self) -> None:
-        """Replace free slots that are missing or too small, in the background: first touch is slow."""
-        with self._lock:
-            small = [
-                number
-                for number, held in enumerate(self._lifecycle.slots)
-                if held is None and ((slot := self._slots[number]) is None or slot.capacity_bytes < self._needed)
-            ]
-            if self._preparing or not small:
-                return
-            self._preparing = True
-        threading.Thread(target=self._prepare, args=(small,), name="preparing slots", daemon=True).start()
-
-    def _prepare(self, numbers: list[int]) -> None:
-        for number in numbers:
-            with self._lock:
-                if self._lifecycle.slots[number] is not None:
-                    continue
-                former, self._slots[number] = self._slots[number], None
-                capacity = int(self._needed * ROOM_TO_GROW) + SKELETON_GROWTH_BYTES
-                self._made += 1
-                path = self._folder / f"rank-{self._member}.slot-{self._made}"
-            if former is not None:
-                self._targets.pop(former, None)  # they keep its memory
-                if self._device.type == "cuda":
-                    unpin(former.memory)
-                former.unlink()
-            try:
-                slot = Slot.create(path, capacity)
-            except (NoRoom, OSError) as error:
-                self._without_room(error)
-                break
-            if self._device.type == "cuda" and not pin(slot.memory):
-                self._say("the CUDA driver does not pin the memory of snapshots: copying into it is slower")
-            with self._lock:
-                self._slots[number] = slot
-        with self._lock:
-            self._preparing = False
 
     def _without_room(self, error: Exception) -> None:
         """At the start that ends the run, which asked for snapshots; a run on its way goes on without some."""
@@ -505,26 +417,3 @@ def _hopeless(slots: Iterable[Ordinal | None], branch: int, here: Standing) -> l
         for ordinal in held
         if ordinal.step != here.protected and (ordinal.step < here.taken_up or ordinal.step == here.given_up)
     ]
-
-
-def _copy_on_host(copy: _Copy) -> None:
-    """Large pieces by the C library, which writes past the caches: a tenth faster. The others in one call, since
-    each call may have to wait until the training thread lets go of Python's lock."""
-    pairs = list(zip(copy.targets, copy.sources, strict=True))
-    small = [pair for pair in pairs if pair[0].numel() < LARGE_BYTES]
-    if small:
-        torch._foreach_copy_([target for target, _ in small], [source for _, source in small])
-    for target, source in pairs:
-        if target.numel() >= LARGE_BYTES:
-            ctypes.memmove(target.data_ptr(), source.data_ptr(), target.numel())
-
-
-def _copy_from_device(copy: _Copy) -> None:
-    """On a stream of its own, beside the next step's kernels."""
-    device = copy.sources[0].device
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        stream.wait_event(copy.ready)
-        for target, source in zip(copy.targets, copy.sources, strict=True):
-            target.copy_(source, non_blocking=True)
-        stream.synchronize()

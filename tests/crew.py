@@ -35,8 +35,8 @@ from resilient.core.events import (
     Tick,
 )
 from resilient.core.instructions import CreateGeneration, End, Kill, Say, SendPlan, Spawn, TakeInventory
+from resilient.core.limits import Limits
 from resilient.core.plan import Plan
-from resilient.core.recovery import Limits
 from resilient.core.seat import SeatReport
 from resilient.cutting import cut_between
 

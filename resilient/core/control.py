@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import ending, recovery
+from . import ending
 from .bubbles import Bubbles
 from .chronicle import Chronicle
 from .deaths import Deaths
@@ -53,11 +53,14 @@ from .forming import Forming
 from .going_back import GoingBack, Resume
 from .instructions import End, Instruction, Say
 from .leaving import Leaving
+from .limits import Limits
 from .membership import Membership
 from .plan import Plan
+from .recovery import decide
 from .restoring import Restoring
 from .rollbacks import Rollbacks
 from .seat import Rollback
+from .situation import Lost, Make, NeedNodes, Situation, Stay, broken
 from .speeds import Speeds
 from .staging import Timings
 from .standing import Member
@@ -67,7 +70,7 @@ from .storage import Storage
 
 @dataclass(slots=True, kw_only=True)
 class Control:
-    limits: recovery.Limits
+    limits: Limits
     allow_different_bits: bool = False
     attempt: int = 1
     resume: Resume = "auto"
@@ -173,18 +176,18 @@ class Control:
             return
         self.restoring.look_for(None)
         situation = self._situation()
-        decision = recovery.decide(situation)
-        lost_for_s = self.for_s("lost", isinstance(decision, recovery.Lost))
+        decision = decide(situation)
+        lost_for_s = self.for_s("lost", isinstance(decision, Lost))
         match decision:
-            case recovery.Make(plan=plan) if plan.kind == "initial" and self.going_back.looking_back:
+            case Make(plan=plan) if plan.kind == "initial" and self.going_back.looking_back:
                 self.going_back.at_the_start(situation, plan)
-            case recovery.Make(plan=plan):
+            case Make(plan=plan):
                 self.forming.make(plan)
-            case recovery.NeedNodes(reason=reason):
+            case NeedNodes(reason=reason):
                 self.wait_for_nodes(reason)
-            case recovery.Lost(reason=reason):
+            case Lost(reason=reason):
                 self.going_back.after_loss(reason, situation, lost_for_s)
-            case recovery.Stay(reason=reason, stuck=stuck):
+            case Stay(reason=reason, stuck=stuck):
                 self._since.pop("waiting", None)
                 self.leaving.stays(reason if stuck else "")
         if not self.ended:
@@ -212,17 +215,17 @@ class Control:
     def _images_decoded(self, event: ImagesDecoded) -> None:
         self.restoring.decoded(event)
 
-    def _situation(self) -> recovery.Situation:
-        broken = self.current is not None and recovery.broken(self.membership, self.formed, self.current)
+    def _situation(self) -> Situation:
+        is_broken = self.current is not None and broken(self.membership, self.formed, self.current)
         enough = self.membership.everybody.count("ready") >= self.limits.min_workers
-        return recovery.Situation(
+        return Situation(
             limits=self.limits,
             membership=self.membership,
             formed=self.formed,
             current=self.current,
             newest=self.newest,
             inherited=self.newest == self.forming.inherited,
-            broken_for_s=self.for_s("broken", broken),
+            broken_for_s=self.for_s("broken", is_broken),
             waited_s=self.for_s("enough", enough),
             may_wait_s=self.leaving.may_wait_s(self.current),
             leaf_s=self.speeds.known,

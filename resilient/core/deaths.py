@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from . import recovery
 from .events import NodeGone, RankCrashed, RankGone
 from .failures import Crash, Failures
 from .instructions import Kill
+from .situation import needs_base
 from .standing import Member
 
 if TYPE_CHECKING:
@@ -101,6 +101,6 @@ class Deaths:
         control, formed, current = self.control, self.control.formed, self.control.current
         if current is None or member.number in current.ranks:
             return None if current is None else current.ranks[member.number]
-        if formed is None or control.unheard or not recovery.needs_base(control.membership, formed, current):
+        if formed is None or control.unheard or not needs_base(control.membership, formed, current):
             return None
         return formed.ranks.get(member.number)

@@ -17,10 +17,11 @@ from snapshot.core.branches import Lineage
 from snapshot.core.election import Elected
 from snapshot.core.inventory import CheckpointFound, SnapshotKey
 
-from . import recovery
+from . import dealing
 from .plan import Plan, Restore
 from .restoring import Restoring
 from .seat import Rollback
+from .situation import Make, NeedNodes, Situation
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class GoingBack:
 
     # No live rank holds the state
 
-    def after_loss(self, reason: str, situation: recovery.Situation, lost_for_s: float) -> None:
+    def after_loss(self, reason: str, situation: Situation, lost_for_s: float) -> None:
         control, limits = self.control, self.control.limits
         if not limits.snapshots:
             if lost_for_s >= limits.detection_s:
@@ -119,13 +120,13 @@ class GoingBack:
         soon = not self.storage.error and self.storage.silent_for_s(control.now) < control.limits.detection_s
         return outdone and self.storage.checkpoints is None and soon
 
-    def _from_memory(self, reason: str, situation: recovery.Situation) -> None:
+    def _from_memory(self, reason: str, situation: Situation) -> None:
         if self.restoring.elected is not None and not self._storage_may_have_newer():
             why = f"{reason}; {self.restoring.elected.reason}"
             restore = self.restoring.restore()
             self._begin(restore, self._line_to_go_on(restore.key.step), why, situation)
 
-    def _from_storage(self, reason: str, situation: recovery.Situation) -> None:
+    def _from_storage(self, reason: str, situation: Situation) -> None:
         control = self.control
         if not control.limits.checkpoints:
             control.fail(f"{reason}: start again from a checkpoint, or from the beginning")
@@ -148,21 +149,21 @@ class GoingBack:
             )
         return self.storage.checkpoints is not None
 
-    def _begin_from(self, found: CheckpointFound, line: Lineage, reason: str, situation: recovery.Situation) -> None:
+    def _begin_from(self, found: CheckpointFound, line: Lineage, reason: str, situation: Situation) -> None:
         restore = Restore(key=found.key, folder=found.folder)
         self._begin(restore, line, f"{reason}; the checkpoint of {found.key} is on storage", situation)
 
-    def _begin(self, restore: Restore, line: Lineage, why: str, situation: recovery.Situation) -> None:
+    def _begin(self, restore: Restore, line: Lineage, why: str, situation: Situation) -> None:
         control = self.control
-        choose = recovery.restored if self.restoring.rollback is None else recovery.rolled_back
+        choose = dealing.restored if self.restoring.rollback is None else dealing.rolled_back
         if self._a_stage_is_lost():
-            choose = recovery.rolled_back
+            choose = dealing.rolled_back
         match choose(situation, restore, line, why):
-            case recovery.Make(plan=plan):
+            case Make(plan=plan):
                 self.storage.tried[restore.folder] += 1
                 if not self._in_vain(self.restoring.rollback):
                     self._make(plan)
-            case recovery.NeedNodes(reason=need):
+            case NeedNodes(reason=need):
                 control.wait_for_nodes(need)
 
     def _line_to_go_on(self, step: int) -> Lineage:
@@ -191,7 +192,7 @@ class GoingBack:
 
     # The first generation of a run that was submitted before
 
-    def at_the_start(self, situation: recovery.Situation, plan: Plan) -> None:
+    def at_the_start(self, situation: Situation, plan: Plan) -> None:
         control = self.control
         if control.limits.checkpoints and not self._storage_answers("the run begins"):
             return
@@ -226,7 +227,7 @@ class GoingBack:
         self.storage.own_only = self.resume != "auto"
         self.control.forming.make(plan)
 
-    def _from_step(self, step: int, situation: recovery.Situation) -> None:
+    def _from_step(self, step: int, situation: Situation) -> None:
         """Later steps than this one are given up: what begins here is a new branch."""
         found = self.storage.newest(None, step)
         if found is None:
@@ -240,14 +241,14 @@ class GoingBack:
         self.restoring.lineage = found.lineage
         self._begin_from(found, self.restoring.opened(step), f"resume={step}", situation)
 
-    def _go_on_from(self, found: CheckpointFound, reason: str, situation: recovery.Situation) -> None:
+    def _go_on_from(self, found: CheckpointFound, reason: str, situation: Situation) -> None:
         self.storage.first = found.folder
         line = self.restoring.lineage if self.lineage_known else found.lineage
         self._begin_from(found, line, reason, situation)
 
     # Going back on purpose
 
-    def roll_back(self, rollback: Rollback, situation: recovery.Situation) -> None:
+    def roll_back(self, rollback: Rollback, situation: Situation) -> None:
         control = self.control
         if not control.limits.snapshots:
             control.fail(f"{rollback.why}, but there are no snapshots to go back to: ask for them with snapshot=")

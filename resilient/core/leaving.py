@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 from .chronicle import Chronicle
 from .events import NodeDrained, NodeLeaving, RankLeaving, SnapshotProtected
 from .instructions import Instruction, Kill, LetGo
+from .limits import Limits
 from .membership import Membership
 from .plan import Plan
-from .recovery import Limits
 from .standing import Member
 
 if TYPE_CHECKING:

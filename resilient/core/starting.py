@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from . import recovery
 from .events import RankReady
 from .instructions import Spawn
+from .situation import finished
 from .standing import Member
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Starting:
 
     def spawn_missing(self) -> None:
         control, limits = self.control, self.control.limits
-        if control.current is not None and recovery.finished(control.membership.tally(control.current)):
+        if control.current is not None and finished(control.membership.tally(control.current)):
             return
         if self._fails():
             return

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 
 from resilient.core.events import PipelineShape
-from resilient.core.recovery import Limits
+from resilient.core.limits import Limits
 
 MOST_STEPS = 40
 """Of a pipeline: to look for stages by what layers take is slow."""

@@ -16,8 +16,8 @@ from resilient.cli_output import Answer
 from resilient.core.control import Control
 from resilient.core.detector import Detector, Vital
 from resilient.core.events import NodeSeen, RankReady
+from resilient.core.limits import Limits
 from resilient.core.plan import Address
-from resilient.core.recovery import Limits
 from resilient.core.view import view
 from resilient.faults import Act, Seat, Seen
 from resilient.status import controllers, describe, runs

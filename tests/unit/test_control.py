@@ -24,8 +24,8 @@ from resilient.core.events import (
     Tick,
 )
 from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, LetGo, Say, SendPlan, Spawn
+from resilient.core.limits import Limits
 from resilient.core.plan import Address
-from resilient.core.recovery import Limits
 from resilient.core.seat import SeatReport
 
 

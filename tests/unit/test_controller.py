@@ -11,7 +11,7 @@ from resilient.controller import Controller
 from resilient.core.control import Control
 from resilient.core.events import NodeSeen
 from resilient.core.instructions import End, Spawn
-from resilient.core.recovery import Limits
+from resilient.core.limits import Limits
 from resilient.core.story import Story
 from resilient.ending import Ending
 from resilient.presence import Presence

@@ -8,11 +8,13 @@ import pytest
 
 from resilient.core import draining
 from resilient.core.events import RankReady
+from resilient.core.limits import Limits
 from resilient.core.membership import Membership
 from resilient.core.plan import Address, Plan
 from resilient.core.planner import dealt_anew
-from resilient.core.recovery import Limits, Make, Situation, Stay, decide
+from resilient.core.recovery import decide
 from resilient.core.seat import SeatReport
+from resilient.core.situation import Make, Situation, Stay
 from resilient.core.standing import Member
 
 NEVER = float("inf")

@@ -9,8 +9,8 @@ from resilient.core.control import Control
 from resilient.core.events import GenerationCreated, NodeGone, NodeSeen, RankCrashed, RankGone, RankReady, Resumed
 from resilient.core.failures import CRASHES_ON_ONE_NODE, Crash, Failures
 from resilient.core.instructions import End, Instruction
+from resilient.core.limits import Limits
 from resilient.core.plan import Address
-from resilient.core.recovery import Limits
 
 TRACEBACK = "Traceback ...\ntorch.AcceleratorError: CUDA error: device-side assert triggered at 0x7f{}"
 

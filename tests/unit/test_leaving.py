@@ -18,7 +18,7 @@ from resilient.core.events import (
     SnapshotProtected,
     Tick,
 )
-from resilient.core.recovery import Limits
+from resilient.core.limits import Limits
 from resilient.core.view import view
 from tests.unit.test_control import Scenario
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from resilient.core.control import Control
-from resilient.core.recovery import Limits
+from resilient.core.limits import Limits
 from resilient.errands import Done, Errands
 from resilient.notes import Notes
 from resilient.told import Told

@@ -104,7 +104,7 @@ def is_ready(snapshots: Snapshots, step: int) -> bool:
 
 def made_or_full(snapshots: Snapshots) -> bool:
     """Whether nothing is being prepared."""
-    return not snapshots._preparing
+    return not snapshots._slots.preparing
 
 
 def copied(table: StateTable) -> StateTable:
@@ -181,7 +181,7 @@ def test_shares_of_all_ranks_are_together_the_state(training: Training) -> None:
         training.compute()
         training.update()
         for rank, snapshots in enumerate(others):
-            wanted = snapshots._made > 0
+            wanted = snapshots._slots.made > 0
             wait_for(functools.partial(is_ready, snapshots, training.steps) if wanted else lambda: True)
             seating = Seating(generation=1, rank=rank, world=world)
             snapshots.boundary(Ordinal(0, training.steps), training.objects, seating, wanted=wanted)
@@ -210,7 +210,7 @@ def captured(snapshots: Snapshots, training: Training, rank: int) -> dict[int, t
         training.compute()
         snapshots.gate()
         training.update()
-        wanted = snapshots._made > 0
+        wanted = snapshots._slots.made > 0
         wait_for(functools.partial(is_ready, snapshots, training.steps) if wanted else lambda: True)
         seating = Seating(generation=1, rank=rank, world=2)
         ordinal, share = Ordinal(0, training.steps), chunks_of(rank)
@@ -450,7 +450,7 @@ def test_too_little_room_at_the_start_is_an_error_that_says_how_much_is_needed(
     def full(path: Path, capacity_bytes: int) -> None:
         raise NoRoom(f"{path.parent}: {capacity_bytes} bytes are needed")
 
-    monkeypatch.setattr("resilient.snapshots.Slot.create", full)
+    monkeypatch.setattr("resilient.slots.Slot.create", full)
     training.step()
     wait_for(lambda: training.said != [])
     with pytest.raises(NoRoom, match="bytes are needed"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from resilient.core.events import RankReady
+from resilient.core.limits import Limits
 from resilient.core.membership import Member, Membership
 from resilient.core.plan import Address, Plan
 from resilient.core.planner import dealt_anew, unplanned
-from resilient.core.recovery import Limits, Lost, Make, NeedNodes, Situation, Stay, decide
+from resilient.core.recovery import decide
 from resilient.core.seat import SeatReport
+from resilient.core.situation import Lost, Make, NeedNodes, Situation, Stay
 
 LIMITS = Limits(min_workers=2, max_workers=4)
 

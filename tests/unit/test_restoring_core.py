@@ -19,8 +19,8 @@ from resilient.core.events import (
     Tick,
 )
 from resilient.core.instructions import CreateGeneration, DecodeImages, End, Instruction, SendPlan, TakeInventory
+from resilient.core.limits import Limits
 from resilient.core.plan import Address, Plan, Share
-from resilient.core.recovery import Limits
 from resilient.core.restoring import Restoring
 from resilient.core.seat import Rollback, SeatReport
 from snapshot.core.decoding import Decode

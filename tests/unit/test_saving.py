@@ -91,9 +91,9 @@ def train_until_durable(training: Training, keeper: InThread) -> dict[int, State
     """Steps until a checkpoint more is there; the states of those that were to be durable."""
     before, states = keeper.news.committed, {}
     for _ in range(40):
-        kept = training.snapshots._lifecycle.kept
+        kept = training.snapshots._slots.lifecycle.kept
         state = training.step()
-        if state is not None and training.snapshots._lifecycle.kept != kept:
+        if state is not None and training.snapshots._slots.lifecycle.kept != kept:
             states[training.steps] = state
         training.snapshots.gate()
         keeper.wait_until_done()
@@ -188,7 +188,7 @@ def test_a_process_of_its_own_does_it_for_a_keeper_and_ends_with_it(tmp_path: Pa
         os.kill(first, signal.SIGKILL)
         vault.ring(Ring(generation=1, group=Group(nodes=("a",), parity=0), shares={"a": (0,)}))
         training.ready()
-        while training.snapshots._lifecycle.kept is None:
+        while training.snapshots._slots.lifecycle.kept is None:
             training.step()
             training.snapshots.gate()
         vault.saving.wait_until_done()

@@ -20,8 +20,8 @@ from resilient.core.events import (
     Tick,
 )
 from resilient.core.instructions import CreateGeneration, Instruction, Spawn
+from resilient.core.limits import Limits
 from resilient.core.plan import Address, Plan
-from resilient.core.recovery import Limits
 from resilient.core.seat import SeatReport
 
 RANKS = 300

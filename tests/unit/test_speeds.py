@@ -11,9 +11,9 @@ import pytest
 from resilient.core.control import Control
 from resilient.core.events import GenerationCreated, NodeSeen, RankReady, RankReported
 from resilient.core.instructions import CreateGeneration, Instruction, Kill, Say, Spawn
+from resilient.core.limits import Limits
 from resilient.core.pace import ENOUGH, REMEMBERED, WARM_UP, Pace
 from resilient.core.plan import Address, Plan
-from resilient.core.recovery import Limits
 from resilient.core.seat import SeatReport
 
 MICRO_BATCHES = 16

@@ -210,7 +210,7 @@ def test_a_keepers_saver_writes_into_a_bucket(proxy: Proxy, files: Files, tmp_pa
     try:
         vault.ring(Ring(generation=1, group=Group(nodes=("a",), parity=0), shares={"a": (0,)}))
         training.ready()
-        while training.snapshots._lifecycle.kept is None:
+        while training.snapshots._slots.lifecycle.kept is None:
             state = training.step()
             if state is not None:
                 states[training.steps] = state.digest()

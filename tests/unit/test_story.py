@@ -18,8 +18,8 @@ from resilient.core.events import (
     StopAsked,
     Tick,
 )
+from resilient.core.limits import Limits
 from resilient.core.plan import Address
-from resilient.core.recovery import Limits
 from resilient.core.seat import SeatReport
 from resilient.core.story import Happening, Story
 

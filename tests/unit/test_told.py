@@ -7,8 +7,8 @@ import pytest
 from resilient.core.control import Control
 from resilient.core.detector import Detector
 from resilient.core.events import NodeSeen, RankGone, RankReady
+from resilient.core.limits import Limits
 from resilient.core.plan import Address
-from resilient.core.recovery import Limits
 from resilient.core.view import step_of, view
 from resilient.told import Told
 from tests.unit.test_showing import job

@@ -14,8 +14,8 @@ from resilient.core.difference import odd_ones, rollback_after, rollback_after_m
 from resilient.core.events import GenerationCreated, NodeSeen, RankGone, RankReady, RankReported, Tick
 from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, TakeInventory
 from resilient.core.lane import NOBODYS, Agreed, Wish
+from resilient.core.limits import Limits
 from resilient.core.plan import Address, Plan
-from resilient.core.recovery import Limits
 from resilient.core.seat import Rollback, SeatReport
 from resilient.verification import Digests, StateDigest, weighted_sum
 from snapshot.capture import capture

@@ -1,0 +1,40 @@
+"""What the user allows, and the few times that everything else is derived from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    min_workers: int
+    max_workers: int
+    spares: int = 0
+    snapshots: bool = False
+    """Whether keepers hold any."""
+    checkpoints: bool = False
+    """Whether keepers write some of them to storage."""
+    wait_for_nodes_s: float = 600.0
+    """How long the run may stand still below `min_workers`."""
+    detection_s: float = 2.0
+    max_failures: int | None = None
+    """Ranks and nodes that may be lost within an hour."""
+    evict_stragglers: bool = False
+
+    @property
+    def settle_s(self) -> float:
+        """How long a broken link may take to turn out to be a death."""
+        return self.detection_s / 4
+
+    @property
+    def resend_s(self) -> float:
+        return self.detection_s / 4
+
+    def lost_limit_s(self, some_are_absent: bool) -> float:
+        """How long nothing may be found to go on from; a keeper that is being replaced may still have it."""
+        return (15 if some_are_absent else 1) * self.detection_s
+
+    @property
+    def start_together_s(self) -> float:
+        """How long ranks that are ready wait for others that are still starting."""
+        return 15 * self.detection_s
