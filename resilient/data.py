@@ -12,29 +12,16 @@ A dataset with only `__iter__` is a stream, which every rank reads in full. The 
 step are kept, so that any leaf of it can be had.
 """
 
-import contextlib
-import copy
-import ctypes
-import logging
-import multiprocessing
-import os
-import signal
-import socket
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from resilient.core.order import Batching, Line, Ticket, derive_seed, sample_indices, whole
-from resilient.randomness import seed_host, single_threaded
-
-_log = logging.getLogger("resilient")
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from .core.order import Batching, whole
+from .data_indexed import Indexed
+from .data_recipe import Recipe
+from .data_stream import Stream
 
 # Options of DataLoader that would contradict what decides the order here, and what to do instead.
 _REFUSED = {
@@ -91,7 +78,7 @@ class Feed:
         )
         stream = _is_stream(dataset)
         length = None if stream else len(dataset)
-        recipe = _Recipe(
+        recipe = Recipe(
             dataset=dataset,
             length=length,
             batching=batching,
@@ -107,9 +94,9 @@ class Feed:
         if stream:
             _check_stream(workers, shuffle)
         self._source = (
-            _Stream(recipe, self.steps)
+            Stream(recipe, self.steps)
             if self.steps is None or stream
-            else _Indexed(recipe, self.steps, workers, options)
+            else Indexed(recipe, self.steps, workers, options)
         )
 
     def has_step(self, step: int) -> bool:
@@ -187,301 +174,3 @@ def _check_stream(workers: int, shuffle: bool | None) -> None:
         )
     if shuffle:
         raise ValueError("shuffle=True: an iterable dataset comes in its own order; shuffle inside it")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Recipe:
-    """How micro-batches are made. Travels to the workers; as their dataset it is indexed by tickets."""
-
-    dataset: Any
-    length: int | None  # samples; None: a stream
-    batching: Batching
-    seed: int
-    shuffle: bool
-    collate: Callable[[list[Any]], Any]
-    pin: bool
-
-    def __getitem__(self, ticket: Ticket) -> tuple[int, int, Any]:
-        return (*ticket, self.load(*ticket))
-
-    def load(self, step: int, leaf: int) -> Any:
-        assert self.length is not None
-        epoch = self.batching.epoch(step, self.length)
-        indices = sample_indices(
-            self.batching, step=step, leaf=leaf, length=self.length, seed=self.seed, shuffle=self.shuffle
-        )
-        samples = []
-        for index in indices.tolist():
-            seed_host(derive_seed(self.seed, "sample", epoch, index))
-            samples.append(self.dataset[index])
-        return self.collated(step, leaf, samples)
-
-    def collated(self, step: int, leaf: int, samples: list[Any]) -> Any:
-        seed_host(derive_seed(self.seed, "collate", step, leaf))
-        return self.collate(samples)
-
-    def pinned(self, batch: Any) -> Any:
-        """In pinned memory, if asked for: by a DataLoader, whose rules for nested batches are known."""
-        if not self.pin:
-            return batch
-        one: DataLoader[Any] = DataLoader([batch], batch_size=None, collate_fn=_same, pin_memory=True)  # type: ignore[arg-type]
-        return next(iter(one))
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _loader(recipe: _Recipe, line: Line, workers: int, options: Mapping[str, Any]) -> DataLoader[Any]:
-    """A DataLoader whose workers turn the line's tickets into micro-batches; starts none of them yet."""
-    context = options.get("multiprocessing_context")
-    if context is None or isinstance(context, str):
-        context = multiprocessing.get_context(context)
-    start = _WorkerStart(
-        dataset=recipe.dataset,
-        method=context.get_start_method(),
-        parent=os.getpid(),
-        then=options.get("worker_init_fn"),
-    )
-    return DataLoader(
-        recipe,  # type: ignore[arg-type]  # all that it needs of a dataset is __getitem__
-        batch_size=None,  # the recipe collates, so that here and in a worker the same lines do it
-        sampler=line,
-        collate_fn=_same,
-        num_workers=workers,
-        persistent_workers=True,
-        pin_memory=recipe.pin,
-        # Only for the workers' own seeds; without it DataLoader draws from the caller's generator.
-        generator=torch.Generator().manual_seed(derive_seed(recipe.seed, "workers")),
-        **{**options, "worker_init_fn": start},
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _WorkerStart:
-    """What a worker process does first: it must neither outlive its rank nor seem to be it."""
-
-    dataset: Any
-    method: str
-    parent: int
-    then: Callable[[int], None] | None
-
-    def __call__(self, worker: int) -> None:
-        if self.method == "forkserver":
-            # A fork server and its children keep each other alive; only this pipe tells that the rank died.
-            threading.Thread(target=_die_with_parent, daemon=True).start()
-        elif sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != self.parent:
-                os._exit(1)  # the rank died before that
-            if self.method == "fork":
-                _release_inherited_sockets()
-        info = get_worker_info()
-        assert info is not None
-        object.__setattr__(info, "dataset", self.dataset)  # the user's, not the recipe, for worker_init_fn
-        if self.then is not None:
-            self.then(worker)
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _release_inherited_sockets() -> None:
-    """Let go of all TCP and UDP sockets: held by a worker, they keep a dead rank's connections open.
-
-    Their numbers go on pointing somewhere (/dev/null): the objects that own them here would later close
-    whatever had got the number since. Unix sockets, over which workers return tensors, stay.
-    """
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for descriptor in map(int, os.listdir("/proc/self/fd")):
-        with contextlib.suppress(OSError):  # no socket, or the descriptor of the listing itself
-            probe = socket.socket(fileno=descriptor)
-            family = probe.family
-            probe.detach()
-            if family in (socket.AF_INET, socket.AF_INET6):
-                os.dup2(null, descriptor, inheritable=False)
-    os.close(null)
-
-
-class _Indexed:
-    """Micro-batches of a dataset that can be indexed, read ahead by worker processes if there are any."""
-
-    def __init__(self, recipe: _Recipe, steps: int, workers: int, options: Mapping[str, Any]) -> None:
-        self._recipe = recipe
-        self._wanted = self._steps = steps
-        self._step = 0
-        self._line = Line(steps)
-        self._loader = _loader(recipe, self._line, workers, options) if workers else None
-        # How many tickets the workers are given at once. (A DataLoader has a length: never ask if it is true.)
-        self._depth = 0 if self._loader is None else workers * (self._loader.prefetch_factor or 0)
-        self._arrivals: Iterator[tuple[int, int, Any]] | None = None
-
-    def has_step(self, step: int) -> bool:
-        return 0 <= step < self._steps
-
-    def leave_out(self, count: int) -> None:
-        self._steps = self._line.steps = self._wanted + count
-
-    def seek(self, step: int, leaves: tuple[int, ...]) -> None:
-        self._step = step
-        self._line.redirect(step, leaves)
-        # Each arrival makes the DataLoader draw one ticket. If the line had come to its end (or not begun),
-        # the workers have fewer than they have room for, and only a new iteration fills them up. It waits
-        # for what is under way and forgets it.
-        if self._loader is not None and len(self._line.under_way) < self._depth and self._line.has_more():
-            self._line.under_way.clear()
-            self._line.redirect(step, leaves)
-            self._arrivals = iter(self._loader)
-
-    def get(self, step: int, leaf: int) -> Any:
-        if not self.has_step(step):
-            raise ValueError(f"step {step} is not in this loop of {self._steps} steps")
-        self._step = step
-        ticket = (step, leaf)
-        self._line.forget_before(step)
-        # A ticket not drawn yet may be waiting behind ones that nobody wants any more: each that arrives
-        # lets one be drawn.
-        while self._line.under_way and self._line.reaches(ticket, self._depth):
-            self._receive()
-        if ticket in self._line.arrived:
-            return self._line.arrived.pop(ticket)
-        with single_threaded():
-            return self._recipe.pinned(self._recipe.load(step, leaf))
-
-    def _receive(self) -> None:
-        assert self._arrivals is not None
-        expected = self._line.under_way[0]
-        try:
-            *ticket, batch = next(self._arrivals)
-        finally:  # an error in a worker takes its ticket's place
-            self._line.under_way.popleft()
-        assert tuple(ticket) == expected, (ticket, expected)
-        self._line.arrived[expected] = batch
-
-    def state_dict(self, step: int | None) -> dict[str, Any]:
-        return {"step": self._step if step is None else step}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step = state["step"]
-
-    def close(self) -> None:
-        # A DataLoader has no public close: it ends its workers when the last reference to its iterator goes.
-        # But an exception that came out of it holds one, in its traceback, for as long as anybody looks.
-        if self._arrivals is not None:
-            self._arrivals._shutdown_workers()  # type: ignore[attr-defined]
-        self._arrivals = self._loader = None
-        self._line = Line(self._steps)
-
-
-class _Stream:
-    """Micro-batches of a dataset that can only be iterated over, from its beginning."""
-
-    def __init__(self, recipe: _Recipe, steps: int | None) -> None:
-        self._recipe = recipe
-        self._wanted = self._steps = steps
-        self._step = 0
-        self._stateful = hasattr(recipe.dataset, "state_dict") and hasattr(recipe.dataset, "load_state_dict")
-        # Where the stream can be started from: (step, its state there; None: its beginning).
-        self._origin = (0, copy.deepcopy(recipe.dataset.state_dict()) if self._stateful else None)
-        self._restart()
-
-    def _restart(self) -> None:
-        self._iterator: Iterator[Any] | None = None
-        self._next = self._origin[0]  # the step that is read next
-        self._ended = False
-        self._samples: dict[int, list[Any]] = {}  # raw, of the current step and those read ahead
-        self._states: dict[int, Any] = {}  # of the stream, at the start of these steps
-
-    def has_step(self, step: int) -> bool:
-        if step < 0 or (self._steps is not None and step >= self._steps):
-            return False
-        while self._next <= step and not self._ended:
-            self._read()
-        return step < self._next
-
-    def leave_out(self, count: int) -> None:
-        self._steps = None if self._wanted is None else self._wanted + count
-
-    def seek(self, step: int, leaves: tuple[int, ...]) -> None:
-        del leaves  # every rank reads all of them
-        if step < self._next and step not in self._samples:
-            self._rewind(step)
-        self._step, start = step, self._next
-        while self._next < step and not self._ended:
-            self._read()
-        if skipped := self._next - start:
-            _log.info(
-                "read and skipped %d steps (%d samples) of the iterable dataset to reach step %d",
-                *(skipped, skipped * self._recipe.batching.global_batch, step),
-            )
-        self._forget_before(step)
-
-    def _rewind(self, step: int) -> None:
-        start, state = self._origin
-        dataset = self._recipe.dataset
-        if step < start or (state is None and iter(dataset) is dataset):
-            raise ValueError(
-                f"the iterable dataset is past step {step} and can't go back to it: give it state_dict and "
-                f"load_state_dict, or an __iter__ that starts anew each time"
-            )
-        if state is not None:
-            dataset.load_state_dict(copy.deepcopy(state))
-        self._restart()
-
-    def _read(self) -> None:
-        """Read the next step's samples, or find that fewer than a global batch are left."""
-        step, seed = self._next, self._recipe.seed
-        if self._stateful:
-            self._states[step] = copy.deepcopy(self._recipe.dataset.state_dict())
-        samples: list[Any] = []
-        with single_threaded(), contextlib.suppress(StopIteration):
-            if self._iterator is None:
-                seed_host(derive_seed(seed, "stream"))
-                self._iterator = iter(self._recipe.dataset)
-            for position in range(self._recipe.batching.global_batch):
-                seed_host(derive_seed(seed, "stream", step, position))
-                samples.append(next(self._iterator))
-        if len(samples) < self._recipe.batching.global_batch:
-            self._ended = True
-            return
-        self._samples[step] = samples
-        self._next += 1
-        self._forget_before(self._step)
-
-    def _forget_before(self, step: int) -> None:
-        for kept in (self._samples, self._states):
-            for old in [key for key in kept if key < step]:
-                del kept[old]
-
-    def get(self, step: int, leaf: int) -> Any:
-        if step != self._step or step not in self._samples:
-            self.seek(step, ())
-        if not self.has_step(step):
-            raise ValueError(f"step {step} is past the end of the iterable dataset")
-        size = self._recipe.batching.micro_batch
-        samples = self._samples[step][leaf * size : (leaf + 1) * size]
-        with single_threaded():
-            return self._recipe.pinned(self._recipe.collated(step, leaf, samples))
-
-    def state_dict(self, step: int | None) -> dict[str, Any]:
-        step = self._step if step is None else step
-        state: dict[str, Any] = {"step": step}
-        if self._stateful:
-            if step not in self._states and step != self._next:
-                raise ValueError(f"the iterable dataset's position at the start of step {step} is not kept")
-            known = self._states[step] if step in self._states else self._recipe.dataset.state_dict()
-            state["stream"] = copy.deepcopy(known)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step = state["step"]
-        if self._stateful and state.get("stream") is not None:
-            self._origin = (state["step"], copy.deepcopy(state["stream"]))
-            self._rewind(state["step"])
-
-    def close(self) -> None:
-        """Nothing runs beside the training process."""
