@@ -343,12 +343,12 @@ class Controller:
             case Spawn(member=member, node=node):
                 taken = End(outcome="superseded", reason=f"member {member} was started by another controller")
                 self._workers.spawn(member, node, lambda: self._ending.end(taken), self._control.membership.is_gone)
-            case Kill(member=member, node=node, reason=reason, released=released):
-                self._told.say(f"member {member} on node {node[:8]} {'has left' if released else 'is gone'}: {reason}")
-                self._detector.forget_rank(member)
-                self._workers.kill(member, node)
+            case Kill(released=True):
+                self._release(instruction)
+            case Kill(member=member, node=node, reason=reason):
+                self._kill(member, node, f"is gone: {reason}")
             case LetGo(node=node):
-                self._departures.let_go(node)
+                self._errands.run(lambda: None, lambda _: self._departures.let_go(node))  # after those released there
             case CreateGeneration(plan=plan):
                 self._create(plan)
             case TakeInventory() | DecodeImages():
@@ -363,6 +363,23 @@ class Controller:
                 self._told.say(text)
             case End():
                 self._ending.end(instruction)
+
+    def _kill(self, member: int, node: str, what: str) -> None:
+        self._told.say(f"member {member} on node {node[:8]} {what}")
+        self._detector.forget_rank(member)
+        self._workers.kill(member, node)
+
+    def _release(self, kill: Kill) -> None:
+        """Unless another controller has made a generation meanwhile, in which it may have a seat."""
+        following = self._control.newest + 1
+
+        def looked(taken: bool) -> None:
+            if taken:
+                self._handle(GenerationTaken(generation=following))
+            else:
+                self._kill(kill.member, kill.node, f"has left: {kill.reason}")
+
+        self._errands.run(lambda: self._ledger.has_generation(following), looked)
 
     def _create(self, plan: Plan) -> None:
         self._told.say(f"generation {plan.generation}: {plan.size} ranks, {plan.reason}")

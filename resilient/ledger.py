@@ -40,11 +40,14 @@ class Ledger:
 
     def create(self, plan: Plan, creator: str) -> bool:
         """False, and nothing changed, if the generation's number is taken. creator: the same if this is repeated."""
-        key = f"{self._prefix}generation/{plan.generation:09d}"
+        key = self._generation(plan.generation)
         created = launch.create_key(key, plan.to_json().encode(), creator)
         if created and len(plan.branches) > 1:
             launch.write_key(self._lineage, plan.to_json().encode())
         return created
+
+    def has_generation(self, number: int) -> bool:
+        return launch.read_key(self._generation(number)) is not None
 
     def plans(self) -> tuple[Plan, ...]:
         """All generations on record, ascending."""
@@ -105,6 +108,9 @@ class Ledger:
         """The lines of steps of earlier attempts, if there is more than one."""
         recorded = None if self._first_attempt else launch.read_key(self._lineage)
         return None if recorded is None else Lineage(branches=Plan.from_json(recorded.decode()).branches)
+
+    def _generation(self, number: int) -> str:
+        return f"{self._prefix}generation/{number:09d}"
 
     def close(self, *, keep_lineage: bool) -> None:
         launch.write_key(self._attempt, CLOSED)

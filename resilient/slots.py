@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ ROOM_TO_GROW, SKELETON_GROWTH_BYTES = 1.05, 1 << 16
 
 
 class Slots:
-    """`lock` is over all that is here. Whoever uses `lifecycle`, `free` or `discard` holds it."""
+    """`lock` is over all that is here. Whoever uses `lifecycle`, `free` or `make_way` holds it."""
 
     def __init__(
         self,
@@ -37,7 +37,8 @@ class Slots:
         self.needed_bytes = 0
         self.made = 0
         self.preparing = False
-        self._held: list[Slot | None] = [None] * len(self.lifecycle.slots)
+        self._least = len(self.lifecycle.slots)
+        self._held: list[Slot | None] = [None] * self._least
         self._folder, self._member, self._device = folder, member, device
         self._say, self._replaced, self._without_room = say, replaced, without_room
 
@@ -56,13 +57,15 @@ class Slots:
         """Whether one is there for a snapshot that is not to be made durable."""
         return self.free(self.lifecycle.free_for_any) is not None
 
-    def discard(self, given_up: Iterable[Ordinal]) -> None:
-        """From now on their slots hold nothing: else a keeper might yet say that it has protected one."""
-        for ordinal in given_up:
+    def make_way(self, protected_here: Ordinal | None, begun: Ordinal | None) -> None:
+        """A slot, for a snapshot by other members than those of all that is held. What is given up is not there any
+        more: else a keeper might yet say that it has protected it. Arguments as of `Lifecycle.make_way`."""
+        for ordinal in self.lifecycle.make_way(protected_here, begun):
             slot = self._held[self.lifecycle.slots.index(ordinal)]
             self.lifecycle.never_protected((ordinal,))
             if slot is not None and ordinal not in self.lifecycle.slots:
                 slot.invalidate()
+        self._held += [None] * (len(self.lifecycle.slots) - len(self._held))
 
     def make_room(self) -> None:
         """Replace free slots that are missing or too small, in the background: first touch is slow."""
@@ -91,6 +94,7 @@ class Slots:
             try:
                 slot = Slot.create(path, capacity)
             except (NoRoom, OSError) as error:
+                self._do_without(number)
                 self._without_room(error)
                 break
             if self._device.type == "cuda" and not pin(slot.memory):
@@ -99,6 +103,13 @@ class Slots:
                 self._held[number] = slot
         with self.lock:
             self.preparing = False
+
+    def _do_without(self, number: int) -> None:
+        """Another than those there have to be is not waited for: something is given up instead."""
+        with self.lock:
+            if number >= self._least and self.lifecycle.slots[number] is None:
+                self.lifecycle.narrow()
+                self._held.pop()
 
     def _remove(self, slot: Slot) -> None:
         self._replaced(slot)

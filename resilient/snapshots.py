@@ -159,7 +159,7 @@ class Snapshots:
                 # generation captures, and that is nothing yet, so what waits, waits in vain. Not at once: what they
                 # are about to protect they may have protected in a moment.
                 if self._full_in == generation:
-                    slots.discard(lifecycle.in_vain(*kept_here))
+                    slots.make_way(*kept_here)
                     room = slots.has_room()
                 self._full_in = generation
             save_room = self._saves is not None and lifecycle.kept is None and slots.free() is not None

@@ -34,7 +34,7 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
         except ValueError as error:
             if _state_is_lost(membership, plan):
                 return None  # before anybody told what it was
-            return End(outcome="failed", reason=f"ranks ended with states that do not fit together: {error}")
+            return End(outcome="failed", reason=f"ranks ended with different states: {error}")
     return End(outcome="finished", reason="every rank has returned", digest=digest)
 
 

@@ -76,8 +76,8 @@ class Forming:
             self._send(control.membership.members[number], created)
 
     def taken(self, event: GenerationTaken) -> None:
-        creating = self.control.creating
-        if creating is not None and event.generation == creating.generation:
+        creating, newest = self.control.creating, self.control.newest
+        if event.generation > newest or (creating is not None and event.generation == newest):
             self._superseded(event.generation)
 
     def reported(self, event: RankReported) -> None:

@@ -47,6 +47,9 @@ class GoingBack:
     _gone_back: tuple[int, int] = (-1, 0)
     """The state that was to be gone back to last, leaving nothing out, and how often in a row."""
 
+    _failed: int = 0
+    """The last generation that was to be restored, and could not be."""
+
     def __post_init__(self) -> None:
         if self.resume != "auto":
             self.restoring.not_before = self.storage.attempt
@@ -65,7 +68,7 @@ class GoingBack:
 
     def formed(self) -> None:
         """Whatever was restored could be."""
-        self.storage.tried.clear()
+        self.storage.restored()
 
     def changed(self) -> None:
         """A node has come or gone, or there is something new to look for."""
@@ -76,6 +79,7 @@ class GoingBack:
 
     def after_loss(self, reason: str, situation: Situation, lost_for_s: float) -> None:
         control, limits = self.control, self.control.limits
+        self._count_failure()
         if not limits.snapshots:
             if lost_for_s >= limits.detection_s:
                 control.fail(f"{reason}: start again from the beginning, or from a checkpoint of your own")
@@ -89,6 +93,15 @@ class GoingBack:
             self._from_storage(f"{reason}, and {self.restoring.none.reason}", situation)
         else:
             self._from_memory(reason, situation)
+
+    def _count_failure(self) -> None:
+        """Of the generation that was to be restored last, if it could not be: once."""
+        current, formed = self.control.current, self.control.formed
+        if current is None or current.restore is None or current is formed or current.generation == self._failed:
+            return
+        self._failed = current.generation
+        died = self.control.membership.tally(current).count("gone") > 0
+        (self.storage.deaths if died else self.storage.unread)[current.restore.folder] += 1
 
     def _memory_has_none(self, for_s: float) -> bool:
         """For certain: everybody who could have something has answered, or has had his time."""
@@ -160,7 +173,6 @@ class GoingBack:
             choose = dealing.rolled_back
         match choose(situation, restore, line, why):
             case Make(plan=plan):
-                self.storage.tried[restore.folder] += 1
                 if not self._in_vain(self.restoring.rollback):
                     self._make(plan)
             case NeedNodes(reason=need):

@@ -27,7 +27,8 @@ class Kill:
     node: str
     reason: str
     released: bool = False
-    """It was asked to leave, and nobody needs it any more: no fault."""
+    """It was asked to leave, and nobody needs it any more: no fault. It lives, and comes back as GenerationTaken, if
+    there is a newer generation by then: another controller has made that, and may have seated it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

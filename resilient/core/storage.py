@@ -18,8 +18,9 @@ from .events import StorageSeen
 from .instructions import Instruction, LookAtStorage
 
 ASK_AGAIN_S = 2.0
-TRIES = 2
-"""So often a checkpoint is tried before it is passed over."""
+TRIES, DEATHS = 2, 5
+"""So often a checkpoint may fail to be read before it is passed over, and so often somebody may die meanwhile: that may
+be its doing, but need not."""
 ANSWER_LIMIT_S = 60.0
 """How long storage may take to answer before it is asked again."""
 
@@ -35,8 +36,10 @@ class Storage:
     """Whether only this attempt's checkpoints count, and the one that it began from."""
     checkpoints: tuple[CheckpointFound, ...] | None = None
     """None as long as storage has not answered."""
-    tried: Counter[str] = field(default_factory=Counter)
-    """How often each folder was to be restored in vain: one that can't be read gives way to an older one."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """How often each folder could not be read: it gives way to an older one."""
+    deaths: Counter[str] = field(default_factory=Counter)
+    """How often somebody died while each was being read."""
     error: str = ""
     failing_since: float | None = None
     _asked: int = 0
@@ -46,6 +49,11 @@ class Storage:
     def again(self) -> None:
         """There may be newer ones by now."""
         self.checkpoints, self._asked_at, self._waiting = None, None, False
+
+    def restored(self) -> None:
+        """What was being read could be."""
+        self.unread.clear()
+        self.deaths.clear()
 
     def look(self, now: float) -> tuple[Instruction, ...]:
         if self.checkpoints is not None:
@@ -93,6 +101,6 @@ class Storage:
     def _counts(self, checkpoint: CheckpointFound) -> bool:
         if checkpoint.key.attempt > self.attempt:
             return False
-        if self.tried[checkpoint.folder] >= TRIES:
+        if self.unread[checkpoint.folder] >= TRIES or self.deaths[checkpoint.folder] >= DEATHS:
             return False
         return not self.own_only or checkpoint.key.attempt == self.attempt or checkpoint.folder == self.first

@@ -43,9 +43,10 @@ def put_together(parts: Iterable[StatePart]) -> str:
     pieces = sorted({pair for part in known for pair in zip(part.ranges, part.digests, strict=True)})
     uneven = first_uneven([piece for piece, _ in pieces], known[0].state_bytes)
     if uneven is not None:
-        raise ValueError(
-            f"bytes {uneven[0]}..{uneven[1]} of the state are nobody's, or several ranks', who do not agree about them"
-        )
+        reached, begin = uneven
+        if begin < reached:
+            raise ValueError(f"several ranks have the bytes of the state from {begin} on, and differ about them")
+        raise ValueError(f"nobody has bytes {reached}..{begin - 1} of the state")
     return _combined(known[0].skeleton, b"".join(digest for _, digest in pieces))
 
 

@@ -10,6 +10,8 @@ Invariants
     * If no slot is free, there is no snapshot of this step, on any rank: all agree before they begin.
     * What is being made durable is kept until its keeper says that it is done with it. There is one slot more for
       that, which nothing else takes.
+    * When the members change while all slots are taken, nobody learns any more which of what waits is protected
+      everywhere. What can't be makes room; where each may be there is one slot more, once.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ class Lifecycle:
     """Whether snapshots are made durable, so that there is a slot for one of them."""
     kept: Ordinal | None = None
     """The snapshot that is being made durable."""
+    widened: bool = False
+    """Whether there has been one slot more."""
 
     def __post_init__(self) -> None:
         if self.durable:
@@ -69,16 +73,28 @@ class Lifecycle:
         free, spare = self.free, int(self.durable and self.kept is None)
         return free if len(free) > spare else []
 
-    def in_vain(self, protected_here: Ordinal | None, begun: Ordinal | None) -> list[Ordinal]:
+    def make_way(self, protected_here: Ordinal | None, begun: Ordinal | None) -> list[Ordinal]:
         """The one to give up, if one is, where nobody would learn any more that what waits is protected everywhere.
+        If none is, there may be a free slot more instead.
 
-        protected_here: the newest that this node's keeper has protected. What is newer can't be protected everywhere;
-        if all nodes' keepers have come about as far, what is much older is overtaken. begun: what it is protecting now.
+        protected_here: the newest that this node's keeper has protected: what is newer can't be protected everywhere.
+        begun: what it is protecting now.
         """
         held = {ordinal for number, ordinal in enumerate(self.slots) if ordinal is not None and number != self.writing}
         others = sorted(held - {self.everywhere, self.kept, protected_here, begun})
         newer = [ordinal for ordinal in others if protected_here is None or ordinal > protected_here]
-        return newer[-1:] or others[:1]
+        if newer:
+            return newer[-1:]
+        if not self.widened:
+            self.widened = True
+            self.slots.append(None)
+            return []
+        return others[:1]  # if all nodes' keepers have come about as far, what is much older is overtaken
+
+    def narrow(self) -> None:
+        """There is no memory for the slot that was added last."""
+        assert self.widened and self.slots[-1] is None, self
+        self.slots.pop()
 
     def begin(self, number: int, ordinal: Ordinal, *, durable: bool = False) -> None:
         """This snapshot is written into slot `number`, and kept there until `settled`, if it is to be made durable."""

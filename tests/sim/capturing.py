@@ -66,7 +66,9 @@ class Capturing:
             self._protected_here = Ordinal.unpacked(memory.protected[1])
         if self.world.drained and not self.lifecycle.free_for_any and self._captured_in != plan.generation:
             if self._full_in == plan.generation:
-                self._discard(self.lifecycle.in_vain(self._protected_here, self._begun()))
+                slots = len(self.lifecycle.slots)
+                self._discard(self.lifecycle.make_way(self._protected_here, self._begun()))
+                self.world.seen["one slot more"] += len(self.lifecycle.slots) - slots
             self._full_in = plan.generation
         due = (step + 1) % self.world.setting.every == 0
         # The first of a new membership is due at once.

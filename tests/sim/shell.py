@@ -177,6 +177,10 @@ class Shell:
                 self._spawn(member, node)
             case LetGo(node=node):
                 world.drains.let_go(self, node)
+            case Kill(released=True) if self.control.newest + 1 in world.plans_on_record:
+                world.seen["release given up for another controller"] += 1
+                taken = GenerationTaken(generation=self.control.newest + 1)
+                world.at(world.drains.rng.uniform(0.0005, 0.05), lambda: self.take(taken))
             case Kill(member=member, node=node, reason=reason, released=True):
                 world.tell(f"controller {self.number} releases rank {member}: {reason}")
                 world.seen["released: " + reason] += 1

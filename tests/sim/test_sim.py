@@ -52,6 +52,7 @@ IMPORTANT = (
     "node died before it was drained",
     "node drained",
     "node silent",
+    "one slot more",
     "parity block spoiled",
     "proposal cancelled",
     "rank asked to leave",
@@ -97,7 +98,7 @@ def test_seeds_that_found_a_mistake_in_drains(seed: int) -> None:
     assert not error
 
 
-@pytest.mark.parametrize("seed", [11228, 14719, 25459, 36368, 39892, 56842, 59214, 700960])
+@pytest.mark.parametrize("seed", [11228, 14719, 25459, 36368, 39892, 45810, 56842, 59214, 65376, 83271, 90537, 700960])
 def test_seeds_that_found_a_mistake_since(seed: int) -> None:
     _, _, error = run_seed(seed)
     assert not error

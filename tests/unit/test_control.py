@@ -191,6 +191,12 @@ def test_another_controller_created_it_first() -> None:
     assert run.take(GenerationTaken(generation=2)) == ["end superseded: generation 2 was created by another controller"]
 
 
+def test_a_release_that_finds_a_newer_generation_shows_another_controller() -> None:
+    run = Scenario().begun()
+    assert run.take(GenerationTaken(generation=1)) == [], "this one's own"
+    assert run.take(GenerationTaken(generation=2)) == ["end superseded: generation 2 was created by another controller"]
+
+
 def test_a_generation_nobody_here_created_shows_another_controller() -> None:
     run = Scenario().begun()
     assert run.report(1, 2) == ["end superseded: generation 2 was created by another controller"]

@@ -150,20 +150,37 @@ def test_a_beginning_that_storage_says_nothing_about_ends_with_an_error() -> Non
     assert "it has not answered within 60 s" in end_of(run.take(Tick(), after_s=61.0))
 
 
-def test_a_checkpoint_that_can_not_be_read_gives_way_to_an_older_one() -> None:
-    run = nothing_in_memory(all_lost())
-    tried = [stored(3), stored(3), stored(2)]
-    plan = plan_of(run.listing(stored(2), stored(3)))
-    for number, checkpoint in enumerate(tried):
-        assert from_storage(plan, checkpoint), number
-        run.take(GenerationCreated(generation=plan.generation))
-        if number == len(tried) - 1:
-            break
+def not_restored(run: Stage, plan: Plan, *, killed: bool) -> Plan:
+    """The plan that follows on one that could not be restored: because its ranks have died, or could not read it."""
+    run.take(GenerationCreated(generation=plan.generation))
+    if killed:
         for member in plan.members:
             run.take(RankGone(member=member, why="killed"))
-        run.ready(5 + 2 * number, 6 + 2 * number)
-        nothing_in_memory(run)
-        plan = plan_of(run.listing(stored(2), stored(3)))
+        run.ready(run.control.next_member, run.control.next_member + 1)
+    else:
+        run.report(plan.members[0], plan.generation, formed=0, broken=plan.generation)
+        run.take(Tick(), after_s=1.0)
+    nothing_in_memory(run)
+    return plan_of(run.listing(stored(2), stored(3)))
+
+
+def test_a_checkpoint_that_can_not_be_read_gives_way_to_an_older_one() -> None:
+    run = nothing_in_memory(all_lost())
+    plan = plan_of(run.listing(stored(2), stored(3)))
+    for _ in range(2):
+        assert from_storage(plan, stored(3))
+        plan = not_restored(run, plan, killed=False)
+    assert from_storage(plan, stored(2))
+
+
+def test_a_checkpoint_is_not_given_up_for_deaths_alone_before_there_have_been_many() -> None:
+    """One of the deaths, and one time at which it could not be read, are not two times at which it could not be."""
+    run = nothing_in_memory(all_lost())
+    plan = not_restored(run, plan_of(run.listing(stored(2), stored(3))), killed=False)
+    for _ in range(5):
+        assert from_storage(plan, stored(3))
+        plan = not_restored(run, plan, killed=True)
+    assert from_storage(plan, stored(2))
 
 
 def test_nothing_anywhere_is_said() -> None:

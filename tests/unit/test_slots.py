@@ -42,12 +42,37 @@ def test_what_is_given_up_is_what_nobody_will_go_back_to() -> None:
     first, second, third = (Ordinal(0, step) for step in (1, 2, 3))
     for number, ordinal in enumerate((first, second, third)):
         lifecycle.begin(number, ordinal)
-        assert lifecycle.in_vain(None, None) == [first, second][number - 1 : number], "what is being written stays"
+        assert number == 0 or lifecycle.make_way(None, None) == [(first, second)[number - 1]], "written ones stay"
         lifecycle.commit()
-    assert lifecycle.in_vain(None, None) == lifecycle.in_vain(second, None) == [third]
-    assert lifecycle.in_vain(third, None) == lifecycle.in_vain(second, third) == [first]
-    lifecycle.protected(second)
-    assert lifecycle.in_vain(third, None) == lifecycle.in_vain(None, third) == []
+    assert lifecycle.make_way(None, None) == lifecycle.make_way(second, None) == [third]
+    assert not lifecycle.widened
+
+
+def test_where_any_may_be_protected_everywhere_there_is_one_slot_more_once() -> None:
+    lifecycle = Lifecycle()
+    first, second, third, fourth = (Ordinal(0, step) for step in (1, 2, 3, 4))
+    for number, ordinal in enumerate((first, second, third)):
+        lifecycle.begin(number, ordinal)
+        lifecycle.commit()
+    lifecycle.everywhere = first
+    assert lifecycle.make_way(third, None) == [] and lifecycle.free_for_any == [3]
+    lifecycle.begin(3, fourth)
+    lifecycle.commit()
+    assert lifecycle.make_way(third, None) == [fourth]
+    assert lifecycle.make_way(fourth, None) == [second], "there is no other way now"
+    lifecycle.protected(fourth)
+    assert lifecycle.free == [0, 1, 2]
+
+
+def test_without_memory_for_one_slot_more_something_is_given_up() -> None:
+    lifecycle = Lifecycle()
+    first, second, third = (Ordinal(0, step) for step in (1, 2, 3))
+    for number, ordinal in enumerate((first, second, third)):
+        lifecycle.begin(number, ordinal)
+        lifecycle.commit()
+    assert lifecycle.make_way(third, None) == []
+    lifecycle.narrow()
+    assert not lifecycle.free and lifecycle.make_way(third, None) == [first]
 
 
 def test_the_newest_protected_snapshot_and_all_after_it_stay() -> None:
