@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -377,6 +378,48 @@ def test_what_the_keeper_has_protected_is_kept_until_newer_ones_are_protected_ev
     training.snapshots.gate()
     assert held[-1] in in_slots(training.folder) and training.steps in in_slots(training.folder)
     standing.close()
+
+
+def protected_by_its_keeper(training: Training) -> list[int]:
+    """All slots are taken, the newest is protected here, and then the members change."""
+    before = Seating(generation=1, rank=0, world=1)
+    training.step(seating=before)
+    wait_for(lambda: is_ready(training.snapshots, training.steps + 1) and made_or_full(training.snapshots))
+    for _ in range(6):
+        training.step(seating=before)
+    training.snapshots.gate()
+    held = sorted(in_slots(training.folder))
+    with contextlib.closing(StandingFile(training.folder)) as standing:
+        standing.show("protected", SnapshotKey(attempt=1, branch=0, step=held[-1], generation=1))
+        for _ in range(2):
+            assert not training.snapshots.wish(Ordinal(0, training.steps + 1), 7).room
+    return held
+
+
+def test_none_is_given_up_that_may_be_the_newest_protected_everywhere(training: Training) -> None:
+    """What the other nodes' keepers have protected is not known: there is one slot more."""
+    held = protected_by_its_keeper(training)
+    wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), 7).room)
+    training.steps += 1
+    later = Seating(generation=7, rank=0, world=1)
+    training.snapshots.boundary(Ordinal(0, training.steps), training.objects, later, wanted=True)
+    training.snapshots.gate()
+    assert sorted(in_slots(training.folder)) == [*held, training.steps]
+
+
+def test_without_memory_for_one_slot_more_the_oldest_is_given_up(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, capacity_bytes: int) -> None:
+        raise NoRoom(f"{path.parent}: {capacity_bytes} bytes are needed")
+
+    training.ready()
+    monkeypatch.setattr("resilient.slots.Slot.create", full)
+    held = protected_by_its_keeper(training)
+    wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), 7).room)
+    assert sorted(in_slots(training.folder)) == held[1:]
+    (said,) = training.said
+    assert said.startswith("no memory for snapshots could be had") and "bytes are needed" in said
 
 
 def test_one_slow_keeper_makes_all_skip_the_same_snapshots(tmp_path: Path) -> None:
