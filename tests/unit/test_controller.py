@@ -10,7 +10,7 @@ import pytest
 from resilient.controller import Controller
 from resilient.core.control import Control
 from resilient.core.events import NodeSeen
-from resilient.core.instructions import End, Spawn
+from resilient.core.instructions import End, Kill, Spawn
 from resilient.core.limits import Limits
 from resilient.core.story import Story
 from resilient.ending import Ending
@@ -56,3 +56,21 @@ def test_one_that_lost_its_rule_over_a_rank_decides_nothing_more(
     controller._handle(NodeSeen(node="b", capacity=1))
     controller._presence.listed({"c": 1}, set())
     assert not carried_out
+
+
+@pytest.mark.parametrize("another_rules", [False, True])
+def test_a_rank_is_released_only_while_no_other_controller_has_made_a_newer_generation(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch, another_rules: bool
+) -> None:
+    """It may have a seat there."""
+    shell: Any = controller
+    killed: list[tuple[int, str]] = []
+    shell._errands = SimpleNamespace(run=lambda work, then: then(work()))
+    shell._ledger = SimpleNamespace(has_generation=lambda number: another_rules and number == 1)
+    shell._told.say = lambda text: None
+    shell._detector = SimpleNamespace(forget_rank=lambda member: None)
+    shell._workers = SimpleNamespace(kill=lambda member, node: killed.append((member, node)))
+    ended: list[str] = []
+    monkeypatch.setattr(Ending, "end", lambda self, end: ended.append(end.outcome))
+    controller._carry_out(Kill(member=4, node="a", reason="nobody needs it any more", released=True))
+    assert (killed, ended) == (([], ["superseded"]) if another_rules else ([(4, "a")], []))
