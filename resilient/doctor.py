@@ -20,8 +20,8 @@ from .cli_output import in_bytes
 
 Verdict = Literal["good", "warning", "bad"]
 PACKAGES = ("torch", "ray", "numpy", "zstandard", "resilient-runtime")
-SLOTS = 4
-"""Copies of a node's share of the state that are kept there, a checkpoint's among them."""
+SLOTS = 5
+"""Copies of a node's share of the state that may be kept there, a checkpoint's among them."""
 FEW_FILES = 4096
 SKEW_S = 1.0
 LITTLE_SHARED = 1 << 30

@@ -60,7 +60,7 @@ def test_what_is_wrong_with_one_node_is_said_with_its_name(
 
 def test_whether_a_state_has_room() -> None:
     (one, other) = said(WELL, OTHER, state_bytes=100 << 30)
-    assert one.verdict == "bad" and "need about 300.0 GiB here" in one.found and "shm-size" in one.advice
+    assert one.verdict == "bad" and "need about 350.0 GiB here" in one.found and "shm-size" in one.advice
     assert "node bbbbbbbb" in other.found
     assert not said(*[replace(WELL, node=str(number)) for number in range(32)], state_bytes=100 << 30)
 
