@@ -25,6 +25,7 @@ import psutil
 
 from actors import launch
 from benchmarks import peer_venv
+from benchmarks.hosts import host_of, kill_hosts, send
 from benchmarks.outcome import Target
 from benchmarks.peer_rank import SAMPLES, read_traces
 from benchmarks.resilient_run import NAME
@@ -152,21 +153,7 @@ def end_all(roots: list[int]) -> None:
     psutil.wait_procs(processes, timeout=20)
 
 
-def send(processes: list[psutil.Process], sign: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(sign)
-
-
 # Faults
-
-
-def host_of(pid: int) -> list[psutil.Process]:
-    """The raylet above a rank with all its processes, itself last; without one, the process alone."""
-    raylet = psutil.Process(pid).parent()
-    if raylet is None or raylet.name() != "raylet":
-        return [psutil.Process(pid)]
-    return [*raylet.children(recursive=True), raylet]
 
 
 def kill(pid: int) -> list[psutil.Process]:
@@ -180,9 +167,7 @@ def stop(pid: int) -> list[psutil.Process]:
 
 
 def kill_host(pid: int) -> list[psutil.Process]:
-    processes = host_of(pid)
-    send(processes, signal.SIGSTOP)
-    send(processes, signal.SIGKILL)
+    kill_hosts([pid])
     return []
 
 

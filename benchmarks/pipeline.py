@@ -4,7 +4,7 @@
 
 Two cores can't show eight ranks that compute at the same time. So a layer's time is waited for, not computed, by a
 calibrated time; all else is real: processes, messages, exchange, snapshots, kills. What real computing takes is
-measured once more, on two ranks, beside one. Compared are
+measured once more, on two ranks, beside one. Each rank has a node of its own, and is lost with it. Compared are
 
     ours              layers and micro-batches are dealt anew to the ranks that are left
     rerouted          micro-batches go to ranks of the same stage, layers stay (as in ReCycle, SOSP 2024): a limit on
@@ -24,6 +24,7 @@ import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,19 +91,19 @@ LARGER = (
 # Measured
 
 
-def after_a_loss(folder: Path, case: Case) -> dict[str, Any]:
-    """Ours; and then the lost ranks are replaced, so that layers move once more."""
+def after_a_loss(folder: Path, case: Case, replace_nodes: Callable[[int], None]) -> dict[str, Any]:
+    """Ours; and then the lost nodes are replaced, so that layers move once more."""
     left = case.ranks - case.lost
     rank_bytes = case.most * LAYER_BYTES
     running = Running(folder, body, case.ranks, left, stages=case.stages, rank_bytes=rank_bytes)
     try:
         before, split_before = running.steps_of(case.ranks, BEFORE), running.split()
         generation = running.generation_of(case.ranks)
-        with places_taken(case.lost, free=False):
-            running.kill(victims(running, case.lost))
-            after, split = running.steps_of(left, STEPS), running.split()
-            lost_pause = running.pause_steps(generation)
-            generation = running.generation_of(left)
+        running.lose(victims(running, case.lost))
+        after, split = running.steps_of(left, STEPS), running.split()
+        lost_pause = running.pause_steps(generation)
+        generation = running.generation_of(left)
+        replace_nodes(case.lost)
         again = running.steps_of(case.ranks, BEFORE)
         return {
             "before_s": before,
@@ -124,15 +125,15 @@ def victims(running: Running, lost: int) -> list[int]:
     return [stage[-1][0] for stage in running.stages() if len(stage) > 1][-lost:]
 
 
-def rerouted(folder: Path, case: Case) -> dict[str, Any]:
+def rerouted(folder: Path, case: Case, replace_nodes: Callable[[int], None]) -> dict[str, Any]:
     """A rank may hold no more layers than it does."""
     left, rank_bytes = case.ranks - case.lost, LAYERS // case.stages * LAYER_BYTES
     running = Running(folder, body, case.ranks, left, stages=case.stages, rank_bytes=rank_bytes)
     try:
         running.generation_of(case.ranks)
-        with places_taken(case.lost, free=False):
-            running.kill(victims(running, case.lost))
-            after, split = running.steps_of(left, STEPS), running.split()
+        running.lose(victims(running, case.lost))
+        after, split = running.steps_of(left, STEPS), running.split()
+        replace_nodes(case.lost)
         assert set(split.layers) == {LAYERS // case.stages}, split
         return {"after_s": after, "after": [split.layers, split.ranks]}
     finally:
@@ -209,17 +210,21 @@ def main() -> None:
     targets: list[Target] = []
     samples: dict[str, Any] = {"layer_s": [LAYER.forward_s, LAYER.backward_s], "layers": LAYERS}
     samples["micro_batches"] = MICRO_BATCHES
-    cluster = ray_nodes.start(0)
-    ray_nodes.add(cluster, num_cpus=16, object_store_memory=80 << 20, resources={"place": PLACES})
+    cluster = ray_nodes.start(PLACES)
+
+    def replace_nodes(count: int) -> None:
+        for _ in range(count):
+            ray_nodes.add_place(cluster)
+
     try:
         with tempfile.TemporaryDirectory() as name, Progress() as progress:
             folder = Path(name)
             samples["real computing"] = computed = real_computing(folder)
             for case in progress.track(CASES, description="losing ranks"):
-                with places_taken(PLACES - case.ranks, free=True):
+                with places_taken(PLACES - case.ranks):
                     samples[case.name] = found = {
-                        "ours": after_a_loss(folder, case),
-                        "rerouted": rerouted(folder, case),
+                        "ours": after_a_loss(folder, case, replace_nodes),
+                        "rerouted": rerouted(folder, case, replace_nodes),
                         "replica dropped": with_fewer(folder, case.ranks - case.stages, case.stages),
                     }
                 targets += _targets(case, found)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-import signal
 import statistics
 import threading
 import time
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 import resilient
 from actors import launch
+from benchmarks.hosts import kill_hosts
 from benchmarks.pipeline_model import Layer, Split, widths
 from resilient.demo_model import SourceText
 from resilient.demo_pipeline_model import LAYERS as BLOCKS
@@ -200,12 +199,11 @@ class Running:
         stages = sorted({tuple(seat["layers"]) for seat in seats})
         return widths([(first, stop, sum(seat["layers"] == [first, stop] for seat in seats)) for first, stop in stages])
 
-    def kill(self, members: list[int]) -> None:
-        """All in the same moment."""
+    def lose(self, members: list[int]) -> None:
+        """With their nodes, all in the same moment."""
         names = launch.names(f"{NAME}/")
         actors = [launch.find(name) for name in names if name.split("/rank/")[-1] in set(map(str, members))]
-        for process in ray.get([actor.process.remote() for actor in actors]):
-            os.kill(process, signal.SIGKILL)
+        kill_hosts(ray.get([actor.process.remote() for actor in actors]))
 
     def stop(self) -> None:
         self.controller.stop.remote("it has been measured")

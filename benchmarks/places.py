@@ -1,4 +1,4 @@
-"""Places on a node that are taken, so that no rank is started there. Nothing large is imported: the processes are small
+"""Nodes' places that are taken, so that no rank is started there. Nothing large is imported: the processes are small
 and start in a second, beside what is measured."""
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ class Blocker:
 
 
 @contextlib.contextmanager
-def places_taken(count: int, *, free: bool) -> Iterator[None]:
-    """free: they are free now, and taken before anything else goes on; else they are taken as soon as they are."""
+def places_taken(count: int) -> Iterator[None]:
     blockers = [Blocker.remote() for _ in range(count)]  # type: ignore[attr-defined]
     try:
-        if free:
-            ray.get([blocker.there.remote() for blocker in blockers])
+        ray.get([blocker.there.remote() for blocker in blockers])
         yield
     finally:
         for blocker in blockers:
