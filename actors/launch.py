@@ -10,10 +10,12 @@ import contextlib
 import math
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import ray
 from ray._private.state import state  # nothing public tells of drains
+from ray.exceptions import ActorDiedError
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -55,6 +57,16 @@ def start_rank(
         )
         .remote(spec, controller, keeper, make_body)
     )
+
+
+def if_it_never_begins(process: Any, then: Callable[[], None]) -> None:
+    """then: called, in a thread of Ray's, if this process ends before it has begun, when no keeper watches it yet."""
+
+    def answered(future: Future[int]) -> None:
+        if isinstance(future.exception(), ActorDiedError):
+            then()
+
+    process.process.remote().future().add_done_callback(answered)
 
 
 def start_keeper(spec: KeeperSpec, *, controller: Any) -> Any:

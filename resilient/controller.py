@@ -342,7 +342,14 @@ class Controller:
         match instruction:
             case Spawn(member=member, node=node):
                 taken = End(outcome="superseded", reason=f"member {member} was started by another controller")
-                self._workers.spawn(member, node, lambda: self._ending.end(taken), self._control.membership.is_gone)
+                died = RankGone(member=member, why="it ended before it had begun", silent_s=0.0)
+                self._workers.spawn(
+                    member,
+                    node,
+                    taken=lambda: self._ending.end(taken),
+                    never_began=lambda: self._events.put(died),
+                    is_gone=self._control.membership.is_gone,
+                )
             case Kill(released=True):
                 self._release(instruction)
             case Kill(member=member, node=node, reason=reason):

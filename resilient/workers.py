@@ -47,8 +47,18 @@ class Workers:
 
     # Ranks
 
-    def spawn(self, member: int, node: str, taken: Callable[[], None], is_gone: Callable[[int], bool]) -> None:
-        """taken: called, and nothing started, if another controller has used this number. Both are called later."""
+    def spawn(
+        self,
+        member: int,
+        node: str,
+        *,
+        taken: Callable[[], None],
+        never_began: Callable[[], None],
+        is_gone: Callable[[int], bool],
+    ) -> None:
+        """taken: called, and nothing started, if another controller has used this number. never_began: called, in any
+        thread, if it ends before its keeper watches it; the keeper may have been replaced meanwhile. All are called
+        later."""
         settings, key = self._job.settings, self._job.key
         spec = RankSpec(
             key=key,
@@ -80,6 +90,7 @@ class Workers:
                 taken()
             else:
                 self.ranks[member] = rank
+                launch.if_it_never_begins(rank, never_began)
 
         self._errands.run(start, started)
 

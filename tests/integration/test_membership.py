@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import ray
 
 import resilient
+from actors import launch
+from actors.rank import RankSpec
 from resilient.generation import GenerationThread
 from tests.integration.loops import fault, train
 from tests.integration.nodes import add_spots, kill_host, only_spots
@@ -22,6 +26,11 @@ LONG = 150
 @pytest.fixture(scope="module")
 def undisturbed() -> Any:
     return train("alone").local(steps=LONG)
+
+
+class Watching:
+    def watch(self, member: int, pid: int) -> None:
+        pass
 
 
 def kinds(result: Any) -> list[str]:
@@ -119,6 +128,18 @@ def test_a_keeper_that_dies_alone_is_replaced_and_its_ranks_go_on(
     assert result.digest == undisturbed.digest
     first = disturbances(result.recoveries)[0]
     assert first["kind"] == "rank lost" and "process has ended" in first["lost"][0]["why"]
+
+
+def test_a_rank_that_ends_before_any_keeper_watches_it_is_known_to_have_ended(cluster: Any, tmp_path: Path) -> None:
+    """The keeper that it was to be watched by has died since it was ordered."""
+    keeper = ray.remote(num_cpus=0)(Watching).remote()
+    ray.kill(keeper)
+    (node, *_) = sorted(launch.capacities({"CPU": 1}))
+    spec = RankSpec(key="unborn/1", member=1, node=node, folder=str(tmp_path), secret="", lease_s=10.0)
+    ended = threading.Event()
+    rank = launch.start_rank(spec, resources={"CPU": 1}, controller=None, keeper=keeper, make_body=print)
+    launch.if_it_never_begins(rank, ended.set)
+    assert ended.wait(60)
 
 
 def test_a_stopped_rank_is_found_and_killed(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors import launch
 from actors.keeper import Pulse
@@ -98,14 +100,30 @@ def test_a_rank_whose_node_dies_while_the_head_is_away_is_not_kept(
     monkeypatch.setattr(launch, "create_key", lambda key, value, creator: True)
     monkeypatch.setattr(launch, "start_rank", lambda spec, **_: spec.member)
     monkeypatch.setattr(launch, "end", ended.append)
+    monkeypatch.setattr(launch, "if_it_never_begins", lambda process, then: None)
     gone: set[int] = set()
     errands: Any = workers._errands
     errands.held = []
-    workers.spawn(7, "n", pytest.fail, gone.__contains__)
-    workers.spawn(8, "n", pytest.fail, gone.__contains__)
+    workers.spawn(7, "n", taken=pytest.fail, never_began=pytest.fail, is_gone=gone.__contains__)
+    workers.spawn(8, "n", taken=pytest.fail, never_began=pytest.fail, is_gone=gone.__contains__)
     gone.add(7)
     errands.go_on()
     assert (ended, workers.ranks) == ([7], {8: 8})
+
+
+@pytest.mark.parametrize(("error", "ends"), [(ActorDiedError(), True), (ActorUnavailableError("", None), False)])
+def test_a_rank_that_ends_before_a_keeper_watches_it_is_known_to_have_ended(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, error: Exception, ends: bool
+) -> None:
+    future: Future[int] = Future()
+    rank = SimpleNamespace(process=SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: future)))
+    monkeypatch.setattr(launch, "create_key", lambda key, value, creator: True)
+    monkeypatch.setattr(launch, "start_rank", lambda spec, **_: rank)
+    ended: list[int] = []
+    workers.spawn(7, "n", taken=pytest.fail, never_began=lambda: ended.append(7), is_gone=lambda member: False)
+    assert workers.ranks == {7: rank} and not ended
+    future.set_exception(error)
+    assert ended == [7] * ends
 
 
 def test_a_keeper_is_ordered_once(workers: Workers) -> None:
