@@ -99,6 +99,7 @@ class _Step:
     def __init__(self, split: Split, micro_batches: int, layer: Layer, kind: Kind, message_s: float) -> None:
         self._split, self._micro_batches, self._layer = split, micro_batches, layer
         self._kind, self._message_s = kind, message_s
+        self._sizes = list(zip(split.layers, split.ranks, strict=True))
         self._ranks = [
             _Rank(stage, set(run)) for stage, ranks in enumerate(split.ranks) for run in even_runs(micro_batches, ranks)
         ]
@@ -134,7 +135,7 @@ class _Step:
         stage, layers = rank.stage, self._split.layers[rank.stage]
         last = stage == len(self._split.ranks) - 1
         action = choose(
-            under_way_limit(self._kind, stage, self._split.ranks, self._micro_batches),
+            under_way_limit(self._kind, self._sizes[stage:], self._micro_batches),
             fresh=rank.fresh,
             under_way=rank.under_way,
             inputs=self._inputs[stage],

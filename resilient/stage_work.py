@@ -140,8 +140,8 @@ class StageWork:
         stage = plan.stage_of(rank)
         assert stage is not None
         number = plan.stages.index(stage)
-        ranks = [len(each.ranks) for each in plan.stages]
-        self._limit = under_way_limit(self._pipe.schedule, number, ranks, plan.micro_batches)
+        sizes = [each.size for each in plan.stages[number:]]
+        self._limit = under_way_limit(self._pipe.schedule, sizes, plan.micro_batches)
         # Whoever leaves by a planned change may still wait for what it was sent under the former plan.
         leaving = self._plan.places if self._plan is not None and plan.kind == "planned" else ()
         places = (*leaving, *plan.places)

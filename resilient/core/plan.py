@@ -73,6 +73,11 @@ class Stage:
     stop: int
     ranks: tuple[int, ...]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many layers, and how many ranks."""
+        return self.stop - self.first, len(self.ranks)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

@@ -9,7 +9,8 @@ what keeps memory small.
 
 With one rank per stage it is the number of stages from this one on that keeps them busy (D. Narayanan et al.,
 "Memory-Efficient Pipeline-Parallel DNN Training", ICML 2021, section 3.2), and one more, which covers the time that its
-gradient is on its way. With uneven stages a rank feeds more or fewer ranks than one, and less regularly.
+gradient is on its way. With uneven stages a rank feeds more or fewer ranks than one, and less regularly; and one with
+more layers than those after it need not wait at a step's start, if it may go forward until the first gradient is back.
 
 It always comes to an end, whatever ranks own: the last stage goes backward at once after forward, so what is under
 way there gets finished, hence also one stage before, and so on. A micro-batch that a rank takes over from one that
@@ -40,18 +41,18 @@ class Backward:
 Action = Forward | Backward
 
 
-def under_way_limit(kind: Kind, stage: int, ranks: Sequence[int], micro_batches: int) -> int:
+def under_way_limit(kind: Kind, sizes: Sequence[tuple[int, int]], micro_batches: int) -> int:
     """How many micro-batches a rank of this stage may have gone forward through and not yet backward.
 
-    ranks: of each stage, how many there are. Where they differ it is twice as many: with fewer, half of the time of
-    some splits was lost to waiting, with more nothing was won.
+    sizes: numbers of layers and of ranks, of this stage and of each that follows. Where they differ it is twice as
+    many: with fewer, half of the time of some splits was lost to waiting, with more nothing was won.
     """
     if kind == "gpipe":
         return micro_batches
-    if stage == len(ranks) - 1:
+    if len(sizes) == 1:
         return 1
-    ahead = sum(ranks[stage:]) * (1 if len(set(ranks[stage:])) == 1 else 2)
-    return -(-ahead // ranks[stage]) + 1
+    ahead = sum(ranks for _, ranks in sizes) * (1 if len(set(sizes)) == 1 else 2)
+    return -(-ahead // sizes[0][1]) + 1
 
 
 def turns_of(micro_batches: int) -> list[int]:

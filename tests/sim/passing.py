@@ -64,9 +64,9 @@ class Passing:
         fresh = todo - self._under_way
         inputs = fresh if number == 0 else self._arrived(fresh, stage.first, FORWARD)
         back = self._arrived(self._under_way, stage.stop, BACKWARD)
-        ranks = [len(each.ranks) for each in plan.stages]
+        sizes = [each.size for each in plan.stages[number:]]
         return choose(
-            under_way_limit("1f1b", number, ranks, plan.micro_batches),
+            under_way_limit("1f1b", sizes, plan.micro_batches),
             fresh=fresh,
             under_way=self._under_way,
             inputs=inputs,

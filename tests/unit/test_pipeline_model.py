@@ -50,6 +50,12 @@ def test_uneven_stages_hardly_wait_for_each_other(ranks: int, stages: int) -> No
     assert bound_s(split, 64, LAYER) >= 0.92 * simulated_s(split, 64, LAYER)
 
 
+@pytest.mark.parametrize(("layers", "ranks", "micro_batches"), [((6, 5, 5), 2, 32), ((2, 3, 3, 3, 3, 2), 1, 64)])
+def test_a_longest_stage_waits_for_nobody(layers: tuple[int, ...], ranks: int, micro_batches: int) -> None:
+    split = Split(layers, (ranks,) * len(layers))
+    assert simulated_s(split, micro_batches, LAYER) == pytest.approx(bound_s(split, micro_batches, LAYER))
+
+
 def test_messages_cost_time() -> None:
     split = Split((2, 2), (1, 1))
     assert simulated_s(split, 2, LAYER, message_s=0.5) > simulated_s(split, 2, LAYER)

@@ -13,9 +13,10 @@ from resilient.core.schedule import KINDS, Backward, Forward, Kind, choose, turn
 class Pipe:
     """All stages of a pipeline. Every action takes one tick; what is sent is there at the next."""
 
-    def __init__(self, kind: Kind, owners: list[list[int]], ranks: list[int]) -> None:
-        """owners: by stage, of each micro-batch, the rank within the stage."""
-        self.kind, self.owners, self.ranks = kind, owners, ranks
+    def __init__(self, kind: Kind, owners: list[list[int]], sizes: list[tuple[int, int]]) -> None:
+        """owners: by stage, of each micro-batch, the rank within the stage. sizes: of each stage, layers and ranks."""
+        self.kind, self.owners, self.sizes = kind, owners, sizes
+        ranks = [count for _, count in sizes]
         self.micro_batches = len(owners[0])
         self.turns = turns_of(self.micro_batches)
         places = [(stage, rank) for stage, count in enumerate(ranks) for rank in range(count)]
@@ -33,9 +34,9 @@ class Pipe:
         arrived: list[tuple[set[int], int]] = []
         did = False
         for (stage, rank), fresh in self.fresh.items():
-            under_way, last = self.under_way[stage, rank], stage == len(self.ranks) - 1
+            under_way, last = self.under_way[stage, rank], stage == len(self.sizes) - 1
             action = choose(
-                under_way_limit(self.kind, stage, self.ranks, self.micro_batches),
+                under_way_limit(self.kind, self.sizes[stage:], self.micro_batches),
                 fresh=fresh,
                 under_way=under_way,
                 inputs=self.inputs[stage],
@@ -69,7 +70,8 @@ def pipes(draw: st.DrawFn) -> Pipe:
     owners = [
         draw(st.lists(st.integers(0, count - 1), min_size=micro_batches, max_size=micro_batches)) for count in ranks
     ]
-    return Pipe(draw(st.sampled_from(KINDS)), owners, ranks)
+    sizes = [(draw(st.integers(1, 3)), count) for count in ranks]
+    return Pipe(draw(st.sampled_from(KINDS)), owners, sizes)
 
 
 @given(pipes())
@@ -86,13 +88,13 @@ def test_no_more_are_under_way_than_allowed(pipe: Pipe) -> None:
     while pipe.tick():
         pass
     for (stage, rank), most in pipe.most.items():
-        assert most <= under_way_limit(pipe.kind, stage, pipe.ranks, pipe.micro_batches), (stage, rank)
+        assert most <= under_way_limit(pipe.kind, pipe.sizes[stage:], pipe.micro_batches), (stage, rank)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 4), (4, 8), (4, 32)])
 def test_the_bubble_of_an_even_pipeline_is_the_known_one(stages: int, micro_batches: int) -> None:
     """Of a step's 2 M + 2 (S - 1) slots, one for each forward and each backward, every rank is idle in 2 (S - 1)."""
-    pipe = Pipe("1f1b", [[0] * micro_batches for _ in range(stages)], [1] * stages)
+    pipe = Pipe("1f1b", [[0] * micro_batches for _ in range(stages)], [(1, 1)] * stages)
     while not pipe.done:
         pipe.tick()
     assert pipe.ticks == 2 * micro_batches + 2 * (stages - 1)
@@ -105,10 +107,14 @@ def test_forward_first_as_long_as_more_may_be_under_way() -> None:
     assert choose(1, fresh={1}, under_way={0}, inputs={1}, gradients=(), turns=(0, 1)) is None
 
 
-def test_fewer_are_under_way_where_all_stages_that_follow_have_as_many_ranks() -> None:
-    assert [under_way_limit("1f1b", stage, (2, 2, 2), 32) for stage in range(3)] == [4, 3, 1]
-    assert [under_way_limit("1f1b", stage, (1, 3, 3), 32) for stage in range(3)] == [15, 3, 1]
-    assert under_way_limit("gpipe", 0, (2, 2, 2), 32) == 32
+def test_fewer_are_under_way_where_all_stages_that_follow_are_as_large() -> None:
+    def limits(*sizes: tuple[int, int]) -> list[int]:
+        return [under_way_limit("1f1b", sizes[stage:], 32) for stage in range(len(sizes))]
+
+    assert limits((5, 2), (5, 2), (5, 2)) == [4, 3, 1]
+    assert limits((5, 1), (5, 3), (5, 3)) == [15, 3, 1]
+    assert limits((6, 2), (5, 2), (5, 2)) == [7, 3, 1]
+    assert under_way_limit("gpipe", [(5, 2)] * 3, 32) == 32
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 8, 31, 1000])
@@ -125,7 +131,7 @@ def test_whoever_owns_a_run_of_micro_batches_has_had_its_part_of_the_turns_at_an
 def test_all_ranks_of_the_widest_stage_have_something_to_do_from_the_beginning() -> None:
     turns = turns_of(8)
     assert sorted(range(8), key=turns.__getitem__) == [0, 5, 2, 7, 4, 1, 6, 3]
-    pipe = Pipe("1f1b", [[0] * 8, [0] * 4 + [1] * 4], [1, 2])
+    pipe = Pipe("1f1b", [[0] * 8, [0] * 4 + [1] * 4], [(1, 1), (1, 2)])
     while not pipe.done:
         pipe.tick()
     assert pipe.ticks == 16, "the first stage has 16 things to do"
