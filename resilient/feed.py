@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
-
 from .core.chronicle import PLANNED_KINDS
 from .core.losses import Losses
-from .metrics import RunCollector, Seen
+from .exposition import RunCollector
+from .metrics import Seen
 
 MOST_HAPPENINGS = 500
 MOST_RECOVERIES = 200
@@ -38,8 +37,7 @@ class Feed:
 
     def __init__(self, seen: Callable[[], Seen]) -> None:
         self._seen = seen
-        self._registry = CollectorRegistry()
-        self._registry.register(RunCollector(seen))
+        self._collector = RunCollector(seen)
         self._lock = threading.Lock()
         """Held for moments: whoever takes it asks nobody for anything."""
         self._losses = Losses()
@@ -79,7 +77,7 @@ class Feed:
     # Read
 
     def metrics(self) -> bytes:
-        return generate_latest(self._registry)
+        return self._collector.text()
 
     def now(self) -> dict[str, Any]:
         seen = self._seen()

@@ -5,17 +5,14 @@ All come from the controller, which outlives ranks and nodes. docs/metrics.md is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.core import Metric as Family
-from prometheus_client.registry import Collector
-
 from .core.chronicle import RECOVERY_KINDS
-from .core.figures import BUCKETS_S, PHASES, Figures
+from .core.figures import Figures
 from .core.spent import STATES
 
 Sample = tuple[tuple[str, ...], float]
@@ -70,22 +67,16 @@ def _by_rank(name: str) -> Callable[[Seen], Iterable[Sample]]:
     )
 
 
-def _info(seen: Seen) -> Iterator[Sample]:
+@functools.cache
+def _own_version() -> str:
     try:
-        own = version("resilient-runtime")
+        return version("resilient-runtime")
     except PackageNotFoundError:  # run from its sources
-        own = "unknown"
-    yield (str(seen.look["attempt"]), own), 1.0
+        return "unknown"
 
 
-def _phases(kind: str, seen: Seen) -> Iterator[tuple[str, list[int], float]]:
-    for phase in PHASES:
-        found = seen.figures.recoveries.get(kind, {}).get(phase)
-        yield (
-            phase,
-            [0] * (len(BUCKETS_S) + 1) if found is None else found.counts,
-            0.0 if found is None else found.sum_s,
-        )
+def _info(seen: Seen) -> Iterator[Sample]:
+    yield (str(seen.look["attempt"]), _own_version()), 1.0
 
 
 METRICS: tuple[Metric, ...] = (
@@ -374,48 +365,6 @@ METRICS: tuple[Metric, ...] = (
         samples=_checkpoints("stored_bytes", None),
     ),
 )
-
-
-class RunCollector(Collector):
-    """seen: takes the run's figures, consistent with each other; it is asked at each scrape."""
-
-    def __init__(self, seen: Callable[[], Seen]) -> None:
-        self._seen = seen
-
-    def describe(self) -> Iterable[Family]:
-        return ()
-
-    def collect(self) -> Iterator[Family]:
-        seen = self._seen()
-        run = str(seen.look["run"])
-        for metric in METRICS:
-            yield _family(metric, run, seen)
-
-
-def _family(metric: Metric, run: str, seen: Seen) -> Family:
-    labels = ("run", *metric.labels)
-    if metric.kind == "histogram":
-        found = HistogramMetricFamily(metric.name, metric.about, labels=labels)
-        for kind in RECOVERY_KINDS:
-            for phase, counts, sum_s in _phases(kind, seen):
-                found.add_metric((run, kind, phase), _buckets(counts), sum_s)
-        return found
-    kinds: dict[str, type[CounterMetricFamily | GaugeMetricFamily]]
-    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
-    family: Any = kinds[metric.kind](metric.name, metric.about, labels=labels)
-    for values, value in metric.samples(seen):
-        family.add_metric((run, *values), value)
-    found_family: Family = family
-    return found_family
-
-
-def _buckets(counts: list[int]) -> list[tuple[str, float]]:
-    """Each with all that took no longer."""
-    ends, total, found = (*map(str, BUCKETS_S), "+Inf"), 0, []
-    for end, count in zip(ends, counts, strict=True):
-        total += count
-        found.append((end, float(total)))
-    return found
 
 
 def as_markdown() -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 from prometheus_client.core import Metric as Family
 
-from .metrics import RunCollector, Seen
+from .exposition import RunCollector
+from .metrics import Seen
 
 EVERY_S = 5.0
 

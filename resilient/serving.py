@@ -133,7 +133,7 @@ class Server:
         self._run = Shared(self._render_run, RUN_AGE_S)
         self._listeners = 0
         self._scrapes, self._scraping = Scrapes(), threading.Lock()
-        self._ending = False
+        self._ending = asyncio.Event()
         self._beat = _Beat()
         self._heard = asyncio.Event()
         """There is somebody who listens, or all is to end."""
@@ -180,7 +180,7 @@ class Server:
             self._loop.close()
 
     def _end(self) -> None:
-        self._ending = True
+        self._ending.set()
         self._heard.set()
 
     async def _close(self, work: list[asyncio.Task[None]]) -> None:
@@ -282,7 +282,7 @@ class Server:
         """As often as it is worth, while somebody listens; and one last time."""
         while not self._beat.last:
             await self._heard.wait()
-            ending, began = self._ending, time.monotonic()
+            ending, began = self._ending.is_set(), time.monotonic()
             if not (self._listeners or ending):
                 self._heard.clear()
                 continue
@@ -299,9 +299,8 @@ class Server:
 
     async def _pause(self, pause_s: float) -> None:
         """Or until the end is near."""
-        deadline = self._loop.time() + pause_s
-        while not self._ending and self._loop.time() < deadline:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._ending.wait(), pause_s)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from resilient.core.chronicle import Chronicle
 from resilient.core.plan import Address, Place, Plan, Restore
 from resilient.core.planner import dealt_anew, unplanned
-from resilient.metrics import RunCollector, Seen
+from resilient.exposition import RunCollector
+from resilient.metrics import Seen
 from snapshot.core.inventory import SnapshotKey
 
 PLACES = tuple(Place(member=member, node=f"node-{member}", address=Address(host="h", port=1)) for member in (1, 2))

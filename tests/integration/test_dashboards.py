@@ -13,7 +13,7 @@ import yaml
 import resilient
 from resilient.dashboards.export import own
 from resilient.dashboards.panels import queries
-from resilient.metrics import RunCollector
+from resilient.exposition import RunCollector
 from tests.integration.loops import train
 from tests.integration.processes import Watched, disturbances, left_behind, until
 from tests.integration.test_showing import folder

@@ -13,7 +13,8 @@ from resilient import metrics
 from resilient.core.chronicle import RECOVERY_KINDS
 from resilient.core.figures import BUCKETS_S, FAILURE_KINDS, PHASES, Figures
 from resilient.core.spent import STATES
-from resilient.metrics import METRICS, RunCollector, Seen
+from resilient.exposition import RunCollector
+from resilient.metrics import METRICS, Seen
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -88,6 +89,20 @@ def test_sums_are_exact() -> None:
         for end in BUCKETS_S:
             expected = 3 if seconds <= end else 0
             assert found["resilient_recovery_seconds_bucket", tuple(sorted((*labels, ("le", str(end)))))] == expected
+
+
+def test_what_is_served_is_what_stands_now() -> None:
+    figures, look = Figures(), {**BEFORE_ANYTHING}
+    collector = RunCollector(lambda: Seen(figures=figures, look=look))
+    registry = CollectorRegistry()
+    registry.register(collector)
+    assert collector.text() == generate_latest(registry)
+    figures.recovered("rank lost", {"detect": 2.0, "decide": 0.001, "form": 0.03, "redo": 0.1, "total": 2.131})
+    look["snapshots"] = {"newest": 7, "protected": 5, "captured": 8}
+    changed = collector.text()
+    assert changed == generate_latest(registry)
+    assert b'resilient_recovery_seconds_count{kind="rank lost",phase="total",run="gpt"} 1.0' in changed
+    assert b'resilient_snapshot_protected_step{run="gpt"} 5.0' in changed
 
 
 def test_how_things_stand() -> None:
