@@ -60,7 +60,8 @@ def start_rank(
 
 
 def if_it_never_begins(process: Any, then: Callable[[], None]) -> None:
-    """then: called, in a thread of Ray's, if this process ends before it has begun, when no keeper watches it yet."""
+    """then: called, in a thread of Ray's, if this rank ends before it has begun. Perhaps no keeper watches it, since
+    the one that it was told of has died."""
 
     def answered(future: Future[int]) -> None:
         if isinstance(future.exception(), ActorDiedError):

@@ -220,7 +220,7 @@ def main() -> None:
             samples["real computing"] = computed = real_computing(folder)
             nodes = CASES[0].ranks
             for case in progress.track(CASES, description="losing ranks"):
-                add_nodes(case.ranks - nodes)  # more than ranks would make up for a loss at once
+                add_nodes(case.ranks - nodes)  # with more nodes than ranks a loss would be made up for at once
                 nodes = case.ranks
                 samples[case.name] = found = {
                     "ours": after_a_loss(folder, case, add_nodes),

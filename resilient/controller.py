@@ -113,7 +113,7 @@ class Controller:
         self._driver = Lease(settings.driver_lease_s)
         self._errands = Errands(self._events.put)
         self._notes = Notes(self._ledger, self._errands, self._told)
-        self._workers = Workers(job, me, self._errands)
+        self._workers = Workers(job, me, self._errands, self._never_began)
         self._ending = Ending(
             job=job,
             me=me,
@@ -336,20 +336,16 @@ class Controller:
     def _lifeline_lost(self, name: str) -> None:
         self._events.put(LifelineLost(name))
 
+    def _never_began(self, member: int) -> None:
+        self._events.put(RankGone(member=member, why="Ray says that its process has ended", silent_s=0.0))
+
     # Instructions
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case Spawn(member=member, node=node):
                 taken = End(outcome="superseded", reason=f"member {member} was started by another controller")
-                died = RankGone(member=member, why="it ended before it had begun", silent_s=0.0)
-                self._workers.spawn(
-                    member,
-                    node,
-                    taken=lambda: self._ending.end(taken),
-                    never_began=lambda: self._events.put(died),
-                    is_gone=self._control.membership.is_gone,
-                )
+                self._workers.spawn(member, node, lambda: self._ending.end(taken), self._control.membership.is_gone)
             case Kill(released=True):
                 self._release(instruction)
             case Kill(member=member, node=node, reason=reason):
@@ -448,6 +444,7 @@ class Controller:
         if (counted := self._ledger.counted()) is not None:
             self._control.chronicle.take_up(*counted)
         self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items())), gone=tuple(sorted(gone))))
+        self._workers.taken_up()
         for event in self._departures.on_record():
             self._events.put(event)
         self._told.records.resume(plans)

@@ -23,10 +23,12 @@ from .worker import RankBody
 
 
 class Workers:
-    def __init__(self, job: Job, controller: Any, errands: Errands) -> None:
+    def __init__(self, job: Job, controller: Any, errands: Errands, never_began: Callable[[int], None]) -> None:
+        """never_began: called, in any thread, with a member whose process has ended as it started."""
         self._job = job
         self._controller = controller
         self._errands = errands
+        self._never_began = never_began
         self.ranks: dict[int, Any] = {}
         self.keepers: dict[str, Any] = {}
         self._incarnations: dict[str, int] = {}
@@ -47,18 +49,8 @@ class Workers:
 
     # Ranks
 
-    def spawn(
-        self,
-        member: int,
-        node: str,
-        *,
-        taken: Callable[[], None],
-        never_began: Callable[[], None],
-        is_gone: Callable[[int], bool],
-    ) -> None:
-        """taken: called, and nothing started, if another controller has used this number. never_began: called, in any
-        thread, if it ends before its keeper watches it; the keeper may have been replaced meanwhile. All are called
-        later."""
+    def spawn(self, member: int, node: str, taken: Callable[[], None], is_gone: Callable[[int], bool]) -> None:
+        """taken: called, and nothing started, if another controller has used this number. Both are called later."""
         settings, key = self._job.settings, self._job.key
         spec = RankSpec(
             key=key,
@@ -90,9 +82,12 @@ class Workers:
                 taken()
             else:
                 self.ranks[member] = rank
-                launch.if_it_never_begins(rank, never_began)
+                self._await_beginning(member)
 
         self._errands.run(start, started)
+
+    def _await_beginning(self, member: int) -> None:
+        launch.if_it_never_begins(self.ranks[member], functools.partial(self._never_began, member))
 
     def _folder(self, node: str) -> str:
         snapshot = self._job.settings.snapshot
@@ -226,6 +221,11 @@ class Workers:
             _member_of(key): (launch.read_key(key) or b"").decode() for key in launch.list_keys(f"{prefix}rank/")
         }
         return started, set(self._gone)
+
+    def taken_up(self) -> None:
+        """Whatever `find` has found is known from now on: who has not begun yet may be said to have ended."""
+        for member in sorted(self.ranks):
+            self._await_beginning(member)
 
     def close(self) -> Processes:
         """All that there are, to be ended by whoever asks: nothing is started from now on. What is said to have died

@@ -55,7 +55,8 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
     monkeypatch.setattr(launch, "start_keeper", lambda spec, controller: Keeper())
     monkeypatch.setattr(launch, "end", lambda handle: None)
     monkeypatch.setattr(launch, "write_key", lambda key, value: None)
-    found = Workers(job("r", secret="x", snapshot=Snapshot()), None, AtOnce())  # type: ignore[arg-type]
+    errands: Any = AtOnce()
+    found = Workers(job("r", secret="x", snapshot=Snapshot()), None, errands, never_began=pytest.fail)
     found.start_keeper("n")
     return found
 
@@ -104,25 +105,40 @@ def test_a_rank_whose_node_dies_while_the_head_is_away_is_not_kept(
     gone: set[int] = set()
     errands: Any = workers._errands
     errands.held = []
-    workers.spawn(7, "n", taken=pytest.fail, never_began=pytest.fail, is_gone=gone.__contains__)
-    workers.spawn(8, "n", taken=pytest.fail, never_began=pytest.fail, is_gone=gone.__contains__)
+    workers.spawn(7, "n", pytest.fail, gone.__contains__)
+    workers.spawn(8, "n", pytest.fail, gone.__contains__)
     gone.add(7)
     errands.go_on()
     assert (ended, workers.ranks) == ([7], {8: 8})
 
 
+class Starting:
+    """A rank that has not answered yet."""
+
+    def __init__(self) -> None:
+        self.answer: Future[int] = Future()
+        self.process = SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: self.answer))
+
+
 @pytest.mark.parametrize(("error", "ends"), [(ActorDiedError(), True), (ActorUnavailableError("", None), False)])
+@pytest.mark.parametrize("by", ["this controller", "the one before"])
 def test_a_rank_that_ends_before_a_keeper_watches_it_is_known_to_have_ended(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch, error: Exception, ends: bool
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, by: str, error: Exception, ends: bool
 ) -> None:
-    future: Future[int] = Future()
-    rank = SimpleNamespace(process=SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: future)))
-    monkeypatch.setattr(launch, "create_key", lambda key, value, creator: True)
-    monkeypatch.setattr(launch, "start_rank", lambda spec, **_: rank)
-    ended: list[int] = []
-    workers.spawn(7, "n", taken=pytest.fail, never_began=lambda: ended.append(7), is_gone=lambda member: False)
+    rank, ended = Starting(), list[int]()
+    workers._never_began = ended.append
+    if by == "this controller":
+        monkeypatch.setattr(launch, "create_key", lambda key, value, creator: True)
+        monkeypatch.setattr(launch, "start_rank", lambda spec, **_: rank)
+        workers.spawn(7, "n", pytest.fail, lambda member: False)
+    else:
+        monkeypatch.setattr(launch, "names", lambda prefix: [f"{prefix}rank/7"])
+        monkeypatch.setattr(launch, "find", lambda name: rank)
+        monkeypatch.setattr(launch, "list_keys", lambda prefix: [])
+        workers.find()
+        workers.taken_up()
     assert workers.ranks == {7: rank} and not ended
-    future.set_exception(error)
+    rank.answer.set_exception(error)
     assert ended == [7] * ends
 
 
