@@ -8,7 +8,8 @@ values would change bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,14 @@ class Buffers:
                 self._put(buffer, buffer.value)
         return changed
 
+    def changed(self) -> str | None:
+        """The first buffer, by name, that does not hold the step's value."""
+        for name, buffer in self._found.items():
+            current = buffer.current
+            if current is not None and buffer.may_have_changed(current) and not _equal_bits(current, buffer.value):
+                return name
+        return None
+
     def put(self, name: str, value: Tensor) -> None:
         """Set a buffer to the step's new value, which `begin_step` will find."""
         buffer = self._found[name]
@@ -110,6 +119,22 @@ class Buffers:
             buffer.tensor.copy_(value)
         buffer.owner._buffers[buffer.key] = buffer.tensor
         buffer.version = buffer.tensor._version
+
+
+@contextmanager
+def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """What forward does to their buffers within it is undone."""
+    places = [(part, key) for module in modules for part in module.modules() for key in part._buffers]
+    kept = [(part, key, part._buffers[key]) for part, key in places]
+    values = [None if tensor is None else tensor.detach().clone() for _, _, tensor in kept]
+    try:
+        yield
+    finally:
+        for (part, key, tensor), value in zip(kept, values, strict=True):
+            if tensor is not None and value is not None and not _equal_bits(tensor, value):
+                with torch.no_grad():
+                    tensor.copy_(value)
+            part._buffers[key] = tensor
 
 
 def _equal_bits(one: Tensor, other: Tensor) -> bool:

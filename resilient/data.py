@@ -45,6 +45,7 @@ class Feed:
         global_batch, micro_batch: samples per step and per leaf; the first is a multiple of the second.
         steps, epochs: the length of the loop: one of them. An epoch has len(dataset) // global_batch steps.
             A stream takes no `epochs`; without `steps` it is read to its end, and an earlier end wins.
+        updates: so many steps in a row have the same samples, each with randomness of its own.
         seed: any integer. Decides order and all randomness in samples and in `collate_fn`.
         shuffle: a new order in every epoch (the default), or the dataset's own. Streams have only their own.
         num_workers, collate_fn, pin_memory, prefetch_factor, timeout, worker_init_fn,
@@ -71,6 +72,7 @@ class Feed:
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
+        updates: int = 1,
         **options: Any,
     ) -> None:
         batching = Batching(
@@ -86,13 +88,19 @@ class Feed:
             shuffle=shuffle is not False,
             collate=default_collate if collate_fn is None else collate_fn,
             pin=bool(pin_memory) and torch.accelerator.is_available(),
+            updates=whole("updates", updates),
         )
+        self.updates = updates
         self.micro_batches: int = batching.micro_batches
         self.steps = batching.loop_steps(length, steps=steps, epochs=epochs)
+        if self.steps is not None and epochs is not None:
+            self.steps *= updates
+        self.steps_per_epoch = None if length is None else batching.steps_per_epoch(length) * updates
+        """None for a stream."""
         workers = whole("num_workers", num_workers, least=0)
         _check_options(options, workers)
         if stream:
-            _check_stream(workers, shuffle)
+            _check_stream(workers, shuffle, updates)
         self._source = (
             Stream(recipe, self.steps)
             if self.steps is None or stream
@@ -166,7 +174,9 @@ def _check_options(options: Mapping[str, Any], workers: int) -> None:
             raise ValueError(f"{name}={value!r} needs num_workers of at least 1: nothing is loaded ahead by 0")
 
 
-def _check_stream(workers: int, shuffle: bool | None) -> None:
+def _check_stream(workers: int, shuffle: bool | None, updates: int) -> None:
+    if updates > 1:
+        raise ValueError(f"updates={updates}: an iterable dataset is read once; give it __getitem__ and __len__")
     if workers:
         raise ValueError(
             f"num_workers={workers}: an iterable dataset is read by the training process itself for now; "

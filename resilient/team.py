@@ -45,8 +45,10 @@ class Loop:
     steps: int | None
     objects: Callable[[], Mapping[str, object]]
     """Everything that makes up the state, by name; captured and loaded at a step boundary."""
+    control: Callable[[], int]
+    """A digest, in [0, 2**62), of what must be equal on all ranks in every step: learning rates, flags, counters."""
     control_state: Callable[[], dict[str, object]]
-    """Values that must be equal on all ranks in every step: learning rates, scheduler and step counters."""
+    """What the digest is of, by path."""
     leave: Callable[[], None]
     """Take off all that the loop has put around torch and the user's objects, wherever it stands."""
     stage: StageSide | None = None
