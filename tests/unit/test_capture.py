@@ -416,7 +416,7 @@ def with_retyped_buffer() -> Parts:
         (lambda: build(2) | {"model": nn.Sequential(nn.Linear(2, 2))}, "model: parameters: the table lacks"),
         (with_retyped_buffer, r"model.scale: expected Tensor\(torch.float64.*found Tensor\(torch.float32"),
         (lambda: build(2, optimizer="sgd"), r"optimizer group 0: .*the table lacks \['dampening'"),
-        (lambda: build(2) | {"optimizer": OPTIMIZERS["sgd"](Network().parameters())}, r"expected model.embed.weight at place 0, .* no module"),
+        (lambda: build(2) | {"optimizer": OPTIMIZERS["sgd"](Network().parameters())}, r"place 0, .* no module here"),
         (lambda: build(2, scheduler="onecycle"), "scheduler: fields: the table lacks"),
         (lambda: build(2) | {"scaler": torch.amp.GradScaler("cpu", enabled=False)}, "scaler: fields"),
     ],
