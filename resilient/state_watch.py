@@ -24,7 +24,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
 from snapshot.recapture import Recapture
-from snapshot.state_tree import places, tree_of
+from snapshot.state_differences import differences
+from snapshot.state_tree import flags, places, tree_of
 from snapshot.table import StateTable
 
 from .core.lane import DIGEST_BITS
@@ -148,18 +149,22 @@ def _is_other(former: object, now: object) -> bool:
 
 
 def _named(table: StateTable) -> dict[str, object]:
-    return {shown_name(each.name): repr(each.value) for each in places(tree_of(table.layout.objects))}
+    objects = table.layout.objects
+    values = (each for each in places(tree_of(objects)) if each.tensor is None)
+    return {shown_name(each.name): repr(each.value) for each in (*values, *flags(objects))}
 
 
 def _changed_between(former: StateTable, now: StateTable, step: int) -> str:
-    one, other = _named(former), _named(now)
-    found = [name for name in {**one, **other} if one.get(name) != other.get(name)]
-    name = found[0] if found else "the structure of the state"
+    one, other = former.layout, now.layout
+    found = list(differences(one.objects, other.objects, one.tensors, other.tensors))
+    name, before, after = "the structure of the state", "one", "another"
+    if found:
+        name, before, after = shown_name(found[0].name), repr(found[0].one), repr(found[0].other)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return (
-        f"{name} was {one.get(name)} as one micro-batch of step {step} ended, and {other.get(name)} as the next "
-        f"did{more}: it changes with every micro-batch, and ranks have different numbers of them. Write what changes "
-        "once per step behind the loop over micro-batches (for step in run.steps(...): for x, y in step: ...), or "
-        "under `if run.committing:` after backward; count by run.step; what forward itself changes belongs into a "
+        f"{name} was {before} as one micro-batch of step {step} ended, and {after} as the next did{more}: it changes "
+        "with every micro-batch, and ranks have different numbers of them. Write what changes once per step behind "
+        "the loop over micro-batches (for step in run.steps(...): for x, y in step: ...), or under "
+        "`if run.committing:` after backward; count by run.step; what forward itself changes belongs into a "
         "registered buffer"
     )
