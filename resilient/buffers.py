@@ -2,8 +2,8 @@
 
 Every micro-batch of a step starts from the step's value. What it changed is put back afterwards and
 travels with its gradients; the step's new value is the mean along the tree of those that changed it, for
-integers and codes (float8) the value of the lowest such micro-batch. Unchanged buffers are not touched: averaging equal
-values would change bits.
+integers and float8 the value of the lowest such micro-batch. Unchanged buffers are not touched: averaging
+equal values would change bits.
 """
 
 from __future__ import annotations
@@ -112,11 +112,6 @@ class Buffers:
         buffer.version = buffer.tensor._version
 
 
-def has_mean(buffer: Tensor) -> bool:
-    """Not integers, and not types of one byte, such as float8, for which torch has no arithmetic."""
-    return buffer.is_complex() or (buffer.is_floating_point() and buffer.itemsize > 1)
-
-
 def _equal_bits(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         raise ValueError(
@@ -134,3 +129,8 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def has_mean(buffer: Tensor) -> bool:
+    """Not integers, and not types of one byte, such as float8, for which torch has no arithmetic."""
+    return buffer.is_complex() or (buffer.is_floating_point() and buffer.itemsize > 1)
