@@ -2,8 +2,8 @@
 
 Every micro-batch of a step starts from the step's value. What it changed is put back afterwards and
 travels with its gradients; the step's new value is the mean along the tree of those that changed it, for
-integers the value of the lowest such micro-batch. Unchanged buffers are not touched: averaging equal
-values would change bits.
+integers and float8 the value of the lowest such micro-batch. Unchanged buffers are not touched: averaging
+equal values would change bits.
 """
 
 from __future__ import annotations
@@ -143,6 +143,8 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
             f"a buffer changed from {other.dtype} {tuple(other.shape)} to {one.dtype} {tuple(one.shape)} "
             "in forward: buffers must keep type and shape; hold growing state outside the module"
         )
+    if one.is_floating_point() and not has_mean(one):
+        return _bytes(one).equal(_bytes(other))
     if one.is_complex():
         one, other = torch.view_as_real(one.detach().resolve_conj()), torch.view_as_real(other)
     if torch.equal(one, other):
@@ -152,3 +154,8 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def has_mean(buffer: Tensor) -> bool:
+    """Not integers, and not types of one byte, such as float8, for which torch has no arithmetic."""
+    return buffer.is_complex() or (buffer.is_floating_point() and buffer.itemsize > 1)
