@@ -204,10 +204,9 @@ class StepsLoop(MicroBatchLoop):
             self._add_to_loss(roots)
 
     def leave(self) -> None:
+        super().leave()
         if self._now is not None and not self._now.begun:
-            self.leave_at_boundary()
-        else:
-            super().leave()
+            self.left_in_step, self.left_at_boundary = None, True
 
 
 class BatchesLoop(MicroBatchLoop):

@@ -61,6 +61,7 @@ class TrainingLoop:
         self.paused = False
         self.entered = False
         self.left_in_step: int | None = None
+        self.left_after_commit = self.left_at_boundary = False
         self.rollback: Rollback | None = None
         """Asked for in this step."""
         self.logged: dict[int, dict[str, float]] = {}
@@ -241,15 +242,24 @@ class TrainingLoop:
         self.sums.forget()
 
     def leave(self) -> None:
-        """The user broke out of the loop: in good order right after a commit, and only there."""
-        if self.committing and self.gates.stepped:
-            self._cross_boundary()
-            self.leave_at_boundary()
-        else:
-            self.left_in_step = self.step
+        """The user's code has left the loop: by break, in good order right after a commit, or by an exception.
 
-    def leave_at_boundary(self) -> None:
-        if not self.team.finished():
+        Nobody can tell which: so the step ends when the function returns. After an exception it may be half done.
+        """
+        self.left_after_commit = self.committing and self.gates.stepped
+        if not self.left_after_commit:
+            self.left_in_step = self.step
+        self.team.pause("the loop was left")
+
+    def returned(self) -> None:
+        """The user's function has."""
+        self.close()
+        to_finish = self.left_after_commit or self.left_at_boundary
+        if self.left_after_commit:
+            self.left_after_commit = False
+            self._cross_boundary()
+        parked = self.left_in_step is not None and self.team.parked()
+        if parked or (to_finish and not self.team.finished()):
             os._exit(1)  # the user's code can't be gone back to: another process takes this one's place
 
     def end(self) -> None:

@@ -59,7 +59,7 @@ class Run:
     @property
     def step(self) -> int:
         """Number of the current step, from 0: the number of steps committed so far."""
-        return self._team.step
+        return self._team.step + (self._loop is not None and self._loop.left_after_commit)
 
     @property
     def rank(self) -> int:
@@ -389,7 +389,7 @@ class Run:
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""
         if self._loop is not None:
-            self._loop.close()
+            self._loop.returned()
         if self._protected is None or self._loop is None:
             missing = "run.protect" if self._protected is None else "run.steps or run.batches"
             raise LoopError(f"the training function returned without calling {missing}; see the README for the loop")

@@ -147,5 +147,3 @@ def switches(run: resilient.Run, steps: int = 6) -> Any:
             model[1].eval()
             model[4].bias.requires_grad_(True)
     return len(optimizer.param_groups)
-
-
