@@ -147,3 +147,29 @@ def switches(run: resilient.Run, steps: int = 6) -> Any:
             model[1].eval()
             model[4].bias.requires_grad_(True)
     return len(optimizer.param_groups)
+
+
+def loop_after_loop(run: resilient.Run, count: int = 3) -> Any:
+    """The usual epoch loop around a flat one, then another loop with other data, of which the end is left out."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.9)
+    run.protect(model=model, optimizer=optimizer, scheduler=scheduler)
+    for _ in range(count):
+        for x, y in run.batches(DATA, **SIZES, epochs=1):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+        with torch.no_grad():
+            model[4].bias.mul_(0.5)
+        run.state["epochs"] = run.state.get("epochs", 0) + 1
+    model[0].requires_grad_(False)
+    for step in run.steps(DATA, **SIZES, steps=10, shuffle=False):
+        for x, y in step:
+            loss_of(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step.number == 4 * count + 5:
+            break
+    return run.state["epochs"], run.step

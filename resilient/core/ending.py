@@ -45,8 +45,10 @@ def _state_is_lost(membership: Membership, plan: Plan) -> bool:
 
 
 def _somebody_is_left_alone(seated: Tally) -> bool:
-    left = seated.values("left")
-    return len(left) > 1 or (len(left) == 1 and any(step >= min(left) for step in seated.values("waiting")))
+    returned = seated.values("returned")
+    if len(returned) == 1:
+        return any(step >= min(returned) for step in seated.values("waiting"))
+    return len(returned) > 1
 
 
 def _left_alone(membership: Membership, plan: Plan, current: Plan) -> str:
@@ -54,7 +56,7 @@ def _left_alone(membership: Membership, plan: Plan, current: Plan) -> str:
     early, other = next(
         (early, other)
         for early in seated
-        if early.report is not None and early.report.finished
+        if early.report is not None and early.report.finished and early.digest is not None
         for other in seated
         if _goes_on_without(early, other)
     )
@@ -70,5 +72,5 @@ def _goes_on_without(early: Member, other: Member) -> bool:
     assert early.report is not None
     theirs = other.report
     if theirs is None or theirs.finished:
-        return theirs is not None and theirs.step != early.report.step
+        return theirs is not None and other.digest is not None and theirs.step != early.report.step
     return theirs.waiting and theirs.step >= early.report.step
