@@ -98,7 +98,7 @@ class StateWatch:
         changed = [name for (name, kind), value in now.items() if _is_other(self._before.get((name, kind)), value)]
         if changed:
             raise LoopError(
-                f"{shown_name(changed[0])} changed within step {step}, before its micro-batches were done: the body of "
+                f"{_path(table, changed[0])} changed within step {step}, before its micro-batches were done: the body of "
                 "the loop over micro-batches runs as often as this rank has micro-batches, which differs from rank to "
                 "rank. Write what changes the state once per step behind that loop (for step in run.steps(...): "
                 "for x, y in step: ...), or under `if run.committing:` after backward"
@@ -146,6 +146,13 @@ def _is_other(former: object, now: object) -> bool:
     if isinstance(former, tuple) and isinstance(now, tuple):
         return bool(former[0] == now[0] and former[1] != now[1])
     return former is not None and former != now
+
+
+def _path(table: StateTable, name: str) -> str:
+    """Of a tensor by the name that the layout has for it."""
+    place = next(place for place, spec in enumerate(table.layout.tensors) if spec.name == name)
+    found = (each.name for each in places(tree_of(table.layout.objects, everything=True)) if each.tensor == place)
+    return shown_name(next(found, name))
 
 
 def _named(table: StateTable) -> dict[str, object]:
