@@ -12,6 +12,7 @@ import torch
 
 from snapshot.capture import capture
 from snapshot.core.branches import data_position
+from snapshot.core.digest import StatePart
 from snapshot.load import load
 from snapshot.table import StateTable, copied
 
@@ -67,6 +68,9 @@ class TrainingLoop:
         self.entered = False
         self.left_in_step: int | None = None
         self.left_after_commit = self.left_at_boundary = False
+        self.final: str | StatePart | None = None
+        """Digest of the state that the loop ended with. What the function does afterwards may differ between ranks:
+        rank 0 alone evaluates, say."""
         self.rollback: Rollback | None = None
         """Asked for in this step."""
         self.logged: dict[int, dict[str, float]] = {}
@@ -99,6 +103,11 @@ class TrainingLoop:
     def watched(self) -> dict[str, object]:
         """All that the user has handed over, by its names in a capture."""
         return {"run.state": self._values, **{f"user:{name}": thing for name, thing in self.protected.objects.items()}}
+
+    def digest(self) -> str | StatePart:
+        """xxh3-128 of the bits of all that; of a stage what it has to give to it."""
+        table = capture(self.watched())
+        return table.digest() if self.stage is None or self.stage.is_only_one else self.stage.part(table)
 
     def compared(self) -> Mapping[str, object]:
         """Whatever of that has the same plain values on all ranks."""
@@ -175,6 +184,7 @@ class TrainingLoop:
         """The loop is over. False if meanwhile a snapshot is to take the state's place: it goes on."""
         if not self.team.finished():
             return False
+        self.final = self.digest()
         if self.number + 1 < len(self.begun) and self.step > self.begun[self.number + 1]:
             # What the user's code does between this loop and that in which the run is was done long ago.
             self.to_repeat = self.to_repeat or copied(capture(self.brought().objects()))
@@ -307,7 +317,9 @@ class TrainingLoop:
         Nobody can tell which: so the step ends when the function returns. After an exception it may be half done.
         """
         self.left_after_commit = self.committing and self.gates.stepped
-        if not self.left_after_commit:
+        if self.left_after_commit:
+            self.final = self.digest()
+        else:
             self.left_in_step = self.step
         self.team.pause("the loop was left")
 

@@ -398,12 +398,11 @@ class Run:
                     part.training = mode
 
     def digest(self) -> str | StatePart:
-        """xxh3-128 of the bits of all that is protected, and of run.state; of a stage what it has to give to that."""
+        """xxh3-128 of the bits of all that is protected, and of run.state: as the loop ended; before that, as it is."""
         assert self._protected is not None
-        objects = {f"user:{name}": thing for name, thing in self._protected.objects.items()}
-        table = capture({**objects, "run.state": self.state})
-        stage = None if self._loop is None else self._loop.stage
-        return table.digest() if stage is None or stage.is_only_one else stage.part(table)
+        if self._loop is not None:
+            return self._loop.final or self._loop.digest()
+        return capture({f"user:{name}": thing for name, thing in self._protected.objects.items()}).digest()
 
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""

@@ -52,6 +52,8 @@ class StateWatch:
         self._firm: _Firm | None = None
         self._before: dict[tuple[str, str], object] = {}
         """Of tensors: what was seen at the step's boundary."""
+        self._boundary: StateTable | None = None
+        """As the step began."""
         self._table: StateTable | None = None
         """As the step's first micro-batch of this rank ended."""
 
@@ -62,7 +64,7 @@ class StateWatch:
 
     def begin_step(self) -> None:
         """The state at a step's start stands."""
-        table = self._recapture.capture(self._objects)
+        self._boundary = table = self._recapture.capture(self._objects)
         self._table, self._before = None, self._seen(table)
 
     def in_force(self, step: int) -> None:
@@ -75,9 +77,10 @@ class StateWatch:
             raise LoopError(_changed_between(self._table, table, step))
 
     def digest(self) -> int:
-        """Of the plain values in force, in [0, 2**62); equal on all ranks."""
-        assert self._table is not None, "no micro-batch has ended"
-        running = xxhash.xxh3_64(self._table.skeleton)
+        """Of the plain values in force, and of those at the step's start, in [0, 2**62); equal on all ranks."""
+        assert self._table is not None and self._boundary is not None, "no micro-batch has ended"
+        running = xxhash.xxh3_64(self._boundary.skeleton)
+        running.update(self._table.skeleton)
         for _, value in _others(self._table):
             if isinstance(value, bytes):
                 running.update(value)
@@ -85,9 +88,11 @@ class StateWatch:
 
     def plain_values(self) -> dict[str, object]:
         """What the digest is of, by path."""
-        assert self._table is not None, "no micro-batch has ended"
+        assert self._table is not None and self._boundary is not None, "no micro-batch has ended"
+        now, before = _named(self._table), _named(self._boundary)
+        former = {f"{name} at the step's start": value for name, value in before.items() if now.get(name) != value}
         small = {shown_name(name): repr(value) for (name, kind), value in _others(self._table) if kind == "bytes"}
-        return {**_named(self._table), **small}
+        return {**now, **former, **small}
 
     # Tensors
 
@@ -98,9 +103,9 @@ class StateWatch:
         changed = [name for (name, kind), value in now.items() if _is_other(self._before.get((name, kind)), value)]
         if changed:
             raise LoopError(
-                f"{_path(table, changed[0])} changed within step {step}, before its micro-batches were done: the body of "
-                "the loop over micro-batches runs as often as this rank has micro-batches, which differs from rank to "
-                "rank. Write what changes the state once per step behind that loop (for step in run.steps(...): "
+                f"{_path(table, changed[0])} changed within step {step}, before its micro-batches were done: the body "
+                "of the loop over micro-batches runs as often as this rank has micro-batches, which differs from rank "
+                "to rank. Write what changes the state once per step behind that loop (for step in run.steps(...): "
                 "for x, y in step: ...), or under `if run.committing:` after backward"
             )
         self._before = now

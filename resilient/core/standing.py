@@ -37,6 +37,8 @@ class Member:
     report: SeatReport | None = None
     digest: str | None = None
     """Set when the user's function has returned."""
+    returned_at: int | None = None
+    """The step that it had come to then; reports may be older."""
     part: StatePart | None = None
     """The same, of a rank that holds a part of the state; then `digest` is that of the state's structure."""
     plan_sent_at: float = float("-inf")
@@ -70,8 +72,8 @@ def standing(member: Member | None) -> tuple[Fact, ...]:
         facts.append(("digest", member.digest))
     if report is not None:
         facts += _reported(report)
-        if member.digest is not None and report.finished:
-            facts.append(("returned", report.step))
+    if member.returned_at is not None:
+        facts.append(("returned", member.returned_at))
     return tuple(facts)
 
 

@@ -93,6 +93,12 @@ def test_loops_that_follow_one_another() -> None:
     assert not missed, f"no seed reached: {missed}"
 
 
+@pytest.mark.parametrize("seed", [1021, 1513, 2270, 6334])
+def test_seeds_that_found_a_mistake_between_loops(seed: int) -> None:
+    _, _, error = run_seed(seed, looped=True)
+    assert not error
+
+
 @pytest.mark.parametrize("seed", [562, 745, 995, 3095, 3430, 4866, 9910])
 def test_seeds_that_found_a_mistake(seed: int) -> None:
     _, _, error = run_seed(seed, drained=False, staged=False)  # they are older than drains
