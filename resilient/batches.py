@@ -107,6 +107,10 @@ class MicroBatchLoop(TrainingLoop):
                 "micro-batches, where it is always true"
             )
 
+    def commit(self) -> None:
+        self.watch.commit(self.step)
+        super().commit()
+
     def _before_backward(self) -> None:
         raise NotImplementedError
 

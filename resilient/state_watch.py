@@ -15,7 +15,6 @@ the first bytes of each tensor are compared too.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 
@@ -23,6 +22,7 @@ import xxhash
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
+from snapshot.front import bytes_of
 from snapshot.recapture import Recapture
 from snapshot.state_differences import differences
 from snapshot.state_tree import flags, places, tree_of
@@ -56,6 +56,7 @@ class StateWatch:
         """As the step began."""
         self._table: StateTable | None = None
         """As the step's first micro-batch of this rank ended."""
+        self._latest: StateTable | None = None
 
     @property
     def full(self) -> int:
@@ -68,13 +69,17 @@ class StateWatch:
         self._table, self._before = None, self._seen(table)
 
     def in_force(self, step: int) -> None:
-        """A micro-batch is done. Raises LoopError if something has changed that must not."""
-        table = self._recapture.capture(self._objects)
-        self._check_tensors(table, step)
+        """A micro-batch is done. Raises LoopError if plain values are others than when the last one was."""
+        self._latest = table = self._recapture.capture(self._objects)
         if self._table is None:
             self._table = table
         elif table.skeleton != self._table.skeleton:
             raise LoopError(_changed_between(self._table, table, step))
+
+    def commit(self, step: int) -> None:
+        """All micro-batches are done. Raises LoopError if a tensor has changed that must not."""
+        assert self._latest is not None, "no micro-batch has ended"
+        self._check_tensors(self._latest, step)
 
     def digest(self) -> int:
         """Of the plain values in force, and of those at the step's start, in [0, 2**62); equal on all ranks."""
@@ -121,8 +126,8 @@ def _others(table: StateTable) -> Iterator[tuple[tuple[str, str], object]]:
     start = len(table.front.tensors) if table.front is not None else len(table.tensors)
     for place in range(start, len(table.tensors)):
         tensor, name = table.tensors[place], table.layout.tensors[place].name
-        if tensor.device.type == "cpu" and (nbytes := tensor.numel() * tensor.element_size()) <= SMALL_BYTES:
-            yield (name, "bytes"), ctypes.string_at(tensor.data_ptr(), nbytes)
+        if tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= SMALL_BYTES:
+            yield (name, "bytes"), bytes_of(tensor).numpy().tobytes()
         else:
             yield (name, "writes"), (tensor.data_ptr(), tensor._version)
 
@@ -138,11 +143,10 @@ class _Firm:
         self._keys = [(specs[at].name, "writes") for at in places]
         host = [at for at in places if table.tensors[at].device.type == "cpu" and specs[at].nbytes]
         self._keys += [(specs[at].name, "bytes") for at in host]
-        self._addresses = [table.tensors[at].data_ptr() for at in host]
-        self._sizes = [min(SAMPLED_BYTES, specs[at].nbytes) for at in host]
+        self._beginnings = [memoryview(bytes_of(table.tensors[at])[:SAMPLED_BYTES].numpy().data) for at in host]
 
     def now(self) -> dict[tuple[str, str], object]:
-        values = (*map(_VERSION, self._tensors), *map(ctypes.string_at, self._addresses, self._sizes))
+        values = (*map(_VERSION, self._tensors), *map(bytes, self._beginnings))
         return dict(zip(self._keys, values, strict=True))
 
 
