@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from .cli_check import check
 from .cli_checkpoints import checkpoints_group
 from .cli_cluster import chaos, doctor, drain, status
 from .cli_dashboards import dashboards_group
@@ -55,6 +56,7 @@ def demo(out: Path, steps: int, seed: int, pipeline: bool, as_json: bool) -> Non
     sys.exit(0 if outcome.passed else 1)
 
 
+main.add_command(check)
 main.add_command(checkpoints_group)
 main.add_command(status)
 main.add_command(drain)

@@ -42,6 +42,9 @@ NODE, SECRET, HOST = "node", "secret", "127.0.0.1"
 TICK_S = 0.1
 _EVENTS = (RankReady, RankReported, RankReturned, RankFailed)
 
+_PRELOADED = ("resilient.member", "resilient.run", "resilient.worker", "torch._dynamo")
+"""torch.optim imports the last when the first optimizer is made, which takes most of a second."""
+
 Tell: TypeAlias = Callable[..., None]
 """Sends messages to the parent. Any thread may call it."""
 
@@ -51,7 +54,7 @@ class Processes:
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["resilient.member", "resilient.run", "resilient.worker", *preload])
+        self._context.set_forkserver_preload([*_PRELOADED, *preload])
         self._pipes: dict[int, Connection] = {}
         self.all: dict[int, Any] = {}
 
@@ -59,7 +62,7 @@ class Processes:
         """target: called with its end of the pipe, the number, and these."""
         ours, theirs = self._context.Pipe()
         # No daemon: those may have no children, and data loaders have some.
-        process = self._context.Process(target=target, args=(theirs, number, *args), daemon=False)
+        process = self._context.Process(target=_child, args=(target, theirs, number, *args), daemon=False)
         with _without_main():
             process.start()
         theirs.close()
@@ -218,7 +221,12 @@ class Crew:
         self._handle(self._keeper.inventory(asked))
 
 
-# In a rank's process
+# In a child
+
+
+def _child(target: Callable[..., None], *args: Any) -> None:
+    multiprocessing.set_start_method(None, force=True)  # its own children start as they do everywhere else
+    target(*args)
 
 
 def teller(pipe: Connection) -> Tell:

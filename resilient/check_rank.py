@@ -1,0 +1,308 @@
+"""What a process of `resilient check` does: it trains for some steps, and tells the state's bits after each of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import xxhash
+
+from snapshot.absent import is_absent
+from snapshot.capture import capture
+from snapshot.state_tree import places, spelling, tree_of
+from snapshot.table import StateTable
+
+from .core.plan import Plan
+from .core.seat import Apply, Compute, Park
+from .crew import Tell, attend, teller
+from .job import Checkpoint, Settings
+from .loading import shown_name
+from .local_saving import LocalSaving
+from .member import Member
+from .team import Alone, Loop
+from .worker import call, user_traceback
+
+MOST_SHOWN = 4
+"""Elements of a tensor that a report shows."""
+WORDS = 80
+
+Entry: TypeAlias = "tuple[bytes | None, str, int]"
+"""Of a tensor or value: its digest (None where its bytes are on other ranks), how it reads, and its elements: 0 for a
+plain value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entered:
+    """A process has reached its loop."""
+
+    micro_batches: int
+    steps: int | None
+    stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boundary:
+    """The state after a step."""
+
+    step: int
+    rank: int
+    state: Mapping[str, Entry]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """All steps are done, or the training function has returned before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raised:
+    """An exception has left the training function. error: its type and text."""
+
+    error: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dying:
+    """This process kills itself now, as the layout has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Go:
+    """The replacement has a place: ranks need not wait for it any longer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the first steps are run.
+
+    ranks: so many processes with a rank each; 1: one process, without others. backwards: it takes the micro-batches of a
+    step in the opposite order. as_rank, as_size: what the one process tells the script of itself. dies_in: in the middle
+    of this step one of the ranks is killed. resumes_at: the state at the start of this step comes from a checkpoint.
+    """
+
+    name: str
+    ranks: int = 1
+    backwards: bool = False
+    as_rank: int = 0
+    as_size: int = 1
+    dies_in: int | None = None
+    resumes_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What all processes of a layout have in common. saves_at: steps at whose start the one process saves its state
+    under `folder`."""
+
+    settings: Settings
+    function: bytes
+    layout: Layout
+    steps: int
+    folder: Path
+    saves_at: tuple[int, ...] = ()
+
+    def output(self, number: int) -> Path:
+        return self.folder / f"{self.layout.name}-{number}.txt"
+
+
+class _Stop(BaseException):
+    """Ends the training function where the last step has ended. No Exception, so that scripts don't catch it."""
+
+
+class _Told:
+    """What is the same in one process and in a rank."""
+
+    work: Work
+    told: Tell
+    _loop: Loop | None
+    step: int
+    rank: int
+
+    def entered(self, loop: Loop) -> None:
+        stages = 1 if loop.shape is None else loop.shape.stages
+        self.told(Entered(micro_batches=loop.sums.micro_batches, steps=loop.steps, stages=stages))
+
+    def ended(self) -> None:
+        """The step stands in the state, but is not left yet: nothing else reads or writes the state."""
+        assert self._loop is not None
+        self.told(Boundary(step=self.step, rank=self.rank, state=entries(self._loop.objects())))
+        if self.step + 1 >= self.work.steps:
+            raise _Stop
+
+
+class _One(_Told, Alone):
+    """One process does everything."""
+
+    def enter(self, loop: Loop) -> None:
+        self.entered(loop)
+        super().enter(loop)
+
+    def next(self) -> Compute | Apply | Park:
+        todo = super().next()
+        if isinstance(todo, Compute) and self.work.layout.backwards:
+            return Compute(leaf=max(self._seat.work - self._seat.folded))
+        return todo
+
+    def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
+        self.ended()
+        super().applied(values)
+
+
+class CheckedMember(_Told, Member):
+    """A rank. The one that is to die does so while others are in the same step; the others wait at its end for the
+    replacement, which would come too late to a run of few steps."""
+
+    def __init__(self, work: Work, host: Any, **kwargs: Any) -> None:
+        self.work, self.told = work, host.tell
+        self._go = threading.Event()
+        super().__init__(host, **kwargs)
+
+    def enter(self, loop: Loop) -> None:
+        self.entered(loop)
+        super().enter(loop)
+
+    def folded(self, leaf: int) -> None:
+        plan = self._seat.plan
+        if self.step == self.work.layout.dies_in and plan is not None and plan.generation == 1:
+            if self.number == victim(plan):
+                self.told(Dying())
+                os.kill(os.getpid(), signal.SIGKILL)
+        super().folded(leaf)
+
+    def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
+        self.ended()
+        if self.step == self.work.layout.dies_in:
+            self._go.wait()  # the parent ends this process if that takes too long
+        super().applied(values)
+
+    def deliver(self, message: object) -> None:
+        if isinstance(message, Go):
+            self._go.set()
+        else:
+            super().deliver(message)
+
+
+def victim(plan: Plan) -> int | None:
+    """The member to be killed: one whose state another has. Rank 0 where each has all of it."""
+    teams = [stage.ranks for stage in plan.stages] or [tuple(range(plan.size))]
+    return next((plan.members[ranks[0]] for ranks in teams if len(ranks) > 1), None)
+
+
+class _Saving(LocalSaving):
+    """Saves at chosen steps alone."""
+
+    def __init__(self, work: Work) -> None:
+        resume = work.layout.resumes_at
+        url = str(work.folder / "checkpoints")
+        checkpoint = Checkpoint(
+            url, every=1, keep=work.steps, compression="none", resume="never" if resume is None else resume
+        )
+        super().__init__(checkpoint, work.settings.name)
+        self._at = work.saves_at
+
+    def boundary(self, step: int, last_step: int | None, objects: Mapping[str, object]) -> None:
+        if step in self._at:
+            super().boundary(step, last_step, objects)
+
+
+# Processes
+
+
+def one_process(pipe: Connection, number: int, work: Work) -> None:
+    begin(work, number)
+    torch.set_num_threads(work.settings.threads)
+    tell = teller(pipe)
+    threading.Thread(target=_train_alone, args=(work, tell), daemon=True).start()
+    attend(pipe, lambda message: None, lambda: None)
+
+
+def begin(work: Work, number: int) -> None:
+    """What the script prints goes into a file."""
+    file = os.open(work.output(number), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+
+
+def train(work: Work, member: CheckedMember, tell: Tell) -> None:
+    _train(work, tell, lambda: member)
+
+
+def _train_alone(work: Work, tell: Tell) -> None:
+    layout = work.layout
+
+    def team() -> _One:
+        saves = work.saves_at or layout.resumes_at is not None
+        one = _One(
+            on_step=lambda step, values: None,
+            saving=_Saving(work) if saves else None,
+            workers=work.settings.workers,
+            rank=layout.as_rank,
+            size=layout.as_size,
+        )
+        one.work, one.told = work, tell
+        return one
+
+    _train(work, tell, team)
+
+
+def _train(work: Work, tell: Tell, make_team: Callable[[], Any]) -> None:
+    team: Any = None
+    try:
+        team = make_team()
+        call(work.function, team, work.settings, torch.device("cpu"))
+    except _Stop:
+        pass
+    except BaseException as error:  # noqa: BLE001  the thread's edge: whatever the user's code raises is told
+        if error.__traceback__ is not None:
+            error.__traceback__ = error.__traceback__.tb_next
+        sys.stdout.flush()
+        text = "".join(traceback.format_exception_only(error)).strip()
+        tell(Raised(error=text, traceback=user_traceback(error)))
+        return
+    tell(Done())
+
+
+# The state
+
+
+def entries(objects: Mapping[str, object]) -> dict[str, Entry]:
+    """By path, of all that was given to `protect` and of `run.state`."""
+    mine = {name: thing for name, thing in objects.items() if name.startswith("user:") or name == "run.state"}
+    table = capture(mine)
+    tree = tree_of({shown_name(name): node for name, node in table.layout.objects.items()}, everything=True)
+    return {
+        place.name: _plain(place.value) if place.tensor is None else _tensor(table, place.tensor)
+        for place in places(tree)
+    }
+
+
+def _plain(value: object) -> Entry:
+    return spelling(value), _short(repr(value)), 0
+
+
+def _tensor(table: StateTable, number: int) -> Entry:
+    tensor, spec = table.tensors[number], table.layout.tensors[number]
+    if is_absent(tensor):
+        return None, "on other ranks", tensor.numel()
+    hashed = xxhash.xxh3_128(f"{spec.dtype} {spec.shape} {spec.order}".encode())
+    start = table.layout.offsets[number]
+    for piece in table.pieces(start, start + spec.nbytes):
+        hashed.update(piece.cpu().numpy().data)
+    few = tensor.numel() <= MOST_SHOWN
+    shown = _short(str(tensor.tolist())) if few else f"{spec.dtype} {list(spec.shape)}, xxh3 {hashed.hexdigest()[:8]}"
+    return hashed.digest(), shown, max(1, tensor.numel())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= WORDS else f"{text[: WORDS - 3]}..."

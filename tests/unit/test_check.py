@@ -1,0 +1,257 @@
+"""Loops that train differently on other ranks, after a death or a resume: found, with path, step and cause."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import resilient
+from resilient.check_report import Finding
+
+STEPS, GLOBAL, MICRO = 6, 24, 4
+
+
+def data() -> torch.utils.data.TensorDataset:
+    x = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+
+
+class Parts:
+    """What every loop here has."""
+
+    def __init__(self, run: resilient.Run, model: nn.Module | None = None, **more: Any) -> None:
+        torch.manual_seed(0)
+        self.model = model if model is not None else nn.Linear(8, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        run.protect(model=self.model, optimizer=self.optimizer, **more)
+        self.batches = run.batches(data(), global_batch=GLOBAL, micro_batch=MICRO, steps=20)
+
+    def learn(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        nn.functional.mse_loss(self.model(x), y).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def clean(run: resilient.Run) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    run.protect(model=model, optimizer=optimizer, scheduler=scheduler)
+    for x, y in run.batches(data(), global_batch=GLOBAL, micro_batch=MICRO, steps=20, num_workers=1):
+        nn.functional.mse_loss(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if run.committing:
+            run.state["steps"] = run.state.get("steps", 0) + 1
+    raise AssertionError("what follows the loop is not run")
+
+
+def carries_hidden_state(run: resilient.Run) -> None:
+    parts = Parts(run)
+    hidden = torch.zeros(1)
+    for x, y in parts.batches:
+        parts.learn(x + 0.1 * hidden, y)
+        hidden = x.mean().detach()
+
+
+def carries_next_batch(run: resilient.Run) -> None:
+    parts = Parts(run)
+    ahead: Any = None
+    for batch in parts.batches:
+        parts.learn(*(ahead or batch))
+        ahead = batch
+
+
+def owns_generator(run: resilient.Run) -> None:
+    parts, own = Parts(run), torch.Generator().manual_seed(3)
+    for x, y in parts.batches:
+        parts.learn(x + torch.randn(x.shape, generator=own), y)
+
+
+def counts_iterations(run: resilient.Run) -> None:
+    parts, iterations = Parts(run), 0
+    for x, y in parts.batches:
+        iterations += 1
+        parts.optimizer.param_groups[0]["lr"] = 0.1 / (1 + iterations // 6)
+        parts.learn(x, y)
+
+
+def averages_every_iteration(run: resilient.Run) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    parts = Parts(run, model, ema=ema)
+    for x, y in parts.batches:
+        parts.learn(x, y)
+        ema.update_parameters(model)
+
+
+def validates_on_rank_0(run: resilient.Run) -> None:
+    torch.manual_seed(0)
+    parts = Parts(run, nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Linear(16, 1)))
+    for x, y in parts.batches:
+        if run.is_main and run.step % 5 == 0:
+            with run.pause("validation"), torch.no_grad():
+                torch.randint(96, (8,))
+        parts.learn(x, y)
+
+
+def divides_by_ranks(run: resilient.Run) -> None:
+    parts = Parts(run)
+    for x, y in parts.batches:
+        parts.learn(x / run.world_size, y)
+
+
+def anneals_in_variable(run: resilient.Run) -> None:
+    parts, lr = Parts(run), 0.1
+    for x, y in parts.batches:
+        parts.optimizer.param_groups[0]["lr"] = lr
+        parts.learn(x, y)
+        if run.committing and run.step == 4:
+            lr /= 4
+
+
+def halves_by_hand(run: resilient.Run) -> None:
+    parts = Parts(run)
+    for x, y in parts.batches:
+        parts.learn(x, y)
+        for group in parts.optimizer.param_groups:
+            group["lr"] *= 0.9
+
+
+def draws_unseeded(run: resilient.Run) -> None:
+    parts, own = Parts(run), random.SystemRandom()
+    for x, y in parts.batches:
+        parts.learn(x + own.random(), y)
+
+
+def has_one_micro_batch(run: resilient.Run) -> None:
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.protect(model=model, optimizer=optimizer)
+    for x, y in run.batches(data(), global_batch=8, micro_batch=8, steps=20):
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def forgets_to_step(run: resilient.Run) -> None:
+    print("about to train")
+    for x, y in Parts(run).batches:
+        x.sum().requires_grad_().backward()
+
+
+def raises_as_a_replacement(run: resilient.Run) -> None:
+    parts = Parts(run)
+    for x, y in parts.batches:
+        if run.generation > 2:
+            raise RuntimeError(f"what is generation {run.generation}?")
+        parts.learn(x, y)
+
+
+def check(function: Any, **settings: Any) -> resilient.CheckReport:
+    return resilient.train(**{"workers": 1, **settings})(function).check(steps=STEPS)
+
+
+def first(report: resilient.CheckReport) -> Finding:
+    assert not report.passed
+    return report.findings[0]
+
+
+def failed(report: resilient.CheckReport) -> list[str]:
+    return [layout.name for layout in report.layouts if layout.ok is False]
+
+
+def test_a_loop_in_order_passes_in_all_layouts() -> None:
+    report = check(clean)
+    assert report.passed, report
+    assert [(layout.name, layout.ok, layout.steps) for layout in report.layouts] == [
+        ("one process", True, 6),
+        ("one process again", True, 6),
+        ("micro-batches in the opposite order", True, 6),
+        ("2 ranks", True, 6),
+        ("3 ranks", True, 6),
+        ("4 ranks (uneven)", True, 6),
+        ("2 ranks, one killed and replaced", True, 6),
+        ("stopped after 3 steps and resumed", True, 3),
+        ("stopped after 5 steps and resumed", True, 1),
+    ]
+    assert not any(layout.note for layout in report.layouts), report
+    assert str(report).endswith("passed: the same bits in 9 layouts")
+    assert json.loads(json.dumps(report.to_json()))["passed"]
+
+
+@pytest.mark.parametrize(
+    ("loop", "layout", "path", "cause"),
+    [
+        (carries_hidden_state, "micro-batches in the opposite order", "model.bias", "carried from one micro-batch"),
+        (carries_next_batch, "micro-batches in the opposite order", "model.bias", "carried from one micro-batch"),
+        (owns_generator, "micro-batches in the opposite order", "model.bias", "random generator of the script's"),
+        (counts_iterations, "2 ranks", "optimizer.param_groups.0.lr", "once per micro-batch"),
+        (validates_on_rank_0, "2 ranks", "model.2.bias", "on one rank alone"),
+        (divides_by_ranks, "2 ranks", "model.bias", "from the number of ranks"),
+        (draws_unseeded, "one process again", "model.bias", "not deterministic"),
+    ],
+)
+def test_the_first_difference_is_named_with_its_likely_cause(loop: Any, layout: str, path: str, cause: str) -> None:
+    report = check(loop)
+    found = first(report)
+    assert (found.kind, found.layout, found.path) == ("bits", layout, path), report
+    assert cause in found.cause
+    assert list(found.values)[0] == "one process" and len(set(found.values.values())) == 2
+    assert f"{path} differs after step {found.step}" in str(report)
+
+
+@pytest.mark.parametrize("loop", [averages_every_iteration, halves_by_hand])
+def test_what_changes_in_every_iteration_is_found_or_refused(loop: Any) -> None:
+    found = first(check(loop))
+    if found.kind == "exception":
+        assert found.layout == "one process" and "LoopError" in found.values["error"]
+    else:
+        assert found.layout == "2 ranks" and "once per micro-batch" in found.cause
+
+
+def test_a_variable_that_a_replacement_and_a_resume_do_not_have() -> None:
+    report = check(anneals_in_variable)
+    assert failed(report) == ["2 ranks, one killed and replaced", "stopped after 5 steps and resumed"], report
+    killed, resumed = report.findings
+    assert killed.step == resumed.step == 5
+    assert "0.1" in killed.values["error"] and "lr" in killed.values["error"]
+    assert "Python variable" in killed.cause and "run.state" in killed.remedy
+    assert resumed.path == "optimizer.param_groups.0.lr"
+    assert resumed.values == {"one process": "0.025", "stopped after 5 steps and resumed": "0.1"}
+    assert "Python variable" in resumed.cause and "run.state" in resumed.remedy
+
+
+def test_what_the_loop_refuses_is_a_finding_with_what_the_script_printed() -> None:
+    report = check(forgets_to_step)
+    found = first(report)
+    assert (found.kind, found.layout, found.step) == ("exception", "one process", 0)
+    assert found.values["error"].startswith("resilient.errors.LoopError: step 0 was committed without optimizer.step()")
+    assert "in forgets_to_step" in found.detail and "printed: about to train" in found.detail
+    assert [layout.name for layout in report.layouts] == ["one process"]
+
+
+def test_an_exception_in_one_layout_alone_names_the_layout() -> None:
+    report = check(raises_as_a_replacement)
+    assert failed(report) == ["2 ranks, one killed and replaced"], report
+    assert first(report).values["error"] == "RuntimeError: what is generation 3?"
+
+
+def test_layouts_that_cannot_be_are_listed() -> None:
+    report = check(has_one_micro_batch)
+    assert report.passed, report
+    assert {layout.name: layout.note for layout in report.layouts if layout.ok is None} == {
+        "micro-batches in the opposite order": "not possible: a step has 1 micro-batch",
+        "2 ranks": "not possible: with 1 in a step, there are micro-batches for no more than 1",
+        "3 ranks": "not possible: with 1 in a step, there are micro-batches for no more than 1",
+        "2 ranks, one killed and replaced": "not possible: with 1 in a step, there are micro-batches for no more than 1",
+    }
