@@ -125,8 +125,10 @@ class TrainFunction:
         """Run the first steps here, without Ray, in each layout that failures may bring, and compare the bits.
 
         One process, several ranks, a killed rank and its replacement, a stop and a resume; on the CPU. The report names
-        the first value that differs, its layout and step, and the likely cause. Nothing is written to the run's storage.
+        the first value that differs, its layout and step, and the likely cause. The run's storage is not touched.
+        Raises nothing for what it finds.
         """
+        check_not_hidden()
         from .check import Check
 
         return Check(self.settings, self.packed(args, kwargs), steps).run()

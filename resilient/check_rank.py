@@ -78,16 +78,20 @@ class Dying:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Go:
-    """The replacement has a place: ranks need not wait for it any longer."""
+    """The controller wants this generation. joins: the replacement is in it, so that ranks need not wait any longer."""
+
+    generation: int
+    joins: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """How the first steps are run.
 
-    ranks: so many processes with a rank each; 1: one process, without others. backwards: it takes the micro-batches of a
-    step in the opposite order. as_rank, as_size: what the one process tells the script of itself. dies_in: in the middle
-    of this step one of the ranks is killed. resumes_at: the state at the start of this step comes from a checkpoint.
+    ranks: so many processes with a rank each; 1: one process, without others. backwards: it takes the micro-batches
+    of a step in the opposite order. as_rank, as_size: what the one process tells the script of itself. dies_in: in the
+    middle of this step one of the ranks is killed. resumes_at: the state at the start of this step comes from a
+    checkpoint.
     """
 
     name: str
@@ -159,12 +163,12 @@ class _One(_Told, Alone):
 
 
 class CheckedMember(_Told, Member):
-    """A rank. The one that is to die does so while others are in the same step; the others wait at its end for the
-    replacement, which would come too late to a run of few steps."""
+    """A rank. The one that is to die does so while others are in the same step; from then on the others wait after each
+    step for what the controller wants next: to a run of few steps the replacement would come too late."""
 
     def __init__(self, work: Work, host: Any, **kwargs: Any) -> None:
         self.work, self.told = work, host.tell
-        self._go = threading.Event()
+        self._waits, self._wanted = False, Go(generation=0, joins=False)
         super().__init__(host, **kwargs)
 
     def enter(self, loop: Loop) -> None:
@@ -172,22 +176,40 @@ class CheckedMember(_Told, Member):
         super().enter(loop)
 
     def folded(self, leaf: int) -> None:
-        plan = self._seat.plan
-        if self.step == self.work.layout.dies_in and plan is not None and plan.generation == 1:
-            if self.number == victim(plan):
-                self.told(Dying())
-                os.kill(os.getpid(), signal.SIGKILL)
+        if self._is_last_moment and self.number == victim(self._plan):
+            self.told(Dying())
+            os.kill(os.getpid(), signal.SIGKILL)
         super().folded(leaf)
+
+    @property
+    def _plan(self) -> Plan:
+        assert self._seat.plan is not None
+        return self._seat.plan
+
+    @property
+    def _is_last_moment(self) -> bool:
+        """Of the one that is to die. Without it the others go on in an unplanned generation."""
+        return self.step == self.work.layout.dies_in and self._plan.kind != "unplanned"
 
     def applied(self, values: Mapping[int, Mapping[str, float]]) -> None:
         self.ended()
         if self.step == self.work.layout.dies_in:
-            self._go.wait()  # the parent ends this process if that takes too long
+            self._waits = not self._is_last_moment
         super().applied(values)
+        if self._waits:
+            self._wait()
+
+    def _wait(self) -> None:
+        """The parent ends this process if that takes too long."""
+        with self._changed:
+            while not (self._wanted.joins or self._wanted.generation > self.generation):
+                self._changed.wait()
 
     def deliver(self, message: object) -> None:
         if isinstance(message, Go):
-            self._go.set()
+            with self._changed:
+                self._wanted = message
+                self._changed.notify_all()
         else:
             super().deliver(message)
 

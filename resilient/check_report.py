@@ -80,6 +80,8 @@ class CheckReport:
         compared = [layout for layout in self.layouts if layout.ok is not None]
         if self.passed:
             return f"passed: the same bits in {len(compared)} layouts"
+        if len(self.layouts) == 1:
+            return "failed in one process already, so that no other layout was run"
         bad = sum(layout.ok is False for layout in compared)
         return f"failed: {bad} of {len(compared)} layouts train differently, or not at all"
 

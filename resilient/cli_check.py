@@ -21,7 +21,7 @@ MODULE = "__checked__"
 @click.argument("script", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("script_args", nargs=-1, type=click.UNPROCESSED)
 @click.option("--function", "name", help="Which one, if the script has several under @resilient.train.")
-@click.option("--args", "arguments", default="{}", help='Its keyword arguments, as JSON: \'{"lr": 0.1}\'.')
+@click.option("--args", "arguments", default="{}", help="Its keyword arguments, as JSON: '{\"lr\": 0.1}'.")
 @click.option("--steps", type=int, default=6, show_default=True, help="How many of the first steps.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document; progress goes to stderr.")
 def check(
@@ -53,7 +53,10 @@ def _imported(script: Path, script_args: tuple[str, ...]) -> Any:
         raise ValueError(f"{script} is no Python file")
     module = module_from_spec(spec)
     sys.modules[MODULE] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001  whatever the script raises
+        raise ValueError(f"{script} raises when it is imported: {type(error).__name__}: {error}") from error
     cloudpickle.register_pickle_by_value(module)
     return module
 

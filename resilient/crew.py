@@ -1,11 +1,12 @@
-"""Ranks of a run as processes of this machine, without Ray: the controller's own state machine decides, in this process.
+"""Ranks of a run as processes of this machine, without Ray, under the controller's own state machine in this process.
 
-Ranks are `resilient.member.Member`s, connected by real sockets; facts and instructions travel over pipes. All of them are
-on one node. A process starts within milliseconds, since it is forked from one that has imported everything.
+Ranks are `resilient.member.Member`s, connected by real sockets; facts and instructions travel over pipes. All of them
+are on one node. A process starts within milliseconds, since it is forked from one that has imported everything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -71,10 +71,8 @@ class Processes:
     def send(self, number: int, message: object) -> None:
         """To a process that is there; what can't reach it counts for nothing."""
         if number in self._pipes:
-            try:
+            with contextlib.suppress(OSError):  # its end is noticed where messages are received
                 self._pipes[number].send(message)
-            except OSError:
-                pass  # its end is noticed where messages are received
 
     def receive(self) -> Iterator[tuple[int, Any]]:
         """What has come by the next tick: by number a message, or None when the process has ended."""
@@ -101,7 +99,7 @@ class Processes:
         self.all, self._pipes = {}, {}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _without_main() -> Iterator[None]:
     """A child would import the caller's script anew, and run what stands in it outside of functions."""
     main = sys.modules["__main__"]

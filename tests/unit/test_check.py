@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import resilient
 from resilient.check_report import Finding
+from resilient.core.order import derive_seed
+from resilient.randomness import seed_everything
 
 STEPS, GLOBAL, MICRO = 6, 24, 4
 
@@ -78,9 +81,8 @@ def owns_generator(run: resilient.Run) -> None:
 
 
 def counts_iterations(run: resilient.Run) -> None:
-    parts, iterations = Parts(run), 0
-    for x, y in parts.batches:
-        iterations += 1
+    parts = Parts(run)
+    for iterations, (x, y) in enumerate(parts.batches, 1):
         parts.optimizer.param_groups[0]["lr"] = 0.1 / (1 + iterations // 6)
         parts.learn(x, y)
 
@@ -145,7 +147,7 @@ def has_one_micro_batch(run: resilient.Run) -> None:
 
 def forgets_to_step(run: resilient.Run) -> None:
     print("about to train")
-    for x, y in Parts(run).batches:
+    for x, _ in Parts(run).batches:
         x.sum().requires_grad_().backward()
 
 
@@ -155,6 +157,65 @@ def raises_as_a_replacement(run: resilient.Run) -> None:
         if run.generation > 2:
             raise RuntimeError(f"what is generation {run.generation}?")
         parts.learn(x, y)
+
+
+def five_steps_in_all(run: resilient.Run, steps: int = 5) -> None:
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.protect(model=model, optimizer=optimizer)
+    for x, y in run.batches(data(), global_batch=GLOBAL, micro_batch=MICRO, steps=steps):
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def three_steps_in_all(run: resilient.Run) -> None:
+    five_steps_in_all(run, 3)
+
+
+def ends_the_second_process(run: resilient.Run) -> None:
+    parts = Parts(run)
+    for x, y in parts.batches:
+        if run.rank == 1 and run.step == 1:
+            print("good-bye", flush=True)
+            os._exit(3)
+        parts.learn(x, y)
+
+
+def breaks_by_iterations(run: resilient.Run) -> None:
+    parts = Parts(run)
+    for iterations, (x, y) in enumerate(parts.batches, 1):
+        parts.learn(x, y)
+        if iterations >= 24 and run.committing:
+            break
+
+
+def learns_from_the_seed(run: resilient.Run) -> None:
+    assert torch.initial_seed() == first_seed(3)
+    parts = Parts(run)
+    for x, y in parts.batches:
+        parts.learn(x + torch.rand(1), y)
+
+
+def first_seed(seed: int) -> int:
+    seed_everything(derive_seed("function", seed))
+    return torch.initial_seed()
+
+
+def pipeline(run: resilient.Run, counts: bool = False) -> None:
+    torch.manual_seed(0)
+    pipe = run.pipeline([nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)], nn.functional.mse_loss, stages=2)
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=0.01)
+    run.protect(model=pipe, optimizer=optimizer)
+    for step in run.steps(data(), global_batch=GLOBAL, micro_batch=MICRO, steps=20):
+        pipe.train_step(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if counts:
+            run.state["ranks"] = run.world_size
+
+
+def pipeline_with_counter(run: resilient.Run) -> None:
+    pipeline(run, counts=True)
 
 
 def check(function: Any, **settings: Any) -> resilient.CheckReport:
@@ -206,7 +267,7 @@ def test_the_first_difference_is_named_with_its_likely_cause(loop: Any, layout: 
     found = first(report)
     assert (found.kind, found.layout, found.path) == ("bits", layout, path), report
     assert cause in found.cause
-    assert list(found.values)[0] == "one process" and len(set(found.values.values())) == 2
+    assert next(iter(found.values)) == "one process" and len(set(found.values.values())) == 2
     assert f"{path} differs after step {found.step}" in str(report)
 
 
@@ -249,9 +310,74 @@ def test_an_exception_in_one_layout_alone_names_the_layout() -> None:
 def test_layouts_that_cannot_be_are_listed() -> None:
     report = check(has_one_micro_batch)
     assert report.passed, report
+    alone = "not possible: with 1 in a step, there are micro-batches for no more than 1"
     assert {layout.name: layout.note for layout in report.layouts if layout.ok is None} == {
         "micro-batches in the opposite order": "not possible: a step has 1 micro-batch",
-        "2 ranks": "not possible: with 1 in a step, there are micro-batches for no more than 1",
-        "3 ranks": "not possible: with 1 in a step, there are micro-batches for no more than 1",
-        "2 ranks, one killed and replaced": "not possible: with 1 in a step, there are micro-batches for no more than 1",
+        "2 ranks": alone,
+        "3 ranks": alone,
+        "2 ranks, one killed and replaced": alone,
     }
+
+
+def test_a_loop_of_fewer_steps_is_checked_for_all_of_them() -> None:
+    report = check(five_steps_in_all)
+    assert report.passed, report
+    assert report.layouts[-1].name == "stopped after 4 steps and resumed"
+    assert {layout.steps for layout in report.layouts} == {5, 3, 1}
+
+
+def test_a_loop_of_too_few_steps_is_not_compared() -> None:
+    found = first(check(three_steps_in_all))
+    assert found.values["error"] == "the loop has only 3 steps, and a check takes 4 or more"
+
+
+def test_too_few_steps_are_a_mistake_of_the_caller() -> None:
+    with pytest.raises(ValueError, match=r"check\(steps=3\): is a whole number of steps, 4 or more"):
+        resilient.train()(clean).check(steps=3)
+
+
+def test_a_process_that_ends_by_itself_is_found() -> None:
+    report = check(ends_the_second_process)
+    assert failed(report) == ["2 ranks", "3 ranks", "4 ranks (uneven)", "2 ranks, one killed and replaced"], report
+    assert first(report).kind == "died" and "printed: good-bye" in first(report).detail
+
+
+def test_a_loop_that_is_left_at_another_step_by_some_ranks_is_found() -> None:
+    report = check(breaks_by_iterations)
+    assert "2 ranks" in failed(report), report
+    assert first(report).values == {"error": "the last step of process 1 was 4, and it is 3 in one process"}
+
+
+def test_settings_are_those_of_the_run_but_its_storage_is_not_touched(tmp_path: Path) -> None:
+    url = tmp_path / "checkpoints"
+    settings = {"seed": 3, "checkpoint": resilient.Checkpoint(str(url), every=1), "on_nonfinite": "rollback"}
+    report = check(learns_from_the_seed, **settings, reduction="fast")
+    assert report.passed, report
+    assert not url.exists()
+
+
+def test_more_workers_than_micro_batches_are_a_finding() -> None:
+    found = first(check(has_one_micro_batch, workers=(1, 2)))
+    assert "workers allows 2 ranks, but a step has only 1 micro-batches" in found.values["error"]
+
+
+def test_the_layers_of_a_pipeline_are_compared_wherever_they_are() -> None:
+    report = check(pipeline)
+    assert report.passed, report
+    assert [layout.name for layout in report.layouts if layout.ok] == [
+        "one process",
+        "one process again",
+        "2 ranks",
+        "3 ranks",
+        "3 ranks, one killed and replaced",
+        "stopped after 3 steps and resumed",
+        "stopped after 5 steps and resumed",
+    ]
+    assert not any(layout.note for layout in report.layouts if layout.ok), report
+
+
+def test_a_difference_in_a_pipeline_is_found() -> None:
+    report = check(pipeline_with_counter)
+    assert failed(report) == ["2 ranks", "3 ranks", "3 ranks, one killed and replaced"], report
+    assert first(report).path == "run.state.ranks"
+    assert first(report).values == {"one process": "1", "2 ranks, rank 0": "2"}

@@ -1,0 +1,119 @@
+"""`resilient check`: what people and programs are told, and the exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+
+import torch
+
+import parts
+import resilient
+
+
+class Net(torch.nn.Linear):
+    pass
+
+
+@resilient.train(workers=1)
+def main(run, lr=0.1, by_ranks=False):
+    assert sys.argv[1:] == ["--epochs", "3"], sys.argv
+    model = Net(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    run.protect(model=model, optimizer=optimizer)
+    for x, y in run.batches(parts.data(), global_batch=8, micro_batch=2, steps=9):
+        print("a line of the script's")
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        (loss * run.world_size if by_ranks else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+raise_error = len(sys.argv) > 9
+if __name__ == "__main__":
+    raise SystemExit("the main block was run")
+"""
+PARTS = """
+import torch
+
+
+def data():
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+"""
+OTHER = """
+import resilient
+
+
+@resilient.train()
+def other(run):
+    pass
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "parts.py").write_text(PARTS)
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def ran(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "resilient.cli", "check", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_a_script_in_order(script: Path) -> None:
+    done = ran(script, "--", "--epochs", "3")
+    assert done.stdout.splitlines()[-1] == "passed: the same bits in 8 layouts"
+    assert "a line of the script's" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[:2] == ["one process ...", "one process again ..."]
+
+
+def test_a_finding_as_json(script: Path) -> None:
+    done = ran(script, "--args", '{"by_ranks": true}', "--json", "--steps", 5, "--", "--epochs", "3", status=1)
+    document: dict[str, Any] = json.loads(done.stdout)
+    assert not document["passed"]
+    finding = document["findings"][0]
+    assert (finding["kind"], finding["layout"], finding["step"]) == ("bits", "2 ranks", 0)
+    assert "run.world_size" in finding["cause"] and finding["path"] == "model.bias"
+    assert document["layouts"][0]["steps"] == 5
+
+
+def test_wrong_use(script: Path) -> None:
+    assert "--args" in ran(script, "--args", "lr=0.1", status=2).stderr
+    assert "JSON object" in ran(script, "--args", "3", status=2).stderr
+    assert "main" in ran(script, "--function", "train", status=2).stderr
+    assert "steps=2" in ran(script, "--steps", 2, status=2).stderr
+    assert "does not exist" in ran(script.parent / "none.py", status=2).stderr
+
+
+def test_one_of_several_functions_is_to_be_chosen(script: Path) -> None:
+    script.write_text(SCRIPT + OTHER.replace("import resilient", ""))
+    assert "main, other; choose one with --function NAME" in ran(script, status=2).stderr
+    done = ran(script, "--function", "other", status=1)
+    assert "returned without calling run.protect" in done.stdout
+
+
+def test_a_script_without_a_training_function(tmp_path: Path) -> None:
+    path = tmp_path / "plain.py"
+    path.write_text("x = 1\n")
+    assert "no function under @resilient.train" in ran(path, status=2).stderr
+
+
+def test_a_script_that_raises_while_it_is_imported(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("import resilient\n1 / 0\n")
+    assert "broken.py raises when it is imported: ZeroDivisionError: division by zero" in ran(path, status=2).stderr
