@@ -19,8 +19,9 @@ from .check_report import CheckReport, Finding, LayoutResult
 from .job import Settings
 
 AGAIN = "one process again"
-LEAST_STEPS = 4
-"""A death, the replacement's arrival, and a step with it take three; in a pipeline four, whose layers move first."""
+LEAST_STEPS = 2
+KILL_STEPS, KILL_STEPS_PIPELINE = 3, 4
+"""A death, the replacement's arrival, and a step with it; in a pipeline layers move first."""
 MOST_RANKS = 5
 SETUP_LIMIT_S = 600.0
 QUIET_LIMIT_S = 30.0
@@ -64,7 +65,7 @@ class Check:
             self._steps, self._limit = made, made + 1
             return self._run_reference()  # whose states to resume from are of other steps
         if outcome.failure is None and made < self._steps:
-            text = f"the loop has only {made} steps, and a check takes {LEAST_STEPS} or more"
+            text = f"the loop has {made} steps, and a check takes {LEAST_STEPS} or more"
             outcome.failure = Failure(kind="exception", text=text)
         if outcome.failure is not None:
             self._failed[layout.name] = (layout, outcome, None)
@@ -75,7 +76,7 @@ class Check:
     @property
     def _stops(self) -> tuple[int, ...]:
         """Steps at whose start a run is resumed."""
-        return tuple(sorted({self._steps // 2, self._steps - 1}))
+        return tuple(sorted({self._steps // 2, self._steps - 1} - {0}))
 
     def _layouts(self) -> Iterator[tuple[Layout, str]]:
         """Each with the reason why it can't be, or none."""
@@ -93,15 +94,15 @@ class Check:
         for size in filter(None, sizes):
             uneven = " (uneven)" if stages == 1 and size < count and count % size else ""
             yield Layout(name=f"{size} ranks{uneven}", ranks=size), _too_many(size, most, count)
-        killed, before = (2, 3) if stages == 1 else (stages + 1, 4)
-        kill = Layout(name=f"{killed} ranks, one killed and replaced", ranks=killed, dies_in=steps - before)
-        yield kill, _too_many(killed, most, count)
+        killed, least = (2, KILL_STEPS) if stages == 1 else (stages + 1, KILL_STEPS_PIPELINE)
+        kill = Layout(name=f"{killed} ranks, one killed and replaced", ranks=killed, dies_in=steps - least)
+        too_few = f"it takes {least} steps, and there are {steps}" if steps < least else ""
+        yield kill, too_few or _too_many(killed, most, count)
         for step in self._stops:
             yield Layout(name=f"stopped after {step} steps and resumed", resumes_at=step), ""
 
     def _try(self, layout: Layout, why_not: str) -> None:
-        if AGAIN in self._failed:
-            why_not = "one process alone differs from itself"
+        why_not = why_not or self._pointless(layout)
         if why_not:
             self._results.append(LayoutResult(name=layout.name, note=f"not possible: {why_not}"))
             return
@@ -115,6 +116,17 @@ class Check:
         if bad:
             self._failed[layout.name] = (layout, outcome, difference)
         self._add(layout, outcome, steps=compared, ok=not bad, note=note)
+
+    def _pointless(self, layout: Layout) -> str:
+        """Why nothing more can be learned from this layout, after what has failed."""
+        if AGAIN in self._failed:
+            return "one process alone differs from itself"
+        hanging = [
+            name
+            for name, (failed, outcome, _) in self._failed.items()
+            if failed.ranks > 1 and outcome.failure is not None and outcome.failure.kind == "hangs"
+        ]
+        return f"{hanging[0]} hang already" if hanging and layout.ranks > 1 else ""
 
     def _add(self, layout: Layout, outcome: Outcome, *, steps: int, ok: bool, note: str = "") -> None:
         self._results.append(

@@ -16,7 +16,7 @@ class Cause:
 
 RANDOM = Cause(
     cause="the same layout, run twice, has different bits: an operation that is not deterministic by itself, a random "
-    "number that no seed decides (numpy.random.default_rng(), os.urandom, a set's order), or the time of day",
+    "number that no seed decides (numpy.random.default_rng(), os.urandom), or the time of day",
     remedy="seed every generator from a constant, and call torch.use_deterministic_algorithms(True)",
 )
 CARRIED = Cause(

@@ -15,19 +15,22 @@ from .check_rank import (
     Done,
     Dying,
     Entered,
-    Entry,
     Go,
     Layout,
     Raised,
+    There,
+    Where,
     Work,
     begin,
     one_process,
     train,
 )
+from .check_state import Entry
 from .core.limits import Limits
 from .crew import Crew, Processes, Task
 
 OUTPUT_LINES = 12
+ANSWER_LIMIT_S = 1.0
 DETECTION_S = 20.0
 """Ranks that are ready wait for others that are starting fifteen times as long."""
 
@@ -81,10 +84,12 @@ def outcome_of(work: Work, quiet_s: float) -> Outcome:
 class _Listener:
     """Hears what the processes of a layout tell."""
 
-    def __init__(self, work: Work, quiet_s: float) -> None:
-        self.work, self.outcome = work, Outcome()
+    def __init__(self, work: Work, quiet_s: float, processes: Processes) -> None:
+        self.work, self.outcome, self._processes = work, Outcome(), processes
         self.done: set[int] = set()
         self._quiet_s, self._heard_at = quiet_s, time.monotonic()
+        self._places: dict[int, str] | None = None
+        """What each process does, once they have been asked since nothing came."""
 
     def hear(self, number: int, message: Any) -> None:
         match message:
@@ -98,6 +103,9 @@ class _Listener:
                 self.outcome.dying.add(number)
             case Raised(error=error, traceback=text):
                 self.fail("exception", error, text + self.printed(number))
+            case There(stack=stack) if self._places is not None:
+                self._places[number] = stack
+                return
             case _:
                 return
         self._heard_at = time.monotonic()
@@ -112,10 +120,15 @@ class _Listener:
             self.outcome.failure = Failure(kind=kind, text=text, detail=detail)
 
     def over(self) -> bool:
-        """Whether it has failed."""
+        """Whether it has failed. Asked after each tick."""
         quiet_s = time.monotonic() - self._heard_at
-        if quiet_s > self._quiet_s:
-            self.fail("hangs", f"nothing has happened for {quiet_s:.0f} s")
+        if quiet_s > self._quiet_s and self._places is None:
+            self._places = {}
+            for number in self._processes.all:
+                self._processes.send(number, Where())
+        if quiet_s > self._quiet_s + ANSWER_LIMIT_S:
+            stacks = [f"process {number} is here:\n{stack}" for number, stack in sorted((self._places or {}).items())]
+            self.fail("hangs", f"nothing has happened for {quiet_s:.0f} s", "".join(stacks))
         return self.outcome.failure is not None
 
     def printed(self, number: int) -> str:
@@ -126,13 +139,13 @@ class _Listener:
 
 
 def _alone(work: Work, quiet_s: float) -> Outcome:
-    listener = _Listener(work, quiet_s)
     with _processes() as processes:
+        listener = _Listener(work, quiet_s, processes)
         processes.start(1, one_process, work)
         while not listener.done and not listener.over():
             for number, message in processes.receive():
                 listener.died(number) if message is None else listener.hear(number, message)
-    return listener.outcome
+        return listener.outcome
 
 
 @contextmanager
@@ -157,7 +170,7 @@ class _Several(Crew):
         )
         limits = Limits(min_workers=task.workers[0], max_workers=ranks, detection_s=DETECTION_S)
         super().__init__(task, limits, room=ranks)
-        self.listener, self._told, self._joined = _Listener(work, quiet_s), 1, False
+        self.listener, self._told, self._joined = _Listener(work, quiet_s, self.processes), 1, False
 
     def heard(self, member: int, message: Any) -> None:
         self.listener.hear(member, message)

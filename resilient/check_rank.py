@@ -11,33 +11,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-import xxhash
 
-from snapshot.absent import is_absent
-from snapshot.capture import capture
-from snapshot.state_tree import places, spelling, tree_of
-from snapshot.table import StateTable
-
+from .check_state import Entry, entries
 from .core.plan import Plan
 from .core.seat import Apply, Compute, Park
-from .crew import Tell, attend, teller
+from .crew import TRAINING, Tell, attend, teller
 from .job import Checkpoint, Settings
-from .loading import shown_name
 from .local_saving import LocalSaving
 from .member import Member
 from .team import Alone, Loop
 from .worker import call, user_traceback
 
-MOST_SHOWN = 4
-"""Elements of a tensor that a report shows."""
-WORDS = 80
-
-Entry: TypeAlias = "tuple[bytes | None, str, int]"
-"""Of a tensor or value: its digest (None where its bytes are on other ranks), how it reads, and its elements: 0 for a
-plain value."""
+FRAMES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +105,18 @@ class Work:
 
     def output(self, number: int) -> Path:
         return self.folder / f"{self.layout.name}-{number}.txt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Asks a process what it does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class There:
+    """What the training thread does, as a traceback."""
+
+    stack: str
 
 
 class _Stop(BaseException):
@@ -210,6 +210,8 @@ class CheckedMember(_Told, Member):
             with self._changed:
                 self._wanted = message
                 self._changed.notify_all()
+        elif isinstance(message, Where):
+            self.told(where())
         else:
             super().deliver(message)
 
@@ -244,8 +246,14 @@ def one_process(pipe: Connection, number: int, work: Work) -> None:
     begin(work, number)
     torch.set_num_threads(work.settings.threads)
     tell = teller(pipe)
-    threading.Thread(target=_train_alone, args=(work, tell), daemon=True).start()
-    attend(pipe, lambda message: None, lambda: None)
+    threading.Thread(target=_train_alone, args=(work, tell), name=TRAINING, daemon=True).start()
+    attend(pipe, lambda message: tell(where()), lambda: None)
+
+
+def where() -> There:
+    training = {each.ident for each in threading.enumerate() if each.name == TRAINING}
+    stacks = [traceback.format_stack(frame) for thread, frame in sys._current_frames().items() if thread in training]
+    return There(stack="".join(stacks[0][-FRAMES:]) if stacks else "")
 
 
 def begin(work: Work, number: int) -> None:
@@ -293,38 +301,3 @@ def _train(work: Work, tell: Tell, make_team: Callable[[], Any]) -> None:
         tell(Raised(error=text, traceback=user_traceback(error)))
         return
     tell(Done())
-
-
-# The state
-
-
-def entries(objects: Mapping[str, object]) -> dict[str, Entry]:
-    """By path, of all that was given to `protect` and of `run.state`."""
-    mine = {name: thing for name, thing in objects.items() if name.startswith("user:") or name == "run.state"}
-    table = capture(mine)
-    tree = tree_of({shown_name(name): node for name, node in table.layout.objects.items()}, everything=True)
-    return {
-        place.name: _plain(place.value) if place.tensor is None else _tensor(table, place.tensor)
-        for place in places(tree)
-    }
-
-
-def _plain(value: object) -> Entry:
-    return spelling(value), _short(repr(value)), 0
-
-
-def _tensor(table: StateTable, number: int) -> Entry:
-    tensor, spec = table.tensors[number], table.layout.tensors[number]
-    if is_absent(tensor):
-        return None, "on other ranks", tensor.numel()
-    hashed = xxhash.xxh3_128(f"{spec.dtype} {spec.shape} {spec.order}".encode())
-    start = table.layout.offsets[number]
-    for piece in table.pieces(start, start + spec.nbytes):
-        hashed.update(piece.cpu().numpy().data)
-    few = tensor.numel() <= MOST_SHOWN
-    shown = _short(str(tensor.tolist())) if few else f"{spec.dtype} {list(spec.shape)}, xxh3 {hashed.hexdigest()[:8]}"
-    return hashed.digest(), shown, max(1, tensor.numel())
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= WORDS else f"{text[: WORDS - 3]}..."

@@ -55,7 +55,7 @@ def _imported(script: Path, script_args: tuple[str, ...]) -> Any:
     sys.modules[MODULE] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001  whatever the script raises
+    except Exception as error:
         raise ValueError(f"{script} raises when it is imported: {type(error).__name__}: {error}") from error
     cloudpickle.register_pickle_by_value(module)
     return module

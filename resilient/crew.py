@@ -39,6 +39,8 @@ from .core.limits import Limits
 from .core.plan import Plan
 
 NODE, SECRET, HOST = "node", "secret", "127.0.0.1"
+TRAINING = "training"
+"""The thread in which a rank runs the training function."""
 TICK_S = 0.1
 _EVENTS = (RankReady, RankReported, RankReturned, RankFailed)
 
@@ -279,7 +281,7 @@ def _rank(pipe: Connection, number: int, task: Task) -> None:
         device=torch.device("cpu"),
         snapshots=None if task.folder is None else _snapshots(task.folder, number),
     )
-    threading.Thread(target=task.train, args=(member, tell), daemon=True).start()
+    threading.Thread(target=task.train, args=(member, tell), name=TRAINING, daemon=True).start()
     attend(pipe, member.deliver, member.telling.report)
 
 

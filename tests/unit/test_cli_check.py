@@ -103,7 +103,7 @@ def test_wrong_use(script: Path) -> None:
     assert "--args" in ran(script, "--args", "lr=0.1", status=2).stderr
     assert "JSON object" in ran(script, "--args", "3", status=2).stderr
     assert "main" in ran(script, "--function", "train", status=2).stderr
-    assert "steps=2" in ran(script, "--steps", 2, status=2).stderr
+    assert "steps=1" in ran(script, "--steps", 1, status=2).stderr
     assert "does not exist" in ran(script.parent / "none.py", status=2).stderr
 
 
