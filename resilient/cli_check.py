@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from .api import TrainFunction
-from .cli_output import answering
+from .cli_output import answering, end_in_order
 
 MODULE = "__checked__"
 """What the script is called while it is imported. Not __main__: its main block must not run."""
@@ -32,6 +32,7 @@ def check(
     The bits of the state are compared after each step. Takes less than a minute for a small model, on the CPU, without
     Ray. What stands after -- is the script's own: sys.argv. Exits with 1 if anything differs.
     """
+    end_in_order()
     with answering(as_json) as answer:
         from .check import Check
 

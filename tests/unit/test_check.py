@@ -259,6 +259,15 @@ def test_a_loop_in_order_passes_in_all_layouts() -> None:
     assert json.loads(json.dumps(report.to_json()))["passed"]
 
 
+def test_the_example_of_the_readme_passes() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(example, "README.md", "exec"), names)
+    report = names["main"].check(lr=0.05)
+    assert report.passed, report
+
+
 @pytest.mark.parametrize(
     ("loop", "layout", "path", "cause"),
     [

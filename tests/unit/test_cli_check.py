@@ -1,14 +1,21 @@
 """`resilient check`: what people and programs are told, and the exit status."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 
 from resilient.cli import main
+
+ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import sys
@@ -24,12 +31,12 @@ class Net(torch.nn.Linear):
 
 
 @resilient.train(workers=1)
-def main(run, lr=0.1, by_ranks=False):
+def main(run, lr=0.1, by_ranks=False, steps=9):
     assert sys.argv[1:] == ["--epochs", "3"], sys.argv
     model = Net(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     run.protect(model=model, optimizer=optimizer)
-    for x, y in run.batches(parts.data(), global_batch=8, micro_batch=2, steps=9):
+    for x, y in run.batches(parts.data(), global_batch=8, micro_batch=2, steps=steps):
         print("a line of the script's")
         loss = torch.nn.functional.mse_loss(model(x), y)
         (loss * run.world_size if by_ranks else loss).backward()
@@ -68,11 +75,15 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the command changes for the script's sake; its process would end here."""
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gives back what the command changes for itself and for the script; its process would end here."""
+    handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(sys, "argv", [*sys.argv])
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "parts", raising=False)
+    yield
+    for sign, handler in handlers.items():
+        signal.signal(sign, handler)
 
 
 def ran(*arguments: object, status: int = 0) -> Result:
@@ -87,6 +98,10 @@ def test_a_script_in_order(script: Path) -> None:
     assert done.stdout.splitlines()[-1] == "passed: the same bits in 8 layouts"
     assert "a line of the script's" not in done.stdout + done.stderr
     assert done.stderr.splitlines()[:2] == ["one process ...", "one process again ..."]
+
+
+def test_an_example_of_the_project() -> None:
+    assert "passed: the same bits in 8 layouts" in ran(ROOT / "examples" / "train_digits.py").stdout
 
 
 def test_a_finding_as_json(script: Path) -> None:
@@ -124,3 +139,38 @@ def test_a_script_that_raises_while_it_is_imported(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("import resilient\n1 / 0\n")
     assert "broken.py raises when it is imported: ZeroDivisionError: division by zero" in ran(path, status=2).stderr
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_nothing_is_left_of_a_check_that_is_interrupted(script: Path, tmp_path: Path, sign: signal.Signals) -> None:
+    command = "from resilient.cli import main; main()"
+    running = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            command,
+            "check",
+            script,
+            "--steps",
+            "100000",
+            "--args",
+            '{"steps": 100000}',
+            "--",
+            "--epochs",
+            "3",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with running:
+        assert running.stderr is not None and running.stderr.readline() == "one process ...\n"
+        while not any(tmp_path.glob("resilient-check-*/*.txt")):
+            assert running.poll() is None
+        children = psutil.Process(running.pid).children(recursive=True)
+        assert children
+        running.send_signal(sign)
+        assert running.wait(60) == 1
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert not any(tmp_path.glob("resilient-check-*"))
