@@ -18,7 +18,7 @@ from .check_rank import Layout, Work
 from .check_report import CheckReport, Finding, LayoutResult
 from .job import Settings
 
-AGAIN = "one process again"
+REFERENCE, AGAIN = "one process", "one process again"
 LEAST_STEPS = 2
 KILL_STEPS, KILL_STEPS_PIPELINE = 3, 4
 """A death, the replacement's arrival, and a step with it; in a pipeline layers move first."""
@@ -58,7 +58,7 @@ class Check:
 
     def _run_reference(self) -> bool:
         """Whether there is anything to compare others with."""
-        layout = Layout(name="one process")
+        layout = Layout(name=REFERENCE)
         self._reference = outcome = self._outcome(layout, self._stops)
         made = len(outcome.states.get(1, {}))
         if outcome.failure is None and LEAST_STEPS <= made < self._steps:
@@ -150,10 +150,11 @@ class Check:
     def _findings(self) -> Iterator[Finding]:
         for layout, outcome, difference in self._failed.values():
             cause = cause_of(layout, {name: each[0] for name, each in self._failed.items()}, self._differs)
-            if difference is not None:
-                yield _differing(layout, difference, cause)
-            if outcome.failure is not None:
-                yield self._failing(layout, outcome, cause)
+            yield (
+                _failing(layout, outcome, cause)
+                if difference is None
+                else _differing(layout, difference, outcome, cause)
+            )
 
     def _differs(self, layout: Layout) -> bool:
         """An experiment, made once at most."""
@@ -162,22 +163,24 @@ class Check:
         outcome = self._outcomes[layout.name]
         return outcome.failure is not None or first_difference(self._reference, outcome) is not None
 
-    def _failing(self, layout: Layout, outcome: Outcome, cause: Cause) -> Finding:
-        assert outcome.failure is not None
-        alone = layout.name == "one process"
-        return Finding(
-            kind=outcome.failure.kind,
-            layout=layout.name,
-            step=outcome.step,
-            path="",
-            values={"error": outcome.failure.text},
-            cause="it is the script's own, in one process without others" if alone else cause.cause,
-            remedy="as the error says" if alone or "LoopError" in outcome.failure.text else cause.remedy,
-            detail=outcome.failure.detail,
-        )
+
+def _failing(layout: Layout, outcome: Outcome, cause: Cause) -> Finding:
+    assert outcome.failure is not None
+    alone = layout.name == REFERENCE
+    return Finding(
+        kind=outcome.failure.kind,
+        layout=layout.name,
+        step=outcome.step,
+        path="",
+        values={"error": outcome.failure.text},
+        cause="it is the script's own, in one process without others" if alone else cause.cause,
+        remedy="as the error says" if alone or "LoopError" in outcome.failure.text else cause.remedy,
+        detail=outcome.failure.detail,
+    )
 
 
-def _differing(layout: Layout, found: Difference, cause: Cause) -> Finding:
+def _differing(layout: Layout, found: Difference, outcome: Outcome, cause: Cause) -> Finding:
+    later = outcome.failure
     where = f"{layout.name}, rank {found.rank}" if layout.ranks > 1 else layout.name
     return Finding(
         kind="bits",
@@ -185,9 +188,10 @@ def _differing(layout: Layout, found: Difference, cause: Cause) -> Finding:
         step=found.step,
         path=found.path,
         others=found.others,
-        values={"one process": found.expected, where: found.found},
+        values={REFERENCE: found.expected, where: found.found},
         cause=cause.cause,
         remedy=cause.remedy,
+        detail="" if later is None else f"later, in step {outcome.step}: {later.text}",
     )
 
 

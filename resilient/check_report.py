@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+COLUMNS = 110
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +73,8 @@ class CheckReport:
                 yield f"  cause: as in {told[finding.cause]}"
             else:
                 told[finding.cause] = finding.layout
-                yield f"  cause: {finding.cause}"
-                yield f"  remedy: {finding.remedy}"
+                yield from _wrapped(f"cause: {finding.cause}")
+                yield from _wrapped(f"remedy: {finding.remedy}")
             yield from (f"  | {line}" for line in finding.detail.splitlines())
         yield ""
         yield self._verdict()
@@ -84,6 +87,10 @@ class CheckReport:
             return "failed in one process already, so that no other layout was run"
         bad = sum(layout.ok is False for layout in compared)
         return f"failed: {bad} of {len(compared)} layouts train differently, or not at all"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, COLUMNS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 _MARKS = {True: "ok", False: "DIFFERS", None: "-"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -55,7 +56,8 @@ def _imported(script: Path, script_args: tuple[str, ...]) -> Any:
     module = module_from_spec(spec)
     sys.modules[MODULE] = module
     try:
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"{script} raises when it is imported: {type(error).__name__}: {error}") from error
     cloudpickle.register_pickle_by_value(module)
