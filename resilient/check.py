@@ -170,7 +170,7 @@ def _failing(layout: Layout, outcome: Outcome, cause: Cause) -> Finding:
     return Finding(
         kind=outcome.failure.kind,
         layout=layout.name,
-        step=outcome.step,
+        step=max(outcome.step, layout.resumes_at or 0),
         path="",
         values={"error": outcome.failure.text},
         cause="it is the script's own, in one process without others" if alone else cause.cause,
