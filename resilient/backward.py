@@ -8,20 +8,20 @@ inside a backward, on this or on an autograd thread, pass through.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+Root: TypeAlias = tuple[Tensor, Tensor | None]
+"""What a backward began from, and the gradient that it was given for it, if any."""
+
 
 @contextmanager
-def watched_backward(before: Callable[[], None], after: Callable[[Tensor | None], None]) -> Iterator[None]:
-    """Within it, `before()` and `after(root)` run around every outermost backward of this thread.
-
-    `root` is the tensor that backward started from, or None if there were several or it is no scalar.
-    """
+def watched_backward(before: Callable[[], None], after: Callable[[Sequence[Root]], None]) -> Iterator[None]:
+    """Within it, `before()` and `after(roots)` run around every outermost backward of this thread."""
     original = torch.autograd.backward
     thread = threading.get_ident()
     inside = False
@@ -36,7 +36,7 @@ def watched_backward(before: Callable[[], None], after: Callable[[Tensor | None]
             original(tensors, *args, **kwargs)
         finally:
             inside = False
-        after(_root(tensors))
+        after(_roots(tensors, args[0] if args else kwargs.get("grad_tensors")))
         return None
 
     torch.autograd.backward = backward
@@ -46,8 +46,7 @@ def watched_backward(before: Callable[[], None], after: Callable[[Tensor | None]
         torch.autograd.backward = original
 
 
-def _root(tensors: Any) -> Tensor | None:
-    if isinstance(tensors, Tensor):
-        tensors = (tensors,)
-    found = list(tensors)
-    return found[0] if len(found) == 1 and found[0].numel() == 1 else None
+def _roots(tensors: Any, gradients: Any) -> list[Root]:
+    found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    given = [gradients] if gradients is None or isinstance(gradients, Tensor) else list(gradients)
+    return list(zip(found, given if len(given) == len(found) else [None] * len(found), strict=True))

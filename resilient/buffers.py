@@ -2,13 +2,14 @@
 
 Every micro-batch of a step starts from the step's value. What it changed is put back afterwards and
 travels with its gradients; the step's new value is the mean along the tree of those that changed it, for
-integers the value of the lowest such micro-batch. Unchanged buffers are not touched: averaging equal
-values would change bits.
+integers and float8 the value of the lowest such micro-batch. Unchanged buffers are not touched: averaging
+equal values would change bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,14 @@ class Buffers:
                 self._put(buffer, buffer.value)
         return changed
 
+    def changed(self) -> str | None:
+        """The first buffer, by name, that does not hold the step's value."""
+        for name, buffer in self._found.items():
+            current = buffer.current
+            if current is not None and buffer.may_have_changed(current) and not _equal_bits(current, buffer.value):
+                return name
+        return None
+
     def put(self, name: str, value: Tensor) -> None:
         """Set a buffer to the step's new value, which `begin_step` will find."""
         buffer = self._found[name]
@@ -112,12 +121,30 @@ class Buffers:
         buffer.version = buffer.tensor._version
 
 
+@contextmanager
+def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """What forward does to their buffers within it is undone."""
+    places = [(part, key) for module in modules for part in module.modules() for key in part._buffers]
+    kept = [(part, key, part._buffers[key]) for part, key in places]
+    values = [None if tensor is None else tensor.detach().clone() for _, _, tensor in kept]
+    try:
+        yield
+    finally:
+        for (part, key, tensor), value in zip(kept, values, strict=True):
+            if tensor is not None and value is not None and not _equal_bits(tensor, value):
+                with torch.no_grad():
+                    tensor.copy_(value)
+            part._buffers[key] = tensor
+
+
 def _equal_bits(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         raise ValueError(
             f"a buffer changed from {other.dtype} {tuple(other.shape)} to {one.dtype} {tuple(one.shape)} "
             "in forward: buffers must keep type and shape; hold growing state outside the module"
         )
+    if one.is_floating_point() and not has_mean(one):
+        return _bytes(one).equal(_bytes(other))
     if one.is_complex():
         one, other = torch.view_as_real(one.detach().resolve_conj()), torch.view_as_real(other)
     if torch.equal(one, other):
@@ -127,3 +154,8 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def has_mean(buffer: Tensor) -> bool:
+    """Not integers, and not types of one byte, such as float8, for which torch has no arithmetic."""
+    return buffer.is_complex() or (buffer.is_floating_point() and buffer.itemsize > 1)

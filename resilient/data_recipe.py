@@ -23,12 +23,15 @@ class Recipe:
     shuffle: bool
     collate: Callable[[list[Any]], Any]
     pin: bool
+    updates: int = 1
+    """So many steps in a row have the same samples."""
 
     def __getitem__(self, ticket: Ticket) -> tuple[int, int, Any]:
         return (*ticket, self.load(*ticket))
 
     def load(self, step: int, leaf: int) -> Any:
         assert self.length is not None
+        step //= self.updates
         epoch = self.batching.epoch(step, self.length)
         indices = sample_indices(
             self.batching, step=step, leaf=leaf, length=self.length, seed=self.seed, shuffle=self.shuffle

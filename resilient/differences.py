@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from snapshot.state_tree import Path, Place, places, spelling
+from snapshot.state_tree import Path, Place, comparable, flags, places, spelling, tree_of
 from snapshot.stored import Stored
+from snapshot.tree import Json
 
-from .loading import whole_tree
+from .loading import shown_objects
 
 if TYPE_CHECKING:
-    from snapshot.compare import Difference
+    from snapshot.compare import BitDifference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class Differences:
     only_in_one: list[Place] = field(default_factory=list)
     only_in_other: list[Place] = field(default_factory=list)
     layouts: list[tuple[Place, str, str]] = field(default_factory=list)
-    tensors: list[tuple[Place, Difference]] = field(default_factory=list)
+    tensors: list[tuple[Place, BitDifference]] = field(default_factory=list)
     values: list[tuple[Place, Place]] = field(default_factory=list)
     compared: dict[tuple[int, int], Place] = field(default_factory=dict)
 
@@ -44,7 +45,8 @@ def layout_of(stored: Stored, place: Place) -> str:
 
 def differences_of(one: Stored, other: Stored, progress: Callable[[int, int], None]) -> Differences:
     """Streams tensor by tensor. progress: called with bytes compared and bytes in all. Raises as `Stored.read`."""
-    ours, theirs = _by_path(one), _by_path(other)
+    objects, others = shown_objects(one), shown_objects(other)
+    ours, theirs = _by_path(comparable(objects, others)), _by_path(comparable(others, objects))
     found = Differences(
         only_in_one=[place for path, place in ours.items() if path not in theirs],
         only_in_other=[place for path, place in theirs.items() if path not in ours],
@@ -66,7 +68,7 @@ def differences_of(one: Stored, other: Stored, progress: Callable[[int, int], No
 
 def _tensors(
     one: Stored, other: Stored, pairs: dict[tuple[int, int], Place], progress: Callable[[int, int], None]
-) -> Iterator[tuple[Place, Difference]]:
+) -> Iterator[tuple[Place, BitDifference]]:
     from snapshot.compare import compare  # torch
 
     specs = one.skeleton.tensors
@@ -79,5 +81,5 @@ def _tensors(
         progress(done, total)
 
 
-def _by_path(stored: Stored) -> dict[Path, Place]:
-    return {place.path: place for place in places(whole_tree(stored, everything=True))}
+def _by_path(objects: Mapping[str, Json]) -> dict[Path, Place]:
+    return {place.path: place for place in (*places(tree_of(objects, everything=True)), *flags(objects))}

@@ -8,12 +8,15 @@ instances (a scheduler gets a class of its own), in place, and are taken off whe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from .errors import LoopError
 from .protected import Protected, is_plateau
@@ -31,9 +34,15 @@ class Gates:
     ) -> None:
         """update: takes an optimizer's own step and carries it out; it is called as it is without that."""
         self.open = False
+        self.early = ""
+        """Why updates are refused now; empty where they merely do nothing outside of the commit."""
+        self.own_loss: Tensor | None = None
+        """Of this rank's last micro-batch."""
         self._update = update
+        self.asked = False
+        """Whether an optimizer has been asked to step in this iteration."""
         self.stepped = False
-        """Whether an optimizer has been asked to step since the gates opened."""
+        """Whether that was since the gates opened."""
         self._protected = protected
         self._covered: list[tuple[Any, str, Any]] = []
         """What an instance had in a gate's place before: a scheduler's own wrapper, or nothing."""
@@ -52,8 +61,11 @@ class Gates:
                 optimizer, "step", functools.partial(self._optimizer_step, optimizer)
             )
         for name, scheduler in self._protected.schedulers:
-            check = functools.partial(_check_plateau, name) if is_plateau(scheduler) else None
+            check = functools.partial(self._check_plateau, name) if is_plateau(scheduler) else None
             self._gate_by_class(scheduler, functools.partial(self._only_open, check))
+        for _, module in self._protected.modules:
+            if isinstance(module, AveragedModel):
+                self._gate(module, "update_parameters", functools.partial(self._only_open, None))
         for _, scaler in self._protected.scalers:
             for method in ("update", "unscale_"):
                 self._gate(scaler, method, functools.partial(self._only_open, None))
@@ -72,7 +84,12 @@ class Gates:
         self._classes.clear()
 
     def close(self) -> None:
-        self.open, self.stepped = False, False
+        self.open, self.stepped, self.asked, self.early = False, False, False, ""
+
+    def _is_closed(self, what: str) -> bool:
+        if self.early:
+            raise LoopError(f"{what}: {self.early}")
+        return not self.open
 
     def check_in_place(self) -> None:
         """Raises LoopError if something has been put around a gate, as a late scheduler does."""
@@ -112,25 +129,36 @@ class Gates:
         self._classes.append((scheduler, kind))
 
     def _only_open(self, check: Callable[..., None] | None, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        if not self.open:
+        if self._is_closed(getattr(original, "__qualname__", "an update")):
             return None
         if check is not None:
             check(*args, **kw)
         return original(*args, **kw)
 
+    def _check_plateau(self, name: str, metrics: object = None, *_: object) -> None:
+        if _differs_by_rank(metrics, self.own_loss):
+            raise LoopError(
+                f"{name}.step was given {metrics!r}, the loss of this rank's own micro-batch, which differs between "
+                'ranks; a ReduceLROnPlateau takes run.reduced("loss"), step.loss, or what all ranks have computed '
+                "alike `with run.evaluating():`"
+            )
+
     def _optimizer_step(self, optimizer: Optimizer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if any(argument is not None for argument in (*args, kwargs.get("closure"))):
+        if any(callable(argument) for argument in (*args, kwargs.get("closure"))):
             raise LoopError(
                 "optimizer.step was given a closure, which would run the model again outside the step's "
                 "micro-batches: call backward in the loop, and optimizer.step() without arguments"
             )
-        if not self.open:
+        self.asked = True
+        if self._is_closed("optimizer.step()"):
             return None
         self.stepped = True
-        return original() if self._update is None else self._update(optimizer, original)
+        update = functools.partial(original, *args, **kwargs)
+        return update() if self._update is None else self._update(optimizer, update)
 
     def _scaler_step(self, original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if not self.open:
+        self.asked = True
+        if self._is_closed("scaler.step(optimizer)"):
             return None
         self.stepped = True
         return original(optimizer, *args, **kwargs)
@@ -142,9 +170,33 @@ class Gates:
         return scaled
 
 
-def _check_plateau(name: str, metrics: object = None, *_: object) -> None:
-    if not isinstance(metrics, Reduced):
-        raise LoopError(
-            f"{name}.step was given {metrics!r}, which may differ between ranks; "
-            'a ReduceLROnPlateau takes run.reduced("loss")'
-        )
+@contextmanager
+def refused_wrappers(protected: Protected) -> Iterator[None]:
+    """Within it an average of weights that is not protected is not updated, nor does a DDP around a model run."""
+    update, forward = AveragedModel.update_parameters, DistributedDataParallel.forward
+
+    def update_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if all(module is not self for _, module in protected.modules):
+            raise LoopError(
+                "an AveragedModel was updated that is not protected, and would be lost with this process: "
+                "pass it as protect(..., ema=ema)"
+            )
+        return update(self, *args, **kwargs)
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise LoopError("a model runs within DistributedDataParallel: call the plain one, gradients are reduced here")
+
+    AveragedModel.update_parameters, DistributedDataParallel.forward = update_parameters, refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AveragedModel.update_parameters, DistributedDataParallel.forward = update, forward  # type: ignore[method-assign]
+
+
+def _differs_by_rank(metrics: object, own_loss: Tensor | None) -> bool:
+    """Whether it is the loss of this rank's own micro-batch. Of other values ranks compare what the scheduler makes."""
+    if isinstance(metrics, Reduced):
+        return False
+    if isinstance(metrics, Tensor) and metrics.requires_grad:
+        return True
+    return own_loss is not None and isinstance(metrics, float | Tensor) and float(metrics) == float(own_loss)

@@ -313,8 +313,11 @@ def _explain_difference(group: Group, mine: dict[str, object], step: int) -> Non
     for rank, row in enumerate(rows):
         for name in sorted({*rows[0], *row}):
             if rows[0].get(name) != row.get(name):
+                one, other = (each.get(name, "absent") for each in (rows[0], row))
                 raise StateDiverged(
-                    f"step {step}: {name} is {rows[0].get(name)} on rank 0 and {row.get(name)} on rank {rank}; "
-                    "it must be computed from values that are equal on all ranks"
+                    f"step {step}: {name} is {one} on rank 0 and {other} on rank {rank}; "
+                    "it must be computed from values that are equal on all ranks, such as run.step, run.reduced"
+                    '("loss") or what is in run.state: a Python variable of the script is not handed to a rank that '
+                    "takes a lost one's place"
                 )
     raise StateDiverged(f"step {step}: control state differs between ranks in a way that cannot be shown")

@@ -11,6 +11,7 @@ from snapshot.files import Files, open_files
 from snapshot.state_tree import Tree, chosen, places, pruned, tree_of
 from snapshot.store import INCOMPLETE, checkpoints, newest
 from snapshot.stored import Stored
+from snapshot.tree import Json
 
 _USERS = "user:"
 """Before the names of what was given to `run.protect`; see `Run`."""
@@ -74,12 +75,15 @@ def shown_name(name: str) -> str:
 
 def whole_tree(stored: Stored, *, everything: bool = False) -> Tree:
     """See `snapshot.state_tree`; objects have the names that their user gave them."""
+    return tree_of(shown_objects(stored), everything=everything)
+
+
+def shown_objects(stored: Stored) -> dict[str, Json]:
     objects = stored.skeleton.objects
     shown = {name: shown_name(name) for name in objects}
     if len(set(shown.values())) < len(shown):
         shown = {name: name for name in objects}
-    ordered = sorted(objects, key=shown.__getitem__)
-    return tree_of({shown[name]: objects[name] for name in ordered}, everything=everything)
+    return {shown[name]: objects[name] for name in sorted(objects, key=shown.__getitem__)}
 
 
 def selected(stored: Stored, names: Iterable[str] | None) -> Tree:

@@ -11,19 +11,22 @@ import torch
 
 from snapshot.core.branches import data_position
 
-from .buffers import Buffers
 from .clipping import Untouched
 from .core.order import derive_seed
-from .core.seat import Apply, Rollback
+from .core.seat import Rollback
 from .data import Feed
 from .errors import LoopError
 from .gates import Gates
 from .protected import Protected
 from .randomness import seed_everything
 from .stage_side import StageSide
+from .state_watch import StateWatch
+from .step import Step
 from .sums import StepSums
 from .team import Loop, Team, mean
 
+WHOLE_STEP = -1
+"""In the place of a micro-batch, for what is logged once per step."""
 MOST_REFUSALS = 3
 """So many times in a row a step's data is left out because it was not finite; then the run stops."""
 OnNonfinite = Literal["ignore", "stop", "skip", "rollback"]
@@ -50,10 +53,15 @@ class TrainingLoop:
         self.committing = False
         """Whether this iteration is the last of its step: gradients are reduced, and updates act."""
         self.leaf: int | None = None
-        """The micro-batch in hand, by which is known what was logged for which; None outside of the user's code."""
+        """The micro-batch in hand, by which is known what was logged for which; None if there is none."""
+        self.asked_committing = False
+        """Whether the user's code has asked in this iteration if the micro-batch is the step's last."""
+        self.skipping = False
+        """Whether the present step goes by without an update."""
         self.paused = False
         self.entered = False
         self.left_in_step: int | None = None
+        self.left_after_commit = self.left_at_boundary = False
         self.rollback: Rollback | None = None
         """Asked for in this step."""
         self.logged: dict[int, dict[str, float]] = {}
@@ -65,13 +73,28 @@ class TrainingLoop:
         self.stage: StageSide | None = None
         self._iterator: weakref.ref[Generator[Any, None, None]] | None = None
         self._values, self._on_nonfinite = values, on_nonfinite
-        self._skipping = False
-        """Whether the present step goes by without an update."""
+        self.watch = StateWatch(self.compared())
         self._refused = (-1, 0)
         """The last step that was not finite, and with how much data in a row."""
 
     def iterate(self) -> Generator[Any, None, None]:
         raise NotImplementedError
+
+    def micro_batches(self, step: Step) -> Generator[Any, None, None]:
+        raise NotImplementedError
+
+    def watched(self) -> dict[str, object]:
+        """All that the user has handed over, by its names in a capture."""
+        return {"run.state": self._values, **{f"user:{name}": thing for name, thing in self.protected.objects.items()}}
+
+    def compared(self) -> Mapping[str, object]:
+        """Whatever of that has the same plain values on all ranks."""
+        return self.watched()
+
+    def is_committing(self) -> bool:
+        """For the user's code. Raises LoopError where it can't be known yet."""
+        self.asked_committing = True
+        return self.committing
 
     def begin(self) -> Generator[Any, None, None]:
         """What the user iterates over. Held by the user alone, so that a break ends it at once."""
@@ -92,8 +115,7 @@ class TrainingLoop:
     def brought(self) -> Loop:
         def objects() -> Mapping[str, object]:
             return {
-                **{f"user:{name}": thing for name, thing in self.protected.objects.items()},
-                "run.state": self._values,
+                **self.watched(),
                 "run.data": _At(self.feed, self.team),
                 "run.buffers": _KnownBuffers(self.sums),
             }
@@ -102,9 +124,18 @@ class TrainingLoop:
             sums=self.sums,
             steps=self.feed.steps,
             objects=objects,
-            control_state=self.protected.control_state,
+            control=self.control,
+            control_state=self.control_state,
             leave=self.close,
         )
+
+    def control(self) -> int:
+        """A digest of what must be equal on all ranks, in [0, 2**62)."""
+        return self.watch.digest()
+
+    def control_state(self) -> dict[str, object]:
+        """What the digest is of, by path."""
+        return self.watch.plain_values()
 
     def has_more(self) -> bool:
         self.feed.leave_out(len(self.team.skipped))
@@ -114,11 +145,30 @@ class TrainingLoop:
         """Which position in the data the step trains on."""
         return data_position(step, self.team.skipped)
 
-    # A step's end
+    def epoch_of(self, step: int) -> int:
+        """Raises LoopError for a stream."""
+        per_epoch = self.feed.steps_per_epoch
+        if per_epoch is None:
+            raise LoopError("a stream has no epochs: the dataset has no length")
+        return self.position(step) // per_epoch
 
-    def commit_or_go_on(self) -> None:
-        if not isinstance(self.team.next(), Apply):
-            return
+    def ends_epoch(self, step: int) -> bool:
+        return self.feed.steps_per_epoch is not None and self.epoch_of(step) != self.epoch_of(step + 1)
+
+    @property
+    def logs_to(self) -> int | None:
+        """The micro-batch that values are logged for, `WHOLE_STEP`, or None outside of the loop."""
+        return self.leaf
+
+    # A step's begin and end
+
+    def begin_step(self) -> None:
+        """The state at a step's start stands."""
+        self.sums.buffers.begin_step()
+        self.watch.begin_step()
+
+    def commit(self) -> None:
+        """The step's result is here: from it come `.grad` and buffers, and updates act."""
         if self._on_nonfinite != "ignore" and not self.sums.is_finite(gradients=not self.gates.scaled):
             self._refuse()
             return
@@ -146,9 +196,10 @@ class TrainingLoop:
                 raise LoopError(f"{what}, nor was it with the data of {MOST_REFUSALS} others: the state itself is bad")
             self.rollback = Rollback(back_to=self.step, skip_from=position, skip_to=position, why=what)
         else:
-            self._skipping = True
-            assert self.leaf is not None
-            self.logged.setdefault(self.leaf, {})["skipped"] = 1.0
+            self.skipping = True
+            leaf = self.logs_to
+            assert leaf is not None
+            self.logged.setdefault(leaf, {})["skipped"] = 1.0
             self.team.committed(losses)
 
     def check_stepped(self) -> None:
@@ -160,21 +211,21 @@ class TrainingLoop:
                 "by hand, choose micro_batch and global_batch instead)"
             )
 
-    def end_iteration(self, buffers: Buffers) -> None:
+    def end_iteration(self) -> None:
         """Go back, or on to the next step, if either is due."""
         self.gates.close()
         if self.rollback is not None:
             wanted = self.rollback
             self.drop_step()
             self.team.roll_back(wanted)
-        elif self.committing or self._skipping:
-            self._cross_boundary(buffers)
+        elif self.committing or self.skipping:
+            self._cross_boundary()
 
-    def _cross_boundary(self, buffers: Buffers) -> None:
+    def _cross_boundary(self) -> None:
         logged, self.logged = self.logged, {}
-        self.committing = self._skipping = False
+        self.committing = self.skipping = False
         self.leaf = None
-        buffers.begin_step()
+        self.begin_step()
         self.team.applied(logged)
 
     # Otherwise
@@ -183,21 +234,33 @@ class TrainingLoop:
         """Drop what this step has come to, and go on from the snapshot that takes the state's place."""
         self.drop_step()
         self.team.park()
-        self.sums.buffers.begin_step()  # in a pipeline other layers may be here than before
+        self.begin_step()  # in a pipeline other layers may be here than before
 
     def drop_step(self) -> None:
-        self.leaf, self.committing, self._skipping, self.rollback = None, False, False, None
+        self.leaf, self.committing, self.skipping, self.rollback = None, False, False, None
         self.logged = {}
         self.sums.forget()
 
-    def leave(self, buffers: Buffers) -> None:
-        """The user broke out of the loop: in good order right after a commit, and only there."""
-        if self.committing and self.gates.stepped:
-            self._cross_boundary(buffers)
-            if not self.team.finished():
-                os._exit(1)  # the user's code can't be gone back to: another process takes this one's place
-        else:
+    def leave(self) -> None:
+        """The user's code has left the loop: by break, in good order right after a commit, or by an exception.
+
+        Nobody can tell which: so the step ends when the function returns. After an exception it may be half done.
+        """
+        self.left_after_commit = self.committing and self.gates.stepped
+        if not self.left_after_commit:
             self.left_in_step = self.step
+        self.team.pause("the loop was left")
+
+    def returned(self) -> None:
+        """The user's function has."""
+        self.close()
+        to_finish = self.left_after_commit or self.left_at_boundary
+        if self.left_after_commit:
+            self.left_after_commit = False
+            self._cross_boundary()
+        parked = self.left_in_step is not None and self.team.parked()
+        if parked or (to_finish and not self.team.finished()):
+            os._exit(1)  # the user's code can't be gone back to: another process takes this one's place
 
     def end(self) -> None:
         """Nothing of the loop stays."""
@@ -206,8 +269,14 @@ class TrainingLoop:
         self.feed.close()
 
     def log(self, values: Mapping[str, float | torch.Tensor]) -> None:
-        assert self.leaf is not None
-        mine = self.logged.setdefault(self.leaf, {})
+        leaf = self.logs_to
+        if leaf is None:
+            raise LoopError("run.log was called outside the training loop; return values from the function instead")
+        if "step" in values:
+            raise ValueError(
+                f"run.log(step={values['step']!r}): every row has its step already; log it by another name"
+            )
+        mine = self.logged.setdefault(leaf, {})
         for name, value in values.items():
             if name != "loss":
                 mine[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)

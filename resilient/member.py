@@ -7,12 +7,10 @@ from a generation that is no longer the current one is refused.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -108,7 +106,6 @@ class Member:
         """The partial sums, that leaf's too, are dropped as soon as it is folded."""
         self._storage = storage
         self._control_digest = 0
-        self._control_state: dict[str, object] = {}
 
     # Team: asked by the training thread
 
@@ -303,8 +300,7 @@ class Member:
         assert self._current is not None and self._current.plan is todo.plan
         self._submitted = todo.plan.generation, todo.step
         assert self._loop is not None
-        self._control_state = self._loop.control_state()
-        self._control_digest = zlib.crc32(json.dumps(self._control_state, sort_keys=True).encode())
+        self._control_digest = self._loop.control()
         self._current.submit(todo.step)
 
     # Brought by the control thread
@@ -449,7 +445,9 @@ class Member:
         return self._control_digest
 
     def control_state(self) -> dict[str, object]:
-        return self._control_state
+        """While the training thread waits for the exchange."""
+        assert self._loop is not None
+        return self._loop.control_state()
 
     def objects(self) -> Mapping[str, object]:
         assert self._loop is not None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,11 @@ class Use:
 
 class Pipeline(nn.Module):
     """Made by `run.pipeline`. Layers are called with what the one before returns: a tensor, or a tuple of them."""
+
+    attributes_beside_state: ClassVar[frozenset[str]] = frozenset(
+        {"stages", "checkpoint", "schedule", "rank_bytes", "shard_optimizer", "_seed", "_train_step"}
+    )
+    """How layers are spread does not change the state."""
 
     def __init__(
         self,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import json
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import xxhash
+from torch import nn
+from torch.optim import Optimizer
+
 from .clipping import Untouched
+from .core.lane import DIGEST_BITS
+from .core.seat import Apply
+from .errors import LoopError
 from .gates import Gates
 from .loop import TrainingLoop
 from .pipeline import Pipeline
-from .steps import Step, StepLoop, clipping_refused
+from .step import Step
+from .steps import StepLoop, clipping_refused
 from .team import mean
 
 
@@ -18,6 +27,23 @@ class PipelineLoop(TrainingLoop):
     def __init__(self, pipe: Pipeline, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pipe = pipe
+
+    def compared(self) -> Mapping[str, object]:
+        """Of modules and optimizers ranks hold different parts."""
+        return {name: thing for name, thing in self.watched().items() if not isinstance(thing, nn.Module | Optimizer)}
+
+    def control(self) -> int:
+        self.watch.in_force(self.step)
+        text = json.dumps(self.protected.control_state(), sort_keys=True)
+        return self.watch.digest() ^ xxhash.xxh3_64_intdigest(text.encode()) >> 64 - DIGEST_BITS
+
+    def control_state(self) -> dict[str, object]:
+        return {**self.protected.control_state(), **self.watch.plain_values()}
+
+    def micro_batches(self, step: Step) -> Generator[Any, None, None]:
+        raise LoopError(
+            "a pipeline's step is not iterated over: its micro-batches go through the stages, by pipe.train_step(step)"
+        )
 
     def iterate(self) -> Generator[Step, None, None]:
         self.entered = True
@@ -31,22 +57,22 @@ class PipelineLoop(TrainingLoop):
         try:
             with clipping_refused(self.protected):
                 self.team.enter(replace(self.brought(), stage=steps.stage, shape=steps.shape))
-                self.sums.buffers.begin_step()
+                self.begin_step()
                 while self.has_more() or not self.team.finished():
                     if self.team.parked():
                         steps.drop()
                         self.park()
                         continue
                     gates.check_in_place()
-                    step = steps.begin()
+                    steps.begin()
                     self.leaf = next(iter(self.team.leaves()), 0)
-                    yield step
+                    yield Step(self)
                     steps.check_trained()
                     if self.rollback is None and not self.team.parked():
                         self.check_stepped()
-                    self.end_iteration(self.sums.buffers)
+                    self.end_iteration()
         except GeneratorExit:
-            self.leave(self.sums.buffers)
+            self.leave()
             raise
         finally:
             self._pipe.bind(None)
@@ -66,7 +92,8 @@ class PipelineLoop(TrainingLoop):
 
     def _commit(self) -> float:
         """The step's mean loss."""
-        self.commit_or_go_on()
+        if isinstance(self.team.next(), Apply):
+            self.commit()
         if not self.committing:
             return mean(self.sums.losses())
         outcome = self.sums.kept.outcome if self.sums.kept is not None else None

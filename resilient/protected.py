@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -61,6 +61,11 @@ class Protected:
         )
 
     @property
+    def trained(self) -> tuple[tuple[str, nn.Module], ...]:
+        """Modules whose forward belongs to a micro-batch: an average of weights changes once per step instead."""
+        return tuple((name, module) for name, module in self.modules if not isinstance(module, AveragedModel))
+
+    @property
     def in_stages(self) -> bool:
         """Whether ranks may hold different parts of the model."""
         return any(isinstance(module, Pipeline) for _, module in self.modules)
@@ -70,15 +75,33 @@ class Protected:
         for name, optimizer in self.optimizers:
             _check_scheduled(name, optimizer, self.schedulers)
 
-    def check_frozen(self) -> None:
-        """Raises LoopError if a parameter that was frozen wants a gradient now."""
-        for name, parameter in self.frozen:
-            if parameter.requires_grad:
+    @property
+    def all_parameters(self) -> Named:
+        return (*self.parameters, *self.frozen)
+
+    def check_structure(self) -> None:
+        """Raises LoopError if a parameter has come, gone or been replaced since protect, or an optimizer updates one
+        that belongs to no protected module."""
+        known = {id(parameter) for _, parameter in self.all_parameters}
+        now = dict(_named_parameters(self.trained))
+        for name, parameter in now.items():
+            if id(parameter) not in known:
                 raise LoopError(
-                    f"parameter {name} did not require a gradient when it was protected, and does now, so its "
-                    "gradient would not be reduced: let it require one before protect, and give it a learning "
-                    "rate of 0 for as long as it should stay"
+                    f"parameter {name} is another one than at protect, or new: a process that takes a lost one's place "
+                    "could not build it, and its gradient would not be reduced. Build the whole model, and wrap it, "
+                    "before the optimizer and protect; let a part that comes later exist from the beginning, frozen by "
+                    "requires_grad_(False). DDP and FSDP (fully_shard) are not needed: gradients are reduced here"
                 )
+        if gone := known - set(map(id, now.values())):
+            name = next(name for name, parameter in self.all_parameters if id(parameter) in gone)
+            raise LoopError(f"parameter {name} is gone since protect; freeze it by requires_grad_(False) instead")
+        for name, optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if not known.issuperset(map(id, group["params"])):
+                    raise LoopError(
+                        f"{name} updates a parameter that belongs to no module given to protect, so that its gradient "
+                        "would not be reduced; pass the module to protect, before the loop"
+                    )
 
     def control_state(self) -> dict[str, object]:
         """Values that must be equal on all ranks: learning rates and the like, scheduler and step counters."""
@@ -134,20 +157,22 @@ def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> tuple[Named, Named]
     """Those that want a gradient, and those that don't. An average of weights is never trained itself."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     frozen: dict[int, tuple[str, nn.Parameter]] = {}
-    for prefix, module in modules:
-        if isinstance(module, AveragedModel):
-            continue
-        for name, parameter in module.named_parameters(prefix=prefix):
-            if any(base.__name__ == "DTensor" for base in type(parameter).__mro__):  # importing it takes over a second
-                raise ValueError(
-                    f"protect: parameter {name} is a DTensor; sharded models are to come later, "
-                    "give a model that lies whole on this rank"
-                )
-            kind = found if parameter.requires_grad else frozen
-            kind.setdefault(id(parameter), (name, parameter))
+    for name, parameter in _named_parameters(each for each in modules if not isinstance(each[1], AveragedModel)):
+        if any(base.__name__ == "DTensor" for base in type(parameter).__mro__):  # importing it takes over a second
+            raise ValueError(
+                f"protect: parameter {name} is a DTensor; sharded models are to come later, "
+                "give a model that lies whole on this rank"
+            )
+        kind = found if parameter.requires_grad else frozen
+        kind.setdefault(id(parameter), (name, parameter))
     if not found:
         raise ValueError("protect: no parameter of the model has requires_grad=True, so there is nothing to train")
     return tuple(found.values()), tuple(frozen.values())
+
+
+def _named_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
+    for prefix, module in modules:
+        yield from module.named_parameters(prefix=prefix)
 
 
 def _check_optimizer(name: str, optimizer: Optimizer, parameters: Named) -> None:

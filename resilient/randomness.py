@@ -41,6 +41,21 @@ def seed_host(seed64: int) -> None:
 
 
 @contextlib.contextmanager
+def kept_generators(device: torch.device) -> Iterator[None]:
+    """The same generators, the device's among them, go on afterwards as if nothing had been drawn within it."""
+    python, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(host)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+
+@contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
     """Torch on one thread within the block, as DataLoader's worker processes have it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,20 +12,22 @@ from torch import Tensor
 from snapshot.capture import capture
 from snapshot.core.digest import StatePart
 
-from .batches import BatchesLoop
+from .batches import BatchesLoop, MicroBatchLoop, StepsLoop
+from .buffers import kept_buffers
 from .clipping import clip
-from .core.order import derive_seed
+from .core.order import derive_seed, whole
 from .core.seat import Rollback
 from .data import Feed
 from .elementwise import check_elementwise
+from .epochs import Epochs
 from .errors import LoopError
 from .gates import Reduced
 from .loop import OnNonfinite, TrainingLoop
 from .pipeline import Layer, Pipeline
 from .pipeline_loop import PipelineLoop
 from .protected import Protected
-from .randomness import seed_everything
-from .steps import Step
+from .randomness import kept_generators, seed_everything
+from .step import Step
 from .team import Team
 
 
@@ -42,17 +44,22 @@ class Run:
         self._protected: Protected | None = None
         self._pipeline: Pipeline | None = None
         self._loop: TrainingLoop | None = None
+        self._epochs: Epochs | None = None
         seed_everything(derive_seed("function", seed))
 
     @property
     def committing(self) -> bool:
-        """Whether this iteration is the last of its step: gradients are reduced, and updates act."""
-        return self._loop is not None and self._loop.committing
+        """Whether the micro-batches of the step are done: gradients are reduced, and updates act.
+
+        In a flat loop it is true in the iteration of the step's last micro-batch, from `backward` on. Raises LoopError
+        where nobody can know yet: before backward, or before the loop over a step's micro-batches has ended.
+        """
+        return self._loop is not None and self._loop.is_committing()
 
     @property
     def step(self) -> int:
         """Number of the current step, from 0: the number of steps committed so far."""
-        return self._team.step
+        return self._team.step + (self._loop is not None and self._loop.left_after_commit)
 
     @property
     def rank(self) -> int:
@@ -104,12 +111,17 @@ class Run:
         The order of samples depends on the run's seed and the epoch only. Raises ValueError naming
         field, value and what is allowed.
         """
-        feed = self._feed(dataset, global_batch, micro_batch, steps, epochs, loader, "run.batches")
         if self._pipeline is not None:
             raise ValueError("run.batches was called in a run with a pipeline; its loop is: for step in run.steps(...)")
+        if self._epochs is not None:
+            raise ValueError("run.batches was called within run.epochs; its loop is: for step in run.steps(...)")
+        feed = self._feed(dataset, global_batch, micro_batch, steps, epochs, loader, what="run.batches")
+        return self._begin(BatchesLoop, feed).begin()
+
+    def _begin(self, kind: type[MicroBatchLoop], feed: Feed) -> TrainingLoop:
         assert self._protected is not None
-        self._loop = BatchesLoop(self._team, feed, self._protected, **self._loop_settings)
-        return self._loop.begin()
+        self._loop = kind(self._team, feed, self._protected, **self._loop_settings)
+        return self._loop
 
     @property
     def _loop_settings(self) -> dict[str, Any]:
@@ -123,6 +135,7 @@ class Run:
         steps: int | None,
         epochs: int | None,
         loader: Mapping[str, Any],
+        *,
         what: str,
     ) -> Feed:
         if self._protected is None:
@@ -199,15 +212,65 @@ class Run:
         micro_batch: int,
         steps: int | None = None,
         epochs: int | None = None,
+        updates: int = 1,
         **loader: Any,
     ) -> Iterator[Step]:
-        """The steps of a loop over a pipeline, each to be given to `pipe.train_step`. Arguments as of `batches`.
+        """The steps of the loop, each iterated over for this rank's micro-batches. Arguments as of `batches`.
 
-        A micro-batch is a pair (inputs, target).
+            for step in run.steps(dataset, global_batch=64, micro_batch=8, epochs=8):
+                for x, y in step:
+                    loss_of(model(x), y).backward()
+                optimizer.step(); optimizer.zero_grad()
+
+        What follows the inner loop runs once per step on each rank, with the mean gradient over the global batch in
+        `.grad`. A micro-batch may call backward several times; its loss is their sum. In a pipeline each step is given
+        to `pipe.train_step(step)` instead, and a micro-batch is a pair (inputs, target).
+
+        updates: so many steps go through the same global batch, `step.update` counts them: for two optimizers with
+        losses of their own. Within `run.epochs` neither steps nor epochs are given: it is the epoch's.
         """
+        loader = {"updates": updates, **loader}
+        if self._epochs is not None:
+            return self._epoch_steps(dataset, global_batch, micro_batch, steps, epochs, loader)
+        return self._steps_loop(dataset, global_batch, micro_batch, steps, epochs, loader).begin()
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The passes through the data, by number: what follows the loop over an epoch's steps runs once per epoch.
+
+            for epoch in run.epochs(8):
+                for step in run.steps(dataset, global_batch=64, micro_batch=8):
+                    ...
+                with run.evaluating():
+                    loss = validate(model)
+                plateau.step(loss)
+
+        A process that takes a lost one's place, or goes on from a checkpoint, begins with the epoch that the run is in;
+        what stands before `run.steps` in its first epoch sees the number 0. Raises ValueError.
+        """
+        if self._epochs is not None or self._loop is not None:
+            raise ValueError("run.epochs was called after a loop had begun; a run has one loop")
+        self._epochs = Epochs(whole("run.epochs(count)", count))
+        return cast(Iterator[int], iter(self._epochs))
+
+    def _epoch_steps(self, *arguments: Any) -> Iterator[Step]:
+        assert self._epochs is not None
+        dataset, global_batch, micro_batch, steps, epochs, loader = arguments
+        if steps is not None or epochs is not None:
+            raise ValueError("run.steps within run.epochs takes neither steps nor epochs: it has those of one epoch")
+        if self._loop is None:
+            loop = self._steps_loop(dataset, global_batch, micro_batch, None, self._epochs.count, loader)
+            if loop.feed.steps_per_epoch is None:
+                raise ValueError(
+                    "run.epochs: the dataset has no length, hence no epochs; use run.steps(..., steps=...)"
+                )
+            self._epochs.begin(loop, (dataset, global_batch, micro_batch, loader))
+        self._epochs.check_same((dataset, global_batch, micro_batch, loader))
+        return self._epochs.steps()
+
+    def _steps_loop(self, *arguments: Any) -> TrainingLoop:
+        feed = self._feed(*arguments, what="run.steps")
         if self._pipeline is None:
-            raise ValueError("run.steps needs a pipeline: pipe = run.pipeline(...); other models use run.batches")
-        feed = self._feed(dataset, global_batch, micro_batch, steps, epochs, loader, "run.steps")
+            return self._begin(StepsLoop, feed)
         assert self._protected is not None
         if all(module is not self._pipeline for _, module in self._protected.modules):
             raise ValueError("run.steps: the pipeline is not protected; pass it as protect(model=pipe, ...)")
@@ -216,7 +279,7 @@ class Run:
         if feed.steps == 1 and self._pipeline.stages > 1:
             raise ValueError("run.steps(steps=1): a pipeline of several stages trains for two steps at least")
         self._loop = PipelineLoop(self._pipeline, self._team, feed, self._protected, **self._loop_settings)
-        return self._loop.begin()
+        return self._loop
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradient so that its 2-norm over the whole model is at most `max_norm`; the norm before that.
@@ -238,12 +301,8 @@ class Run:
 
         The loss is recorded by itself, exactly, from the value that backward starts from.
         """
-        if self._loop is None or self._loop.leaf is None:
+        if self._loop is None:
             raise LoopError("run.log was called outside the training loop; return values from the function instead")
-        if "step" in values:
-            raise ValueError(
-                f"run.log(step={values['step']!r}): every row has its step already; log it by another name"
-            )
         self._loop.log(values)
 
     def reduced(self, name: str) -> Reduced:
@@ -281,17 +340,43 @@ class Run:
     def pause(self, reason: str) -> Iterator[None]:
         """Around work that makes no training progress, such as a long validation: not taken for a hang.
 
-        A backward inside it is the user's own affair, and not the micro-batch's.
+        A backward inside it is the user's own affair, and not the micro-batch's. Random numbers drawn inside change
+        nothing outside, so that one rank may do it alone.
         """
+        loop = self._loop
+        was_paused = loop is not None and loop.paused
         self._team.pause(reason)
-        if self._loop is not None:
-            self._loop.paused = True
+        if loop is not None:
+            loop.paused = True
         try:
-            yield
+            with kept_generators(self.device):
+                yield
         finally:
-            if self._loop is not None:
-                self._loop.paused = False
-            self._team.pause(None)
+            if loop is not None:
+                loop.paused = was_paused
+            self._team.pause(reason if was_paused else None)
+
+    @contextmanager
+    def evaluating(self, reason: str = "evaluation") -> Iterator[None]:
+        """Around validation, anywhere in the loop, on one rank or on all: training does not notice it.
+
+        Protected modules are in eval mode, no gradients are recorded, and afterwards modes, buffers and random
+        generators are as before. It counts as a pause. What each rank computes inside from the same data is equal on
+        all of them, so that learning rates may depend on it; then all ranks have to do it.
+        """
+        if self._protected is None:
+            raise ValueError("run.evaluating was called before run.protect")
+        modules = [module for _, module in self._protected.modules]
+        parts = list({id(part): part for module in modules for part in module.modules()}.values())
+        training = [part.training for part in parts]
+        with self.pause(reason), torch.no_grad(), kept_buffers(modules):
+            try:
+                for module in modules:
+                    module.eval()
+                yield
+            finally:
+                for part, mode in zip(parts, training, strict=True):
+                    part.training = mode
 
     def digest(self) -> str | StatePart:
         """xxh3-128 of the bits of all that is protected, and of run.state; of a stage what it has to give to that."""
@@ -304,14 +389,17 @@ class Run:
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""
         if self._loop is not None:
-            self._loop.close()
+            self._loop.returned()
         if self._protected is None or self._loop is None:
-            missing = "run.protect" if self._protected is None else "run.batches"
+            missing = "run.protect" if self._protected is None else "run.steps or run.batches"
             raise LoopError(f"the training function returned without calling {missing}; see the README for the loop")
         if not self._loop.entered:
-            raise LoopError("the training function returned without iterating over what run.batches gave it")
+            raise LoopError(
+                "the training function returned without iterating over what run.steps or run.batches gave it"
+            )
         if self._loop.left_in_step is not None:
             raise LoopError(
-                f"the loop was left in the middle of step {self._loop.left_in_step}; break only where run.committing "
-                "is true, after optimizer.step(), and on what is equal on all ranks"
+                f"the loop was left in the middle of step {self._loop.left_in_step}; break only after "
+                "optimizer.step(), behind the loop over the step's micro-batches or where run.committing is true, and "
+                "on what is equal on all ranks"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +24,9 @@ from .shards import OptimizerShards
 from .stage_side import StageSide, users_by_parameter
 from .stage_update import StageUpdate
 from .stage_work import StageWork
+from .step import Step
 from .sums import StepSums
 from .team import Team
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One step of the loop, to be given to `pipe.train_step`."""
-
-    number: int
 
 
 class StepLoop:
@@ -78,14 +71,13 @@ class StepLoop:
         """The optimizer's own step, on all that this rank updates."""
         return original() if self._update is None else self._update.step(optimizer, original)
 
-    def begin(self) -> Step:
+    def begin(self) -> None:
         self._trained = False
         if self._update is not None:
             self._update.begin_step()
         self._work.begin_step(self._team.step)
         leaves = self._team.leaves() if self._work.reads_data else ()
         self._feed.seek(self._position(self._team.step), leaves)
-        return Step(number=self._team.step)
 
     def drop(self) -> None:
         """The step is given up."""
@@ -102,9 +94,11 @@ class StepLoop:
         while True:
             action = self._team.next_of(self._work.choose)
             if isinstance(action, Park):
+                step.done = step.given_up = True
                 return float("nan")
             if isinstance(action, Apply):
                 self._work.end_step()
+                step.done = True
                 return self._commit()
             if (folded := self._work.do(action)) is not None:
                 self.sums.fold_stage(folded.leaf, folded.loss, folded.changes)

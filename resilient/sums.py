@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .buffers import Buffers
+from .buffers import Buffers, has_mean
 from .core.tree import Node
 from .errors import LoopError
 from .exact import PartialSums
@@ -252,7 +252,7 @@ class StepSums:
         others: list[tuple[str, Tensor, Rule]] = [(LOSS, torch.empty(self.micro_batches, dtype=torch.float64), "sum")]
         for name in filter(self.buffers.has, self.known_buffers):
             value = self.buffers.template(name)
-            rule: Rule = "sum" if value.is_floating_point() or value.is_complex() else "first"
+            rule: Rule = "sum" if has_mean(value) else "first"
             others.append((name, value, rule))
         return sums.followed_by(Layout.of(others))
 

@@ -45,10 +45,13 @@ class Loop:
     steps: int | None
     objects: Callable[[], Mapping[str, object]]
     """Everything that makes up the state, by name; captured and loaded at a step boundary."""
+    control: Callable[[], int]
+    """A digest, in [0, 2**62), of what must be equal on all ranks in every step: learning rates, flags, counters."""
     control_state: Callable[[], dict[str, object]]
-    """Values that must be equal on all ranks in every step: learning rates, scheduler and step counters."""
+    """What the digest is of, by path."""
     leave: Callable[[], None]
-    """Take off all that the loop has put around torch and the user's objects, wherever it stands."""
+    """Take off all that the loop has put around torch and the user's objects, wherever it stands: the step in hand is
+    given up."""
     stage: StageSide | None = None
     """Of a pipeline, what this rank holds of it."""
     shape: PipelineShape | None = None
@@ -226,6 +229,8 @@ class Alone:
 
     def finished(self) -> bool:
         self._seat.handle(Finished(step=self._seat.step))
+        if self.saving is not None:
+            self.saving.save_newest()
         return True
 
     def committed(self, losses: list[float]) -> None:
@@ -238,6 +243,8 @@ class Alone:
         """This process goes on without the run: nothing of its loop may stay."""
         if self._loop is not None:
             self._loop.leave()
+        if self.saving is not None:
+            self.saving.save_newest()
 
 
 def _all_layers(layers: int, micro_batches: int) -> Staging:

@@ -1,7 +1,8 @@
 """What the state of a training run is: objects -> a table of named tensors and a skeleton.
 
-    nn.Module           parameters, all buffers (those that state_dict leaves out too), extra state
-    Optimizer           state of each parameter by its place in the groups, and the groups' values
+    nn.Module           parameters, all buffers (those that state_dict leaves out too), extra state; what is switched on
+                        it: requires_grad, training, plain attributes (see `snapshot.attributes`)
+    Optimizer           state of each parameter by its place in the groups, which parameter that is, the groups' values
     dict                its values
     anything else       its state_dict(), given back to load_state_dict(): schedulers, scalers, data loaders
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snapshot.absent import PLAIN
+from snapshot.attributes import capture_attributes, capture_frozen
 from snapshot.memory import Place, address_of, dense_of, describe, place_of
 from snapshot.sharded import is_sharded, local_of, place_of_any, shard_of
 from snapshot.skeleton import Skeleton, TensorSpec
@@ -113,6 +115,8 @@ def _capture_module(capturing: "Capturing", name: str, module: nn.Module) -> Jso
             [path, capturing.tree(f"{name}.{path} extra state", part.get_extra_state())]
             for path, part in parts_with_extra_state(module)
         ],
+        "attributes": capture_attributes(module),
+        "frozen": capture_frozen(module),
     }
 
 
@@ -141,8 +145,12 @@ def parameter_states(name: str, optimizer: Optimizer) -> Iterator[tuple[str, Ten
             yield f"{name} group {number} parameter {position}", parameter, optimizer.state.get(parameter)
 
 
-def capture_parameter(capturing: "Capturing", path: str, parameter: Tensor, state: dict[Any, Any] | None) -> Json:
+def capture_parameter(
+    capturing: "Capturing", path: str, parameter: Tensor, state: dict[Any, Any] | None, number: Json
+) -> Json:
+    """number: of its tensor; None if that is in no module that is captured."""
     return {
+        "parameter": number,
         "shape": list(parameter.shape),
         "device": parameter.device.type,
         "state": None if state is None else capturing.tree(path, dict(state), calm=True),
@@ -171,7 +179,8 @@ def _capture_optimizer(capturing: "Capturing", name: str, optimizer: Optimizer) 
     groups: list[Json] = []
     for number, group in enumerate(optimizer.param_groups):
         parameters: list[Json] = [
-            capture_parameter(capturing, *entry) for entry in islice(states, len(group["params"]))
+            capture_parameter(capturing, *entry, capturing.number_of(entry[1]))
+            for entry in islice(states, len(group["params"]))
         ]
         groups.append({"values": capture_group(capturing, name, number, group), "parameters": parameters})
     return {"groups": groups, "shared": capture_shared(capturing, name, optimizer)}
@@ -234,10 +243,16 @@ class Capturing:
             raise _refusal(f"{path}: local tensor", local)
         return self._number(path, tensor, place_of_any(tensor))
 
-    def _number(self, path: str, tensor: Tensor, place: Place) -> int:
+    def number_of(self, tensor: Tensor) -> int | None:
+        """Of one that was collected before."""
+        return self._find(place_of_any(tensor))
+
+    def _find(self, place: Place) -> int | None:
         index = self.index.get(place)
-        if index is None and self._base is not None:
-            index = self._base.index.get(place)
+        return self._base.index.get(place) if index is None and self._base is not None else index
+
+    def _number(self, path: str, tensor: Tensor, place: Place) -> int:
+        index = self._find(place)
         if index is None:
             index = self._first + len(self.tensors)
             self._add(path, tensor)

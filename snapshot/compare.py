@@ -17,7 +17,7 @@ STEP_ELEMENTS = 4 * CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class BitDifference:
     """elements: how many there are. bits: of how many the bits differ.
 
     values: of how many the value differs: not of those that differ in a NaN's payload or in the sign of zero.
@@ -37,8 +37,8 @@ class Difference:
     def only_bits(self) -> bool:
         return self.bits > 0 and self.values == 0
 
-    def __add__(self, other: Difference) -> Difference:
-        return Difference(
+    def __add__(self, other: BitDifference) -> BitDifference:
+        return BitDifference(
             elements=self.elements + other.elements,
             bits=self.bits + other.bits,
             values=self.values + other.values,
@@ -48,7 +48,7 @@ class Difference:
         )
 
 
-def compare(one: Stored, number: int, other: Stored, other_number: int) -> Difference:
+def compare(one: Stored, number: int, other: Stored, other_number: int) -> BitDifference:
     """Raises as `Stored.read`."""
     spec, other_spec = one.skeleton.tensors[number], other.skeleton.tensors[other_number]
     assert (spec.dtype, spec.shape) == (other_spec.dtype, other_spec.shape)
@@ -57,12 +57,12 @@ def compare(one: Stored, number: int, other: Stored, other_number: int) -> Diffe
         whole = shaped(spec, _read(one, start, spec.nbytes)).contiguous().flatten()
         other_whole = shaped(other_spec, _read(other, other_start, spec.nbytes)).contiguous().flatten()
         return differences(whole, other_whole)
-    total, step = Difference(elements=0), STEP_ELEMENTS * spec.itemsize
+    total, step = BitDifference(elements=0), STEP_ELEMENTS * spec.itemsize
     for at in range(0, spec.nbytes, step):
         length = min(step, spec.nbytes - at)
         data, other_data = _read(one, start + at, length), _read(other, other_start + at, length)
         if torch.equal(data, other_data):
-            total += Difference(elements=length // spec.itemsize)
+            total += BitDifference(elements=length // spec.itemsize)
         else:
             dtype = getattr(torch, spec.dtype)
             total += differences(data.view(dtype), other_data.view(dtype))
@@ -75,19 +75,19 @@ def _read(stored: Stored, start: int, length: int) -> Tensor:
     return data
 
 
-def differences(one: Tensor, other: Tensor) -> Difference:
+def differences(one: Tensor, other: Tensor) -> BitDifference:
     """Of two flat tensors of one dtype and length."""
     if one.numel() == 0:
-        return Difference(elements=0)
+        return BitDifference(elements=0)
     one_items, other_items = (each.view(torch.uint8).view(-1, each.element_size()) for each in (one, other))
     differ = (one_items != other_items).any(dim=1)
     bits = int(differ.sum())
     if bits == 0:
-        return Difference(elements=one.numel())
+        return BitDifference(elements=one.numel())
     try:
         left, right = (_numbers(items[differ].flatten().view(one.dtype)) for items in (one_items, other_items))
     except (RuntimeError, NotImplementedError):  # torch has the dtype, but no arithmetic for it
-        return Difference(elements=one.numel(), bits=bits, values=bits)
+        return BitDifference(elements=one.numel(), bits=bits, values=bits)
     return _of_values(one.numel(), bits, left, right)
 
 
@@ -99,7 +99,7 @@ def _numbers(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.to(torch.float64).numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
-def _of_values(elements: int, bits: int, left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> Difference:
+def _of_values(elements: int, bits: int, left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> BitDifference:
     unequal = ~((left == right) | (np.isnan(left) & np.isnan(right)))
     left, right = left[unequal], right[unequal]
     finite = np.isfinite(left) & np.isfinite(right)
@@ -110,7 +110,7 @@ def _of_values(elements: int, bits: int, left: np.ndarray[Any, Any], right: np.n
             apart = _apart(left, right)
             most = np.maximum(_size(left), _size(right))
             absolute, relative = _finite(apart.max()), _finite((apart / most).max())
-    return Difference(
+    return BitDifference(
         elements=elements,
         bits=bits,
         values=int(unequal.sum()),

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from snapshot.files import StorageError
-from snapshot.load import leaf_decoder
 from snapshot.skeleton import TensorSpec
 from snapshot.state_tree import Leaf, Tree, filled, places
 from snapshot.stored import Stored
 from snapshot.table import shaped
+from snapshot.writes import leaf_decoder
 
 Progress = Callable[[int, int], None]
 """Called with bytes read and bytes in all."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -106,6 +106,39 @@ def _optimizer(node: Any) -> dict[str, Any]:
         groups.append({**_decoded(group["values"]), "params": list(range(first, first + len(members)))})
         first += len(members)
     return {"state": state | _decoded(node["shared"]), "param_groups": groups}
+
+
+def flags(objects: Mapping[str, Json]) -> list[Place]:
+    """Of modules what no state_dict has: "model.0.weight.requires_grad", "model.dropout.p", buffers that are None.
+
+    States of earlier versions have only the latter.
+    """
+    return [
+        Place(f"{name}.{path}", (name, path), value)
+        for name, structure in objects.items()
+        for path, value in _flags(cast(Any, structure).get("module"))
+    ]
+
+
+def _flags(node: Any) -> Iterator[tuple[str, Any]]:
+    if node is None:
+        return
+    yield from ((path, None) for path, index, _ in node["buffers"] if index is None)
+    for path, _ in node["parameters"] if "frozen" in node else ():
+        yield f"{path}.requires_grad", path not in node["frozen"]
+    for path, attributes in node.get("attributes", ()):
+        yield from ((f"{path}.{key}" if path else key, value) for key, value in _decoded(attributes).items())
+
+
+def comparable(objects: Mapping[str, Json], others: Mapping[str, Json]) -> dict[str, Json]:
+    """The objects without what the others lack of a module because an earlier version has stored them."""
+    return {name: _comparable(structure, others.get(name)) for name, structure in objects.items()}
+
+
+def _comparable(structure: Any, other: Any) -> Json:
+    if other is None or "module" not in structure or "module" not in other:
+        return cast(Json, structure)
+    return {"module": {key: value for key, value in structure["module"].items() if key in other["module"]}}
 
 
 def places(tree: Tree) -> list[Place]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snapshot.absent import is_absent, parts_of
+from snapshot.attributes import WatchedAttributes
 from snapshot.capture import (
     Capturing,
     capture_group,
@@ -148,9 +149,10 @@ class WatchedModule:
         self._buffers = Contents(list(map(_BUFFERS, self._parts)))
         self._left_out = list(map(set, map(_LEFT_OUT, self._parts)))
         self._extra = list(parts_with_extra_state(module))
+        self._attributes = WatchedAttributes(module)
         self._structure = node["module"]
-        self._front = b'{"module":{"buffers":%b,"extra":' % to_bytes(self._structure["buffers"])
-        self._back = b',"parameters":%b}}' % to_bytes(self._structure["parameters"])
+        self._buffers_spelled = to_bytes(self._structure["buffers"])
+        self._parameters_spelled = to_bytes(self._structure["parameters"])
 
     def tensors(self) -> Iterator[Tensor]:
         return (value for value in (*self._children.values, *self._buffers.values) if isinstance(value, Tensor))
@@ -173,7 +175,16 @@ class WatchedModule:
             [path, capturing.tree(f"{self._name}.{path} extra state", part.get_extra_state())]
             for path, part in self._extra
         ]
-        return {"module": {**self._structure, "extra": extra}}, self._front + to_bytes(extra) + self._back
+        flags = self._attributes
+        flags.update()
+        node: Json = {**self._structure, "attributes": flags.node, "extra": extra, "frozen": flags.frozen}
+        return {"module": node}, b'{"module":{"attributes":%b,"buffers":%b,"extra":%b,"frozen":%b,"parameters":%b}}' % (
+            flags.spelling,
+            self._buffers_spelled,
+            to_bytes(extra),
+            flags.frozen_spelling,
+            self._parameters_spelled,
+        )
 
 
 class WatchedOptimizer:
@@ -243,7 +254,9 @@ class WatchedOptimizer:
             for member in sorted(group.open_members):
                 parameter = self._members[member]
                 state = self.thing.state.get(parameter)
-                group.change(member, capture_parameter(capturing, self._paths[member], parameter, state))
+                group.change(
+                    member, capture_parameter(capturing, self._paths[member], parameter, state, group.number(member))
+                )
             if group.is_open or number in changed:
                 values = self.thing.param_groups[number]
                 group.is_open = _is_open(values)
@@ -275,6 +288,11 @@ class _SpelledGroup:
         self._spellings = list(map(to_bytes, self._nodes))
         self._is_fresh = False
         self._joined: bytes | None = None
+
+    def number(self, member: int) -> Json:
+        """Of the parameter's tensor, which stays."""
+        number: Json = self._nodes[member - self.first]["parameter"]
+        return number
 
     def change(self, member: int, node: Any) -> None:
         if not self._is_fresh:

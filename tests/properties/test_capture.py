@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from snapshot.attributes import plain_attributes
 from snapshot.capture import capture
 from snapshot.load import load
 from snapshot.table import DTYPES, StateTable
@@ -121,3 +122,37 @@ def test_offsets_agree_with_the_bytes(tree: Any) -> None:
     assert sum(piece.numel() for piece in table.pieces(0, table.nbytes)) == table.nbytes
     assert table.layout.offsets[-1] == table.nbytes
     assert table.layout.to_bytes() == table.skeleton
+
+
+scalars = st.none() | st.booleans() | st.integers() | floats | st.text()
+built = st.dictionaries(st.sampled_from(["p", "eps", "training"]), scalars)
+added = st.dictionaries(st.text().map("own {}".format), scalars | st.lists(st.integers()), max_size=4)
+
+
+@st.composite
+def modules(draw: st.DrawFn) -> nn.Module:
+    """Equally built ones, differently switched."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2))
+    for part in module.modules():
+        part.train(draw(st.booleans()))
+        vars(part).update(draw(built) | draw(added))
+    for parameter in module.parameters():
+        parameter.requires_grad_(draw(st.booleans()))
+    return module
+
+
+def switches(module: nn.Module) -> Any:
+    wanted = [parameter.requires_grad for parameter in module.parameters()]
+    return wanted, [bits(plain_attributes(part)) for part in module.modules()]
+
+
+@given(one=modules(), two=modules())
+def test_what_is_switched_comes_back(one: nn.Module, two: nn.Module) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2))
+    first = received(capture({"module": module}), [])
+    for source in (one, two, one):
+        load({"module": module}, received(capture({"module": source}), []))
+        assert switches(module) == switches(source)
+        assert capture({"module": module}).digest() == capture({"module": source}).digest()
+    load({"module": module}, first)
+    assert capture({"module": module}).digest() == first.digest()

@@ -109,6 +109,11 @@ def set_data(change: Callable[[Tensor], Tensor], of: Callable[[Network], Tensor]
     return act
 
 
+def replace_attributes(parts: Parts) -> None:
+    norm = parts["model"].norm
+    norm.__dict__ = {**vars(norm), "eps": 1e-3}
+
+
 def put(where: str, key: str, value: Callable[[Parts], object]) -> Callable[[Parts], None]:
     def act(parts: Parts) -> None:
         if where == "model":
@@ -173,6 +178,17 @@ CHANGES: dict[str, Callable[[Parts], object]] = {
     "another module": put("parts", "more", lambda _: nn.Linear(1, 2)),
     "model again": put("parts", "again", lambda parts: parts["model"]),
     "one object less": lambda parts: parts.pop("more", None),
+    "frozen": lambda parts: parts["model"].first.bias.requires_grad_(False),
+    "wants a gradient": lambda parts: parts["model"].first.bias.requires_grad_(),
+    "eval": lambda parts: parts["model"].norm.eval(),
+    "train": lambda parts: parts["model"].train(),
+    "attribute": put("model", "tag", lambda parts: getattr(parts["model"], "tag", -1) + 1),
+    "equal attribute": put("model", "tag", lambda parts: float(getattr(parts["model"], "tag", 0))),
+    "attribute removed": lambda parts: vars(parts["model"]).pop("tag", None),
+    "attribute in a list": put("model", "calls_at", lambda parts: [parts["model"].calls]),
+    "attribute out of it": put("model", "calls_at", lambda parts: parts["model"].calls),
+    "attributes replaced": replace_attributes,
+    "open state": lambda parts: each_state(parts, lambda state: state.setdefault("open", []).append(1)),
     "nothing": lambda _: None,
 }  # fmt: skip
 
@@ -227,7 +243,8 @@ def test_equal_after_any_changes(names: list[str], one: float, other: float) -> 
 
 def test_nothing_takes_a_second_full_capture_that_needs_none() -> None:
     cheap = ["lr", "lr in place", "betas", "buffer", "buffer in place", "gaps in place", "tensor", "removed", "array",
-             "alias", "step", "another object", "nothing"]  # fmt: skip
+             "alias", "step", "another object", "frozen", "eval", "attribute", "equal attribute", "attribute removed",
+             "attribute in a list", "attribute out of it", "attributes replaced", "nothing"]  # fmt: skip
     parts, recapture = build(), Recapture()
     step(parts)
     recapture.capture(parts)

@@ -164,7 +164,6 @@ def test_loading_keeps_identity() -> None:
     before = [*model.parameters(), *model.buffers(), other["state"]["ema"]]
     moments = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
     dicts = [other["state"], *optimizer.param_groups, *(optimizer.state[p] for p in model.parameters())]
-    model.embed.weight.requires_grad_(False)
     load(other, received(capture(original)))
     after = [*model.parameters(), *model.buffers(), other["state"]["ema"]]
     assert all(a is b for a, b in zip(before, after, strict=True))
@@ -172,7 +171,6 @@ def test_loading_keeps_identity() -> None:
     assert all(a is b for a, b in zip(moments, now, strict=True))
     dicts_now = [other["state"], *optimizer.param_groups, *(optimizer.state[p] for p in model.parameters())]
     assert all(a is b for a, b in zip(dicts, dicts_now, strict=True))
-    assert not model.embed.weight.requires_grad and model.out.weight.requires_grad
     assert model.out.weight is model.tied.weight
     assert model.calls == original["model"].calls == 2
 
@@ -418,7 +416,7 @@ def with_retyped_buffer() -> Parts:
         (lambda: build(2) | {"model": nn.Sequential(nn.Linear(2, 2))}, "model: parameters: the table lacks"),
         (with_retyped_buffer, r"model.scale: expected Tensor\(torch.float64.*found Tensor\(torch.float32"),
         (lambda: build(2, optimizer="sgd"), r"optimizer group 0: .*the table lacks \['dampening'"),
-        (lambda: build(2) | {"optimizer": OPTIMIZERS["sgd"](Network().parameters())}, "optimizer: param_gr"),
+        (lambda: build(2) | {"optimizer": OPTIMIZERS["sgd"](Network().parameters())}, r"place 0, .* no module here"),
         (lambda: build(2, scheduler="onecycle"), "scheduler: fields: the table lacks"),
         (lambda: build(2) | {"scaler": torch.amp.GradScaler("cpu", enabled=False)}, "scaler: fields"),
     ],

@@ -196,6 +196,22 @@ def test_diff_says_what_is_only_in_one_and_what_is_laid_out_differently(tmp_path
     assert "laid out differently" in text and "only in one" in text
 
 
+def test_diff_names_what_was_switched_on_a_module(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
+    save(files_in(tmp_path), {"model": model}, 1)
+    model[0].weight.requires_grad_(False)
+    model[1].p = 0.25
+    save(files_in(tmp_path), {"model": model.eval()}, 2)
+    found = answer("diff", f"{tmp_path}@1", f"{tmp_path}@2", status=1)
+    assert {each["name"]: (each["one"], each["other"]) for each in found["values"]} == {
+        "model.0.weight.requires_grad": (True, False),
+        "model.1.p": (0.5, 0.25),
+        **{f"model{part}.training": (True, False) for part in ("", ".0", ".1")},
+    }
+    assert not found["tensors"] and not found["layouts"]
+    assert "training" not in json.dumps(answer("inspect", tmp_path)["values"])
+
+
 def test_diff_tells_bits_from_values(tmp_path: Path) -> None:
     zeros, nan = torch.zeros(4), torch.full((3,), float("nan"))
     other_nan = torch.frombuffer(bytearray(struct.pack("<3I", *[0x7FC00123] * 3)), dtype=torch.float32)

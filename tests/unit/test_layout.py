@@ -24,8 +24,8 @@ FORBIDDEN_IN_CORE = {
 MAY_IMPORT_TORCH_IN_SNAPSHOT = {
     f"snapshot/{name}.py"
     for name in (
-        *("absent", "capture", "compare", "export", "front", "load", "memory", "partial", "recapture", "sharded"),
-        *("state_dict", "table", "watch"),
+        *("absent", "attributes", "capture", "compare", "export", "front", "load", "memory", "partial", "recapture"),
+        *("sharded", "state_dict", "table", "watch", "writes"),
     )
 }
 

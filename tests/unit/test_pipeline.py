@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import resilient
 from resilient.pipeline import Pipeline
 from snapshot.absent import is_absent
+from snapshot.capture import capture
+from snapshot.load import load
 from tests.pipelines import Text, layers, loss_of
 
 SIZE, BATCH = 6, 8
@@ -110,6 +112,29 @@ def test_layers_made_by_callables_take_no_memory_until_they_are_held() -> None:
         assert not any(is_absent(parameter) for parameter in pipe.parameters())
 
     in_a_run(main)
+
+
+def test_flags_and_groups_are_captured_alike_wherever_the_layers_are() -> None:
+    kept = []
+    for held, stages in ((range(2), 2), (range(2, 5), 3)):
+        pipe = Pipeline(
+            layers(), loss_of, stages=stages, tied={}, checkpoint=False, schedule="1f1b", rank_bytes=None,
+            shard_optimizer=False, seed=1, device=torch.device("cpu"),
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(pipe.layers[0].parameters(), 0.1)
+        pipe.bring(held, initial=True)
+        pipe.keep_to(held)
+        before = capture({"model": pipe, "optimizer": optimizer})
+        pipe.layers[0].eval().requires_grad_(False)
+        pipe.layers[-1].tag = "last"
+        optimizer.add_param_group({"params": list(pipe.layers[-1].parameters())})
+        kept.append((pipe, optimizer, before, capture({"model": pipe, "optimizer": optimizer})))
+    assert kept[0][3].skeleton == kept[1][3].skeleton != kept[1][2].skeleton
+    pipe, optimizer, before, after = kept[0]
+    for table in (before, after):
+        load({"model": pipe, "optimizer": optimizer}, table)
+        assert capture({"model": pipe, "optimizer": optimizer}).skeleton == table.skeleton
+        assert [is_absent(next(pipe.layers[number].parameters())) for number in (0, -1)] == [False, True]
 
 
 @pytest.mark.parametrize(("rank_bytes", "last"), [(None, 0), (10_000, 11 * 8 * 4)])

@@ -166,7 +166,7 @@ def test_never_protected() -> None:
 
 
 def test_without_a_loop() -> None:
-    with refused(resilient.LoopError, "without calling run.batches"):
+    with refused(resilient.LoopError, "without calling run.steps or run.batches"):
         local(lambda run: protected(run) and None)
 
 
@@ -263,7 +263,7 @@ def test_backward_twice() -> None:
 
 
 def test_no_step() -> None:
-    with refused(resilient.LoopError, "step 0 was committed without optimizer.step()", "every iteration"):
+    with refused(resilient.LoopError, "iteration of step 0 ended without optimizer.step()", "every iteration"):
         local(loop(lambda run, own, loss: loss.backward()))
 
 
