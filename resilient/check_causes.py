@@ -28,7 +28,7 @@ CARRIED = Cause(
 ONE_RANK = Cause(
     cause="the script does something on one rank alone (run.is_main, run.rank) that changes training: it draws random "
     "numbers there, such as for a validation, or changes the model",
-    remedy="draw there from a generator of its own, torch.Generator().manual_seed(...), or do it on all ranks alike",
+    remedy="do it in `with run.evaluating():`, which training does not notice, or on all ranks alike",
 )
 WORLD_SIZE = Cause(
     cause="the script computes something from the number of ranks (run.world_size)",
@@ -37,7 +37,8 @@ WORLD_SIZE = Cause(
 PER_MICRO_BATCH = Cause(
     cause="something changes once per micro-batch instead of once per step, so it depends on how many micro-batches a "
     "rank has: a counter, an average of weights, a learning rate set by hand",
-    remedy="do it once per step, `if run.committing:`, and keep counters in run.state, or use run.step",
+    remedy="do it once per step: behind the inner loop of `for step in run.steps(...)`, or `if run.committing:` in a "
+    "loop over run.batches; keep counters in run.state, or use run.step",
 )
 REPLACEMENT = Cause(
     cause="a replacement does not have all that training depends on: a Python variable (a learning rate, a counter, a "
