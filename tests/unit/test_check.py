@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from resilient.check_report import Finding
 from resilient.core.order import derive_seed
 from resilient.randomness import seed_everything
 
+ROOT = Path(__file__).parents[2]
 STEPS, GLOBAL, MICRO = 6, 24, 4
 
 
@@ -229,7 +232,7 @@ def waits_for_itself(run: resilient.Run) -> None:
     parts = Parts(run)
     for x, y in parts.batches:
         parts.learn(x, y)
-        if run.rank == 1 and run.step == 2:
+        if run.world_size == 2 and run.rank == 0 and run.step == 2:
             threading.Event().wait()
 
 
@@ -303,7 +306,7 @@ def test_a_loop_in_order_passes_in_all_layouts() -> None:
 
 
 def test_the_example_of_the_readme_passes() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     example = readme.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {"__name__": "readme"}
     exec(compile(example, "README.md", "exec"), names)
@@ -477,3 +480,27 @@ def test_a_difference_in_a_pipeline_is_found() -> None:
     assert failed(report) == ["2 ranks", "3 ranks", "3 ranks, one killed and replaced"], report
     assert first(report).path == "run.state.ranks"
     assert first(report).values == {"one process": "1", "2 ranks, rank 0": "2"}
+
+
+def test_a_script_without_a_main_block_is_not_run_again_by_the_processes(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch, resilient\n"
+        "@resilient.train()\n"
+        "def main(run):\n"
+        "    model = torch.nn.Linear(2, 1)\n"
+        "    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "    run.protect(model=model, optimizer=optimizer)\n"
+        "    for x in run.batches([torch.ones(2)] * 8, global_batch=4, micro_batch=2, steps=2):\n"
+        "        model(x).mean().backward()\n"
+        "        optimizer.step()\n"
+        "        optimizer.zero_grad()\n"
+        "print('begins')\n"
+        "print(main.check(steps=2))\n"
+    )
+    command = [sys.executable, str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("begins\nok       one process"), done
+    assert done.stdout.count("begins") == 1 and "passed" in done.stdout
+    assert done.stderr == ""
