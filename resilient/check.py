@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from .check_causes import Cause, cause_of
+from .check_causes import FAILED, REFUSED, Cause, cause_of
 from .check_layout import Difference, Failure, Outcome, first_difference, left_elsewhere, outcome_of
 from .check_rank import Layout, Work
 from .check_report import CheckReport, Finding, LayoutResult
@@ -149,12 +149,17 @@ class Check:
 
     def _findings(self) -> Iterator[Finding]:
         for layout, outcome, difference in self._failed.values():
-            cause = cause_of(layout, {name: each[0] for name, each in self._failed.items()}, self._differs)
-            yield (
-                _failing(layout, outcome, cause)
-                if difference is None
-                else _differing(layout, difference, outcome, cause)
-            )
+            if difference is not None:
+                yield _differing(layout, difference, outcome, self._cause(layout))
+            elif outcome.failure is not None:
+                yield _failing(layout, outcome, outcome.failure, self._cause(layout, outcome.failure))
+
+    def _cause(self, layout: Layout, failure: Failure | None = None) -> Cause:
+        if failure is not None and failure.kind in FAILED:
+            return FAILED[failure.kind]
+        if layout.name == REFERENCE:
+            return REFUSED
+        return cause_of(layout, {name: each[0] for name, each in self._failed.items()}, self._differs)
 
     def _differs(self, layout: Layout) -> bool:
         """An experiment, made once at most."""
@@ -164,18 +169,16 @@ class Check:
         return outcome.failure is not None or first_difference(self._reference, outcome) is not None
 
 
-def _failing(layout: Layout, outcome: Outcome, cause: Cause) -> Finding:
-    assert outcome.failure is not None
-    alone = layout.name == REFERENCE
+def _failing(layout: Layout, outcome: Outcome, failure: Failure, cause: Cause) -> Finding:
     return Finding(
-        kind=outcome.failure.kind,
+        kind=failure.kind,
         layout=layout.name,
         step=max(outcome.step, layout.resumes_at or 0),
         path="",
-        values={"error": outcome.failure.text},
-        cause="it is the script's own, in one process without others" if alone else cause.cause,
-        remedy="as the error says" if alone or "LoopError" in outcome.failure.text else cause.remedy,
-        detail=outcome.failure.detail,
+        values={"error": failure.text},
+        cause=cause.cause,
+        remedy=REFUSED.remedy if "LoopError" in failure.text else cause.remedy,
+        detail=failure.detail,
     )
 
 

@@ -14,6 +14,17 @@ class Cause:
     remedy: str
 
 
+REFUSED = Cause(cause="it is the script's own, in one process without others", remedy="as the error says")
+FAILED = {
+    "hangs": Cause(
+        cause="a process waits for what never comes: something of the script's own, or ranks that do not do the same",
+        remedy="let every rank do the same in each step; below is where each process stands",
+    ),
+    "died": Cause(
+        cause="the script or a library has ended the process, or the system has, for want of memory",
+        remedy="see what it has printed; a signal leaves nothing there",
+    ),
+}
 RANDOM = Cause(
     cause="the same layout, run twice, has different bits: an operation that is not deterministic by itself, a random "
     "number that no seed decides (numpy.random.default_rng(), os.urandom), or the time of day",
