@@ -22,6 +22,7 @@ from .core.seat import Rollback
 from .data import Feed
 from .errors import LoopError
 from .gates import Gates
+from .loading import shown_name
 from .protected import Protected
 from .randomness import seed_everything
 from .stage_side import StageSide
@@ -68,6 +69,8 @@ class TrainingLoop:
         self.entered = False
         self.left_in_step: int | None = None
         self.left_after_commit = self.left_at_boundary = False
+        self.final_objects: dict[str, str] = {}
+        """Digests of its objects, by name."""
         self.final: str | StatePart | None = None
         """Digest of the state that the loop ended with. What the function does afterwards may differ between ranks:
         rank 0 alone evaluates, say."""
@@ -108,6 +111,12 @@ class TrainingLoop:
         """xxh3-128 of the bits of all that; of a stage what it has to give to it."""
         table = capture(self.watched())
         return table.digest() if self.stage is None or self.stage.is_only_one else self.stage.part(table)
+
+    def _end_with_this(self) -> None:
+        self.final = self.digest()
+        if self.stage is None:
+            objects = self.watched().items()
+            self.final_objects = {shown_name(name): capture({name: thing}).digest() for name, thing in objects}
 
     def compared(self) -> Mapping[str, object]:
         """Whatever of that has the same plain values on all ranks."""
@@ -155,6 +164,7 @@ class TrainingLoop:
             control=self.control,
             control_state=self.control_state,
             leave=self.close,
+            ended_with=lambda: self.final_objects,
         )
 
     def control(self) -> int:
@@ -184,7 +194,7 @@ class TrainingLoop:
         """The loop is over. False if meanwhile a snapshot is to take the state's place: it goes on."""
         if not self.team.finished():
             return False
-        self.final = self.digest()
+        self._end_with_this()
         if self.number + 1 < len(self.begun) and self.step > self.begun[self.number + 1]:
             # What the user's code does between this loop and that in which the run is was done long ago.
             self.to_repeat = self.to_repeat or copied(capture(self.brought().objects()))
@@ -318,7 +328,7 @@ class TrainingLoop:
         """
         self.left_after_commit = self.committing and self.gates.stepped
         if self.left_after_commit:
-            self.final = self.digest()
+            self._end_with_this()
         else:
             self.left_in_step = self.step
         self.team.pause("the loop was left")

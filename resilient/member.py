@@ -149,6 +149,7 @@ class Member:
         with self._changed:
             self._loop = loop
             self.capturing.enter(loop)
+            self.telling.ended_with = loop.ended_with
             self._do(self._seat.handle(GoesOn()))
         self._host.words.activity("computing")
 

@@ -86,9 +86,8 @@ class StateWatch:
         assert self._table is not None and self._boundary is not None, "no micro-batch has ended"
         running = xxhash.xxh3_64(self._boundary.skeleton)
         running.update(self._table.skeleton)
-        for _, value in _others(self._table):
-            if isinstance(value, bytes):
-                running.update(value)
+        for value in self._small().values():
+            running.update(value)
         return int(running.intdigest() >> 64 - DIGEST_BITS)
 
     def plain_values(self) -> dict[str, object]:
@@ -96,8 +95,17 @@ class StateWatch:
         assert self._table is not None and self._boundary is not None, "no micro-batch has ended"
         now, before = _named(self._table), _named(self._boundary)
         former = {f"{name} at the step's start": value for name, value in before.items() if now.get(name) != value}
-        small = {shown_name(name): repr(value) for (name, kind), value in _others(self._table) if kind == "bytes"}
+        small = {f"the bytes of {shown_name(name)}": value.hex() for name, value in self._small().items()}
         return {**now, **former, **small}
+
+    def _small(self) -> dict[str, bytes]:
+        """Small tensors outside of modules and optimizers, and the beginnings of averages, which only the user's code
+        writes: where they differ no machine is to blame."""
+        return {
+            name: value
+            for (name, kind), value in self._before.items()
+            if isinstance(value, bytes) and (kind == "value" or name.startswith(self._averages))
+        }
 
     # Tensors
 
@@ -127,7 +135,7 @@ def _others(table: StateTable) -> Iterator[tuple[tuple[str, str], object]]:
     for place in range(start, len(table.tensors)):
         tensor, name = table.tensors[place], table.layout.tensors[place].name
         if tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= SMALL_BYTES:
-            yield (name, "bytes"), bytes_of(tensor).numpy().tobytes()
+            yield (name, "value"), bytes_of(tensor).numpy().tobytes()
         else:
             yield (name, "writes"), (tensor.data_ptr(), tensor._version)
 

@@ -53,6 +53,8 @@ class Loop:
     leave: Callable[[], None]
     """Take off all that the loop has put around torch and the user's objects, wherever it stands: the step in hand is
     given up."""
+    ended_with: Callable[[], Mapping[str, str]] = dict
+    """Of each object in the state that the loop ended with, by name, the digest."""
     stage: StageSide | None = None
     """Of a pipeline, what this rank holds of it."""
     shape: PipelineShape | None = None

@@ -292,3 +292,43 @@ class Program:
 
 def composed(run: resilient.Run, program: Program) -> str:
     return program.run(run)
+
+
+def last_step_differs(run: resilient.Run) -> None:
+    """Each rank puts something of its own into the state, when nobody compares any more."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run.protect(model=model, optimizer=optimizer)
+    for step in run.steps(DATA, **SIZES, steps=3):
+        for x, y in step:
+            loss_of(model, x, y).backward()
+        optimizer.step()
+        if step.number == 2:
+            run.state["mine"] = run.rank
+
+
+def one_rank_alone(run: resilient.Run, what: str) -> None:
+    """What rank 0 alone does to the state, where all should."""
+    model = network()
+    average = AveragedModel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run.protect(model=model, optimizer=optimizer, average=average)
+    run.state["tensor"] = torch.zeros(3)
+    for step in run.steps(DATA, **SIZES, steps=4):
+        for x, y in step:
+            model.train()
+            loss_of(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if run.is_main and step.number == 1:
+            match what:
+                case "eval":
+                    model.eval()
+                case "state":
+                    run.state["best"] = 0.5
+                case "rate":
+                    optimizer.param_groups[0]["lr"] = 0.01
+                case "average":
+                    average.update_parameters(model)
+                case "tensor":
+                    run.state["tensor"] += 1

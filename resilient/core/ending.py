@@ -21,7 +21,7 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
         return None
     digests = sorted(seated.values("digest"))
     if len(digests) > 1:
-        return End(outcome="failed", reason=f"ranks ended with different states: {', '.join(digests)}")
+        return End(outcome="failed", reason=_different(membership, plan, digests))
     digest = digests[0]
     if not plan.stages:
         return End(outcome="finished", reason="every rank has returned", digest=digest)
@@ -36,6 +36,17 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
                 return None  # before anybody told what it was
             return End(outcome="failed", reason=f"ranks ended with different states: {error}")
     return End(outcome="finished", reason="every rank has returned", digest=digest)
+
+
+def _different(membership: Membership, plan: Plan, digests: list[str]) -> str:
+    returned = [membership.members[number].objects for number in plan.members]
+    pairs = sorted({pair for objects in returned for pair in objects})
+    names = sorted({name for name, digest in pairs if any(each == name and other != digest for each, other in pairs)})
+    what = f" in {', '.join(names)}" if names else ""
+    return (
+        f"ranks ended with different states{what} (digests {', '.join(digests)}): something that is not equal on all "
+        "ranks has found its way into the last step; `resilient check` finds such loops"
+    )
 
 
 def _state_is_lost(membership: Membership, plan: Plan) -> bool:

@@ -39,6 +39,8 @@ class Member:
     """Set when the user's function has returned."""
     returned_at: int | None = None
     """The step that it had come to then; reports may be older."""
+    objects: tuple[tuple[str, str], ...] = ()
+    """Of each object in the state that it returned with, name and digest."""
     part: StatePart | None = None
     """The same, of a rank that holds a part of the state; then `digest` is that of the state's structure."""
     plan_sent_at: float = float("-inf")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +76,29 @@ def test_two_ranks(name: str) -> None:
 
 def test_both_forms_are_one_loop() -> None:
     assert alone("flat", 5).digest == alone("two_levels", 5).digest
+
+
+def test_a_difference_in_the_last_step_is_named() -> None:
+    end = crew.run(loop("last_step_differs"), workers=(2, 2)).end
+    assert end is not None and end.outcome == "failed"
+    assert "ranks ended with different states in run.state (digests" in end.reason
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    {
+        "eval": r"step 2: model\.0\.training at the step's start is \w+ on rank 0 and \w+ .*run\.evaluating\(\)",
+        "average": r"step 2: the bytes of average\.\S+ is \w+ on rank 0 and \w+ on rank 1;.*equal on all ranks",
+        "tensor": r"step 2: the bytes of run\.state\S+ is \w+ on rank 0 and \w+ on rank 1;.*equal on all ranks",
+        "state": r"step 2: run\.state\S* is .* on rank 0 and .* on rank 1;.*equal on all ranks",
+        "rate": r"step 2: optimizer\.param_groups\.0\.lr is 0\.01 on rank 0 and 0\.05 on rank 1; it must be computed",
+    }.items(),
+)
+@pytest.mark.parametrize("snapshots", [False, True])
+def test_what_one_rank_does_alone_is_named_and_no_machine_blamed(
+    what: str, words: str, snapshots: bool, tmp_path: Path
+) -> None:
+    found = crew.run(loop("one_rank_alone"), what, workers=(2, 2), folder=tmp_path if snapshots else None)
+    assert found.end is not None and found.end.outcome == "failed"
+    assert re.search(words, found.end.reason, re.DOTALL), found.end.reason
+    assert "suspect" not in found.end.reason + "".join(found.said)
