@@ -5,8 +5,9 @@ travels with its gradients; the step's new value is the mean along the tree of t
 of floats of 8 bits or fewer, which are codes, it is the value of the lowest such micro-batch. Unchanged buffers are not
 touched: averaging equal values would change bits.
 
-Which buffers there are, and which of them are None, changes only between steps: a tensor that appears in a micro-batch
-has no former value that the others could start from.
+Which buffers are None, and their shapes, change only between steps: a tensor that appears in a micro-batch has no
+former value that the others could start from. Which places there are never changes, nor do types: another process
+could not restore them.
 """
 
 from __future__ import annotations
@@ -73,15 +74,18 @@ class Buffers:
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         self._modules = tuple(modules)
         self.revision = 0
-        """Counts how often buffers came, went, or got another type or shape."""
+        """Counts how often buffers were set, became None, or got another shape."""
         self._look()
 
     def _look(self) -> None:
         self.revision += 1
         self._found: dict[str, _Buffer] = {}
         self._structure = {f"{prefix}.": list(map(_structure, module.modules())) for prefix, module in self._modules}
+        self._names: set[str] = set()
+        """Of all places."""
         first: dict[int, _Buffer] = {}
         for path, owner in self._owners():
+            self._names.update(f"{path}.{key}" for key in owner._buffers)
             for key, tensor in owner._buffers.items():
                 if tensor is not None and id(tensor) in first:
                     first[id(tensor)].places.append((owner, key))
@@ -99,15 +103,23 @@ class Buffers:
         return any(owner._modules != children or tuple(owner._buffers) != keys for owner, children, keys in parts)
 
     def begin_step(self) -> None:
-        """What the buffers hold now is the step's value. Copies only what may have been written since."""
+        """What the buffers hold now is the step's value. Copies only what may have been written since.
+
+        Raises LoopError for what could not be restored in another process, which builds the model as it was at first.
+        """
         if self._is_other("") or any(buffer.is_torn() for buffer in self._found.values()):
+            former = self._names
             self._look()
+            for name in sorted(former ^ self._names):
+                raise _unrestorable(name, f"was {'registered' if name in self._names else 'deleted'} during training")
             return
-        for buffer in self._found.values():
-            current = buffer.current
-            if current is None and buffer.tensor is None:
+        for name, buffer in self._found.items():
+            current, value = buffer.current, buffer.value
+            if (current is None and value is None) or (current is not None and not buffer.may_have_changed(current)):
                 continue
-            if (current is None or buffer.may_have_changed(current)) and buffer.keep(current):
+            if current is not None and value is not None and current.dtype != value.dtype:
+                raise _unrestorable(name, f"changed from {value.dtype} to {current.dtype}")
+            if buffer.keep(current):
                 self.revision += 1
 
     def take_changes(self) -> dict[str, Tensor]:
@@ -214,8 +226,16 @@ def _unsettled(name: str, before: str, after: str) -> LoopError:
         f"buffer {name} was {before} before a micro-batch, and {after} after it: ranks have micro-batches of their "
         "own, and could not agree on it. Register it before the loop as a tensor of its final shape and type, "
         "torch.zeros(...) say, beside a flag that tells whether it is set: "
-        'self.register_buffer("is_set", torch.tensor(False)). Buffers come and go only once per step, behind the loop '
-        "over its micro-batches"
+        'self.register_buffer("is_set", torch.tensor(False)). Only once per step, behind the loop over its '
+        "micro-batches, may one that is None be set, or become None"
+    )
+
+
+def _unrestorable(name: str, what: str) -> LoopError:
+    return LoopError(
+        f"buffer {name} {what}: a process that takes a lost one's place, or resumes the run, builds the model as it "
+        "was before the loop, and could not restore it. Register it before protect with its final type, or as None; "
+        "once per step, behind the loop over micro-batches, it may be set, change its shape and become None"
     )
 
 

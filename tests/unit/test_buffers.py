@@ -276,33 +276,50 @@ def test_in_a_pipeline_they_are_refused_too() -> None:
         resilient.train(name="test", workers=1)(main).local()
 
 
-def test_what_comes_and_goes_behind_the_commit_is_followed() -> None:
-    def look(model: Any, x: Tensor) -> None:
-        for name in ("mean", "late", "wide"):
-            if getattr(model, name, None) is not None:
-                getattr(model, name).add_(x.mean())
+def grow(model: Any, x: Tensor) -> None:
+    for buffer in model.buffers():
+        buffer.add_(x.mean())
 
+
+def test_what_is_set_behind_the_commit_is_followed() -> None:
     def behind(model: Any, step: int) -> None:
         if step == 0:
-            model.mean = torch.zeros(3)
-            model.register_buffer("late", torch.zeros((), dtype=torch.bfloat16))
-            model.wide = torch.zeros(5, dtype=torch.float64)
-        if step == 1:
-            model.mean = None
+            model.mean = torch.zeros((), dtype=torch.bfloat16)
+            model.wide = torch.zeros(5)
+            model.brief = None
 
     one = torch.ones(LEAVES * STEPS, 3)
-    model = trained(lambda: Watching(look, mean=None, wide=torch.zeros(2)), one, behind)
-    assert model.mean is None
-    assert (model.late.item(), model.late.dtype) == (2.0, torch.bfloat16)
-    assert (model.wide.tolist(), model.wide.dtype) == ([2.0] * 5, torch.float64)
+    model = trained(lambda: Watching(grow, mean=None, wide=torch.zeros(2), brief=torch.zeros(2)), one, behind)
+    assert model.brief is None
+    assert (model.mean.item(), model.mean.dtype) == (2.0, torch.bfloat16)
+    assert model.wide.tolist() == [2.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("behind", "message"),
+    [
+        (
+            lambda model, step: model.inner.register_buffer("late", torch.zeros(2)),
+            "buffer model.inner.late was registered during training: a process that takes a lost one's place",
+        ),
+        (lambda model, step: delattr(model, "mean"), "buffer model.mean was deleted during training"),
+        (
+            lambda model, step: setattr(model, "mean", torch.zeros(2).double()),
+            "buffer model.mean changed from torch.float32 to torch.float64",
+        ),
+    ],
+)
+def test_what_another_process_could_not_restore_is_refused(behind: Any, message: str) -> None:
+    with pytest.raises(LoopError, match=re.escape(message)):
+        trained(lambda: Watching(grow, mean=torch.zeros(2)), values(), behind)
 
 
 def test_another_shape_in_forward_is_refused_by_name() -> None:
-    def grow(model: Any, x: Tensor) -> None:
+    def lengthen(model: Any, x: Tensor) -> None:
         model.seen = torch.cat([model.seen, x[0]])
 
-    with pytest.raises(ValueError, match=r"buffer model.seen changed from torch.float32 \(3,\) to torch.float32 \(6,\)"):
-        trained(lambda: Watching(grow, seen=torch.zeros(3)), values())
+    with pytest.raises(ValueError, match=r"buffer model.seen changed from torch.float32 \(3,\) to torch"):
+        trained(lambda: Watching(lengthen, seen=torch.zeros(3)), values())
 
 
 def test_what_the_committing_iteration_sets_is_the_next_steps_value() -> None:
