@@ -45,7 +45,9 @@ class Feed:
         global_batch, micro_batch: samples per step and per leaf; the first is a multiple of the second.
         steps, epochs: the length of the loop: one of them. An epoch has len(dataset) // global_batch steps.
             A stream takes no `epochs`; without `steps` it is read to its end, and an earlier end wins.
-        updates: so many steps in a row have the same samples, each with randomness of its own.
+        allow_other_data: whether a state that was trained with another length, batch size, seed or order is gone on
+            from; its position counts steps.
+        updates: so many steps in a row have the same micro-batches.
         seed: any integer. Decides order and all randomness in samples and in `collate_fn`.
         shuffle: a new order in every epoch (the default), or the dataset's own. Streams have only their own.
         num_workers, collate_fn, pin_memory, prefetch_factor, timeout, worker_init_fn,
@@ -73,6 +75,7 @@ class Feed:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
         updates: int = 1,
+        allow_other_data: bool = False,
         **options: Any,
     ) -> None:
         batching = Batching(
@@ -101,6 +104,15 @@ class Feed:
         _check_options(options, workers)
         if stream:
             _check_stream(workers, shuffle, updates)
+        self._allow_other_data = allow_other_data
+        self._settings = {
+            "length": length,
+            "global_batch": batching.global_batch,
+            "micro_batch": batching.micro_batch,
+            "shuffle": recipe.shuffle,
+            "updates": updates,
+            "seed": recipe.seed,
+        }
         self._source = (
             Stream(recipe, self.steps)
             if self.steps is None or stream
@@ -140,11 +152,30 @@ class Feed:
         `step` is the current one (the default: that of the last `seek` or `get`) or, for a stream, one that
         was read ahead or the very next. A stream's own `state_dict` is included, copied.
         """
-        return self._source.state_dict(step)
+        return {**self._source.state_dict(step), "settings": self._settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go where `state_dict` was taken, on any rank. `seek` follows."""
+        """Go where `state_dict` was taken, on any rank. `seek` follows.
+
+        Raises ValueError if that was with other data, whose steps had other samples.
+        """
+        self._check_same(state.get("settings", {}))
         self._source.load_state_dict(state)
+
+    def _check_same(self, settings: Mapping[str, Any]) -> None:
+        """settings: as they were; those of an earlier version lack some."""
+        others = {name: value for name, value in settings.items() if value != self._settings[name]}
+        if others and not self._allow_other_data:
+            words = [
+                "the seed is another" if name == "seed" else f"{name} was {value} and is {self._settings[name]}"
+                for name, value in others.items()
+            ]
+            raise ValueError(
+                f"the state to go on from was trained on other data: {', '.join(words)}. A position in the data is a "
+                "number of steps, so samples would be left out or seen twice without a word. Use the former values, "
+                'begin anew with Checkpoint(..., resume="never") or another name of the run, or pass '
+                "allow_other_data=True to run.steps or run.batches to go on with the same number of steps"
+            )
 
     def close(self) -> None:
         """End the worker processes. What is asked for afterwards is loaded directly."""

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from snapshot.tree import Json, decode, encode, to_bytes
 
 _TYPES = frozenset({type(None), bool, int, float, str})
-_INTERNAL = (frozenset(vars(nn.Module())) - {"training"}) | {"_compiled_call_impl", "_torchdynamo_wrapper_id"}
+_COMPILER = {"_compiled_call_impl", "_is_torch_compile", "_torchdynamo_wrapper_id"}
+"""What torch.compile puts there; an id is another in each process."""
+_INTERNAL = (frozenset(vars(nn.Module())) - {"training"}) | _COMPILER
 _OTHER = object()
 """Stands for a value that is not plain, and need not stay alive."""
 

@@ -5,7 +5,8 @@ objects are only asked whether they still hold the very same tensors, and these 
 
     all the same                              the kept spelling
     another buffer, laid out alike            takes the former one's place
-    other plain values beside tensors         these alone are spelled anew
+    other plain values beside tensors,        these alone are spelled anew
+    attributes or flags of modules
     extra state, dicts, what has state_dict   always encoded anew
     anything else                             a full capture
 

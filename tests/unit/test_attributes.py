@@ -111,6 +111,15 @@ def test_what_is_plain() -> None:
     assert plain_attributes(nn.Dropout(0.25)) == {"inplace": False, "p": 0.25, "training": True}
 
 
+def test_what_torch_compile_leaves_on_a_module_is_no_state() -> None:
+    plain, compiled = nn.Dropout(0.25), nn.Dropout(0.25)
+    torch.compile(compiled, backend="eager")
+    assert plain_attributes(compiled) == plain_attributes(plain)
+    one, other = (torch.compile(nn.Linear(2, 2), backend="eager") for _ in range(2))
+    load({"model": other}, capture({"model": one}))
+    assert digest(other) == digest(one)
+
+
 def test_a_part_that_stands_twice_is_stored_once() -> None:
     structure: Any = capture({"model": Block()}).layout.objects["model"]
     paths = [path for path, _ in structure["module"]["attributes"]]

@@ -15,6 +15,7 @@ import resilient
 from resilient.buffers import Buffers
 from resilient.core.tree import Node, split
 from resilient.errors import LoopError
+from snapshot.table import DTYPES
 
 LEAVES, STEPS = 6, 3
 FLOAT4 = getattr(torch, "float4_e2m1fn_x2", torch.float8_e5m2)
@@ -401,3 +402,33 @@ def test_a_shared_buffer_is_one() -> None:
     shared["buffer"].add_(1)
     assert list(buffers.take_changes()) == ["one.buffer"]
     assert float(other.buffer) == 0.0
+
+
+CODES = [name for name in DTYPES if name.startswith(("float8", "float4"))]
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("writes", [False, True])
+def test_types_without_arithmetic_are_kept_as_integers_are(dtype: str, writes: bool) -> None:
+    class Coded(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 1)
+            self.register_buffer("codes", torch.full((4,), 1, dtype=torch.uint8).view(DTYPES[dtype]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if writes:
+                codes = self.codes.view(torch.uint8)
+                codes[0] += 1 + (codes[1:] == codes[0]).sum()  # from the step's value, whatever others have written
+            return super().forward(x)
+
+    def main(run: resilient.Run) -> None:
+        model = Coded()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run.protect(model=model, optimizer=optimizer)
+        for (x,) in run.batches(data(), global_batch=12, micro_batch=2, steps=2):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert model.codes.view(torch.uint8).tolist() == [6 if writes else 1, 1, 1, 1]
+
+    resilient.train(workers=1)(main).local()
