@@ -131,6 +131,7 @@ class MicroBatchLoop(TrainingLoop):
                 f"a micro-batch of step {self.step} ended without backward; every micro-batch must be "
                 "differentiated, none can be skipped"
             )
+        self.sums.buffers.check_places()
         self.watch.in_force(self.step)
         self._follow_structure()
         self.gates.own_loss = self._loss

@@ -92,6 +92,7 @@ class PipelineLoop(TrainingLoop):
 
     def _commit(self) -> float:
         """The step's mean loss."""
+        self.untouched = None  # it holds the former step's gradients
         if isinstance(self.team.next(), Apply):
             self.commit()
         if not self.committing:
