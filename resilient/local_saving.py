@@ -41,7 +41,7 @@ class LocalSaving:
         self._newest = 0
         """The step of the newest state that is on storage, or was gone on from."""
         self._whole: tuple[int, StateTable] | None = None
-        """The state at the newest boundary: a copy, since the user's code may be interrupted in the middle of a step."""
+        """The state at the newest boundary: a copy, since the user's code may stop in the middle of a step."""
         self._payload = bytearray()
 
     def resume(self, objects: Mapping[str, object]) -> tuple[int, tuple[int, ...]]:

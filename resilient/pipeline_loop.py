@@ -58,7 +58,7 @@ class PipelineLoop(TrainingLoop):
             with clipping_refused(self.protected):
                 self.team.enter(replace(self.brought(), stage=steps.stage, shape=steps.shape))
                 self.begin_step()
-                while self.has_more() or not self.team.finished():
+                while self.has_more() or not self.finished():
                     if self.team.parked():
                         steps.drop()
                         self.park()

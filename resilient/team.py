@@ -19,6 +19,7 @@ from .core.seat import (
     ExchangeDone,
     Finished,
     Formed,
+    GoesOn,
     LeafFolded,
     Park,
     PlanArrived,
@@ -71,6 +72,9 @@ class Team(Protocol):
 
     def enter(self, loop: Loop) -> None:
         """Be seated, with the state that the others have. Blocks."""
+
+    def go_on(self, loop: Loop) -> None:
+        """After a loop that has finished another one begins."""
 
     def next(self) -> Compute | Apply | Park:
         """What to do now. Blocks while others must act first."""
@@ -144,6 +148,10 @@ class Alone:
         if self.saving is not None:
             step, self.skipped = self.saving.resume(self._objects())
         self._sit_down(step)
+
+    def go_on(self, loop: Loop) -> None:
+        self._loop = loop
+        self._seat.handle(GoesOn())
 
     def _objects(self) -> Mapping[str, object]:
         assert self._loop is not None

@@ -150,7 +150,7 @@ class Control:
     def _rank_returned(self, event: RankReturned) -> None:
         member = self.membership.members.get(event.member)
         if member is not None and not member.gone:
-            member.part = event.part
+            member.part, member.returned_at = event.part, event.step
             member.digest = event.digest if event.part is None else event.part.skeleton.hex()
             self.membership.changed(member)
 
