@@ -31,8 +31,10 @@ from .crew import Crew, Processes, Task
 
 OUTPUT_LINES = 12
 ANSWER_LIMIT_S = 1.0
-DETECTION_S = 20.0
-"""Ranks that are ready wait for others that are starting fifteen times as long."""
+LATE_LIMIT_S = 10.0
+DETECTION_S = 4.0
+"""Ranks that are ready wait for others that are starting fifteen times as long; a broken link is looked into after a
+quarter of it."""
 
 State: TypeAlias = Mapping[str, Entry]
 FailureKind = Literal["exception", "died", "hangs"]
@@ -87,7 +89,7 @@ class _Listener:
     def __init__(self, work: Work, quiet_s: float, processes: Processes) -> None:
         self.work, self.outcome, self._processes = work, Outcome(), processes
         self.done: set[int] = set()
-        self._quiet_s, self._heard_at = quiet_s, time.monotonic()
+        self._limit_s, self._heard_at = quiet_s, time.monotonic()
         self._places: dict[int, str] | None = None
         """What each process does, once they have been asked since nothing came."""
 
@@ -119,14 +121,19 @@ class _Listener:
         if self.outcome.failure is None:
             self.outcome.failure = Failure(kind=kind, text=text, detail=detail)
 
+    @property
+    def quiet_s(self) -> float:
+        """How long nothing has come."""
+        return time.monotonic() - self._heard_at
+
     def over(self) -> bool:
         """Whether it has failed. Asked after each tick."""
-        quiet_s = time.monotonic() - self._heard_at
-        if quiet_s > self._quiet_s and self._places is None:
+        quiet_s = self.quiet_s
+        if quiet_s > self._limit_s and self._places is None:
             self._places = {}
             for number in self._processes.all:
                 self._processes.send(number, Where())
-        if quiet_s > self._quiet_s + ANSWER_LIMIT_S:
+        if quiet_s > self._limit_s + ANSWER_LIMIT_S:
             stacks = [f"process {number} is here:\n{stack}" for number, stack in sorted((self._places or {}).items())]
             self.fail("hangs", f"nothing has happened for {quiet_s:.0f} s", "".join(stacks))
         return self.outcome.failure is not None
@@ -187,7 +194,13 @@ class _Several(Crew):
                 self.processes.send(member, Go(generation=plan.generation, joins=self._joined))
         if self.end is not None and self.end.outcome != "finished":
             self.listener.fail("exception", self.end.reason.strip().splitlines()[-1])
-        return self.listener.over() or (plan is not None and self.listener.done.issuperset(plan.members))
+        return self.listener.over() or self._done()
+
+    def _done(self) -> bool:
+        """The replacement ends with the others, unless it has come too late to join them."""
+        first = self.listener.work.layout.ranks
+        missing = {*self.processes.all} - self.listener.outcome.dying - self.listener.done
+        return not missing or (min(missing) > first and self.listener.quiet_s > LATE_LIMIT_S)
 
 
 def _together(work: Work, quiet_s: float) -> Outcome:

@@ -103,8 +103,9 @@ class _Running(crew.Crew):
         return Crew(values=self._values, end=self.end, plans=self.plans, said=self.said, bubbles=bubbles)
 
     def _seated(self, end: End) -> int:
-        current = self.control.current
-        return current.size if end.outcome == "finished" and current is not None else 0
+        """Of a planned generation that comes too late, joiners never finish."""
+        plan = self.control.formed or self.control.current
+        return plan.size if end.outcome == "finished" and plan is not None else 0
 
     def heard(self, member: int, message: Any) -> None:
         if isinstance(message, RankReported):
