@@ -121,7 +121,6 @@ class TrainFunction:
         return run_locally(self.settings, self._packed(args, kwargs))
 
     def _packed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
-        from ray import cloudpickle
+        from .packing import packed_call
 
-        packed: bytes = cloudpickle.dumps((self._function, args, dict(kwargs)))
-        return packed
+        return packed_call(self._function, args, kwargs)

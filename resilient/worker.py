@@ -14,6 +14,7 @@ from actors.rank import Host
 from actors.remark import Remark
 
 from .job import Job, Settings
+from .packing import packed
 from .records import ReturnValue
 
 
@@ -85,7 +86,7 @@ class RankBody:
         # what is looked through that takes 0.1 to 0.5 s, in which the rank stands still; so they are left out.
         gc.freeze()
         value, digest = call(self._job.function, self._member, self._job.settings, self._member.device)
-        return cloudpickle.dumps(value), digest
+        return packed(value), digest
 
     def deliver(self, message: object) -> None:
         self._member.deliver(message)
