@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def run_on_ray(settings: Settings, function: bytes, progress: Progress) -> Resul
         attempt=_next_attempt(settings),
         function=function,
         secret=secrets.token_hex(16),
+        argv=tuple(sys.argv),
     )
     controller = _start_controller(job)
     ended = threading.Event()

@@ -206,6 +206,8 @@ class Job:
     function: bytes
     """The training function and its arguments, by cloudpickle."""
     secret: str
+    argv: tuple[str, ...] = ()
+    """The driver's: what the training function finds as sys.argv."""
 
     @property
     def key(self) -> str:
