@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from .api import TrainFunction, train
-from .errors import LoopError, ResilientError, RunLost, RunStopped, StateDiverged, TrainingFailed
+from .errors import LoopError, ResilientError, RunLost, RunStopped, StateDiverged, TrainingFailed, ValueNotLoaded
 from .job import Checkpoint, Snapshot
 from .result import Result
 
@@ -32,6 +32,7 @@ __all__ = [
     "StateDiverged",
     "TrainFunction",
     "TrainingFailed",
+    "ValueNotLoaded",
     "load",
     "train",
 ]

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -23,7 +22,7 @@ from .core.listening import address_of
 from .errors import ResilientError, RunLost, RunStopped, TrainingFailed
 from .job import Job, Settings
 from .records import Known
-from .result import Result
+from .result import Result, loaded
 
 POLL_EVERY_S = 0.1
 CONTROLLER_LIMIT_S = 60.0
@@ -169,7 +168,7 @@ def _result(news: dict[str, Any]) -> Result:
             snapshots=news["snapshots"],
             checkpoints=news["checkpoints"],
             digest=news["outcome"]["digest"],
-            value=cloudpickle.loads(news["value"]) if news["value"] is not None else None,
+            returned=loaded(news["value"]),
         )
     if outcome == "failed":
         raise TrainingFailed(reason) if "raised on rank" in reason else RunLost(reason)

@@ -31,7 +31,7 @@ class LastOutput:
         if not isinstance(error, SystemExit):
             return ""
         return (
-            "sys.exit ends the run as any exception does, whatever its code; to end it early leave the loop and return. "
+            "sys.exit ends the run as any exception does, whatever its code; to end it early, leave the loop. "
             f"What was written last:\n{''.join(self._pieces).strip() or '(nothing)'}\n"
         )
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from ray import cloudpickle
 
+from .result import NotLoaded
+
 
 class _Pickler(cloudpickle.CloudPickler):
     def reducer_override(self, value: Any) -> Any:
@@ -36,6 +38,14 @@ def packed(value: Any) -> bytes:
     pickler: Any = _Pickler
     pickler(file).dump(value)
     return file.getvalue()
+
+
+def packed_value(value: Any) -> bytes:
+    """What a training function returned; in place of what can't be sent, a word that says so."""
+    try:
+        return packed(value)
+    except Exception as error:  # noqa: BLE001  the run has finished, and keeps its Result
+        return packed(NotLoaded(f"can't be sent to the driver ({type(error).__name__}: {error})"))
 
 
 def packed_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from actors.remark import Remark
 from .core.events import RankFailed
 from .job import Job, Settings
 from .last_output import LastOutput
-from .packing import packed
+from .packing import packed_value
 from .records import ReturnValue
 
 
@@ -97,7 +97,7 @@ class RankBody:
         # what is looked through that takes 0.1 to 0.5 s, in which the rank stands still; so they are left out.
         gc.freeze()
         value, digest = call(self._job.function, self._member, self._job.settings, self._member.device)
-        return packed(value), digest
+        return packed_value(value), digest
 
     def deliver(self, message: object) -> None:
         self._member.deliver(message)

@@ -79,7 +79,7 @@ def test_so_is_help_and_a_plain_exit() -> None:
     def leaving(run: Any) -> None:
         sys.exit(0)
 
-    assert "to end it early leave the loop and return" in told(leaving, "train.py").text
+    assert "to end it early, leave the loop" in told(leaving, "train.py").text
 
 
 def test_other_errors_are_told_without_it() -> None:
