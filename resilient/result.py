@@ -33,7 +33,9 @@ class Result:
     step: int
     """Steps committed."""
     metrics: list[dict[str, float]]
-    """One row per step: step, loss (mean over its micro-batches), and what was logged."""
+    """One row per step: step, loss (mean over its micro-batches), and what was logged; of the steps that this
+    attempt trained. If a finished run was submitted again, those of the attempts before it, as far as the head node of
+    the cluster still has them in its folder of runs; none with `local`."""
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     """One per change of generation: kind, step, generation, ranks, reason, what was lost, and the seconds
     of each phase (detect_s, decide_s, form_s, redo_s, total_s). Where the state was restored from a snapshot:
