@@ -6,9 +6,11 @@ import inspect
 import io
 import pkgutil
 import types
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ray import cloudpickle
 
@@ -30,6 +32,25 @@ def _is_found_by_name(module: types.ModuleType) -> bool:
         return pkgutil.resolve_name(module.__name__) is module
     except (ImportError, AttributeError, ValueError):
         return False
+
+
+class _ProcessPickler(_Pickler):
+    """As multiprocessing sends things to its processes: tensors in shared memory."""
+
+    dispatch_table: ClassVar = ChainMap(ForkingPickler._extra_reducers, _Pickler.dispatch_table)  # type: ignore[misc,attr-defined]
+
+
+class ForProcess:
+    """Arrives in another process of this machine as the value itself, which may be of a class of the user's script."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        file = io.BytesIO()
+        pickler: Any = _ProcessPickler
+        pickler(file).dump(self._value)
+        return cloudpickle.loads, (file.getvalue(),)
 
 
 def packed(value: Any) -> bytes:
