@@ -54,7 +54,13 @@ def recorded_process(path: Path) -> int | None:
 def own(folder: Path, linger_s: float) -> None:
     """Take the folder over for good: a former owner that nobody could reach, and that was taken for dead, would remove
     it when its lease ends."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the folder {folder} can't be made ({error.strerror}): Snapshot(directory=...) is a folder in memory that "
+            "Ray's user may write to on every node, such as /dev/shm"
+        ) from error
     if recorded_process(folder / OWNER) != os.getpid():
         _end_process(folder / OWNER)
     (folder / LINGERS).write_text(str(linger_s))

@@ -18,7 +18,7 @@ import ray
 import ray.util.metrics
 
 from actors import launch
-from actors.keeper import KeeperAnswer, Pulse, Saved
+from actors.keeper import KeeperAnswer, NotBegun, Pulse, Saved
 from actors.lease import Lease
 from actors.lifeline import Lifelines
 from actors.notice import LeaveAsked
@@ -271,6 +271,8 @@ class Controller:
                 if self._workers.is_present(node, incarnation):
                     self._protection.heard(node, vault, self._workers.keepers)
                     self._presence.beaten(node, pulses, now)
+            case NotBegun():
+                self._presence.could_not_begin(fact)
             case KeeperAnswer() | Saved():
                 self._answered(fact)
             case LifelineLost(name=name):
@@ -278,7 +280,7 @@ class Controller:
             case Nodes():
                 for event in self._departures.noticed(fact.draining):
                     self._handle(event)
-                self._presence.listed(fact.capacities, fact.gone)
+                self._presence.listed(fact.capacities, fact.gone, fact.lacking)
             case Done():
                 fact.finish()
             case _:

@@ -129,9 +129,14 @@ class Told:
                 step=self.records.newest + 1,
             ),
             "messages": list(self.messages),
+            "waiting": self._waiting(),
             "outcome": None if outcome is None else asdict(outcome),
             "value": self._return_value() if outcome is not None else None,
         }
+
+    def _waiting(self) -> dict[str, Any] | None:
+        """For nodes."""
+        return {"for_s": self.control.waiting_s, "why": self.control.waiting_for} if self.control.waits else None
 
     def look(self, outcome: End | None, detector: Detector) -> dict[str, Any]:
         """All that is known, without a say in anything: neither a lease nor a row is taken."""
