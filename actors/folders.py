@@ -14,6 +14,7 @@ import select
 import shutil
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 OWNER = "keeper.process"
@@ -54,7 +55,13 @@ def recorded_process(path: Path) -> int | None:
 def own(folder: Path, linger_s: float) -> None:
     """Take the folder over for good: a former owner that nobody could reach, and that was taken for dead, would remove
     it when its lease ends."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the folder {folder} can't be made ({error.strerror}): Snapshot(directory=...) is a folder in memory that "
+            "Ray's user may write to on every node, such as /dev/shm"
+        ) from error
     if recorded_process(folder / OWNER) != os.getpid():
         _end_process(folder / OWNER)
     (folder / LINGERS).write_text(str(linger_s))
@@ -99,16 +106,43 @@ def _end_process(record: Path) -> None:
             os.close(pidfd)
 
 
-def sweep(folders: Path, keep: tuple[Path, ...], at_least_s: float = 0.0) -> None:
-    """Remove what keepers have left that were killed together with their host's processes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """A folder of an attempt whose processes on this node have all ended."""
 
-    at_least_s: so long it is left for another keeper to take over in any case.
-    """
-    for owner in folders.glob(f"*/{OWNER}"):
+    folder: Path
+    nbytes: int
+    """What it takes, as far as its files can be read."""
+    ended_s: float
+    """Seconds since its keeper's end."""
+    lingers_s: float
+    """How long it is kept from then on, for the run to be submitted again."""
+
+
+def leftovers(folders: Path, keep: tuple[Path, ...] = ()) -> list[Leftover]:
+    """By name; without those to `keep`."""
+    found = []
+    for owner in sorted(folders.glob(f"*/{OWNER}")):
         records = [owner, *owner.parent.glob("rank-*.process")]
         if owner.parent in keep or any(recorded_process(record) is not None for record in records):
             continue  # of a keeper that died alone the ranks live on, and the next one needs what it left
         with contextlib.suppress(OSError, ValueError):  # another keeper sweeps too, or it is not ours to read
-            lingers_s = float((owner.parent / LINGERS).read_text())
-            if time.time() - owner.stat().st_mtime > max(lingers_s, at_least_s):
-                shutil.rmtree(owner.parent, ignore_errors=True)
+            left = Leftover(
+                folder=owner.parent,
+                nbytes=sum(512 * file.stat().st_blocks for file in owner.parent.rglob("*")),
+                ended_s=time.time() - owner.stat().st_mtime,
+                lingers_s=float((owner.parent / LINGERS).read_text()),
+            )
+            found.append(left)
+    return found
+
+
+def sweep(folders: Path, keep: tuple[Path, ...] = (), at_least_s: float = 0.0) -> list[Leftover]:
+    """Remove what keepers have left that were killed together with their host's processes. What was removed.
+
+    at_least_s: so long it is left for another keeper to take over in any case.
+    """
+    over = [left for left in leftovers(folders, keep) if left.ended_s > max(left.lingers_s, at_least_s)]
+    for left in over:
+        shutil.rmtree(left.folder, ignore_errors=True)
+    return [left for left in over if not left.folder.exists()]

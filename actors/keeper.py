@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from .folders import own, process_stat, record_process, recorded_process, still_owned, sweep
 from .lease import Lease
@@ -30,6 +31,7 @@ from .remark import Remark
 from .words import read_words
 
 SWEEP_EVERY_S = 5.0
+LAST_WORDS_LIMIT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,15 @@ class Saved:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotBegun:
+    """A keeper could not begin, and its process ends."""
+
+    node: str
+    incarnation: int
+    why: str
+
+
 @dataclass(slots=True)
 class _Watched:
     pid: int
@@ -104,12 +115,21 @@ class Keeper:
         self._poll = select.poll()
         self._wake_read, self._wake_write = os.pipe()
         self._poll.register(self._wake_read, select.POLLIN)
-        folder = Path(spec.folder)
-        own(folder, spec.linger_s)
-        self._adopt()
-        self._keeping: Any = self._keep_snapshots(folder) if spec.snapshots else None
-        self._sweep_others()
+        try:
+            self._settle(Path(spec.folder))
+        except Exception as error:  # the process's edge: without a keeper nobody would say why the node is not used
+            why = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(RayError):
+                told = controller.hear.remote((NotBegun(node=spec.node, incarnation=spec.incarnation, why=why),))
+                ray.get(told, timeout=LAST_WORDS_LIMIT_S)
+            raise
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def _settle(self, folder: Path) -> None:
+        own(folder, self._spec.linger_s)
+        self._adopt()
+        self._keeping: Any = self._keep_snapshots(folder) if self._spec.snapshots else None
+        self._sweep_others()
 
     def watch(self, member: int, pid: int) -> None:
         """Called by a rank as the first thing it does, so the process id is certainly its own."""

@@ -125,6 +125,21 @@ def capacities(resources: dict[str, float]) -> dict[str, int]:
     return found
 
 
+def lacking(resources: dict[str, float]) -> str:
+    """Why no live node could ever hold a rank of these resources; "" if one could, or if there is no node."""
+    totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {name: max((total.get(name, 0.0) for total in totals), default=amount) for name, amount in resources.items()}
+    short = [
+        f"{name}: {amount:g} (the most that one has is {most[name]:g})"
+        for name, amount in sorted(resources.items())
+        if most[name] < amount
+    ]
+    if short:
+        return f"no node has what resources= asks for each rank: {', '.join(short)}"
+    fits = any(all(total.get(name, 0.0) >= amount for name, amount in resources.items()) for total in totals)
+    return "" if fits or not totals else f"no node has all that resources= asks for each rank: {resources}"
+
+
 def draining() -> dict[str, float]:
     """Nodes that the cluster is about to end, and when: seconds of the wall clock, infinite if it has not said."""
     found: dict[str, int] = state.get_draining_nodes()  # milliseconds, 0 for none

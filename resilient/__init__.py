@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .api import TrainFunction, train
 from .check_report import CheckReport
-from .errors import LoopError, ResilientError, RunLost, RunStopped, StateDiverged, TrainingFailed
+from .errors import LoopError, ResilientError, RunLost, RunStopped, StateDiverged, TrainingFailed, ValueNotLoaded
 from .job import Checkpoint, Snapshot
 from .result import Result
 
@@ -34,6 +34,7 @@ __all__ = [
     "StateDiverged",
     "TrainFunction",
     "TrainingFailed",
+    "ValueNotLoaded",
     "load",
     "train",
 ]

@@ -33,6 +33,9 @@ def train(
 ) -> Callable[[Callable[..., Any]], TrainFunction]:
     """Make a training function fault-tolerant. The function receives a `Run` as its first argument.
 
+    On every rank sys.argv is the driver's. sys.exit ends the run as an exception does, whatever its code, and the
+    error repeats what was written last, argparse's usage for example; to end a run early leave the loop and return.
+
     workers: ranks to train with, or (min, max): the run uses up to max, and waits for nodes below min.
     spares: further processes that are started and wait in the loop, to take a lost rank's place at once.
     resources: of each rank, as Ray counts them; the default is one CPU. CPU is also the number of threads.
@@ -134,7 +137,6 @@ class TrainFunction:
         return Check(self.settings, self.packed(args, kwargs), steps).run()
 
     def packed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
-        from ray import cloudpickle
+        from .packing import packed_call
 
-        packed: bytes = cloudpickle.dumps((self._function, args, dict(kwargs)))
-        return packed
+        return packed_call(self._function, args, kwargs)

@@ -99,10 +99,13 @@ def chaos(run: str, kinds: str, every_s: float, for_s: float, seed: int, agreed:
 
 @click.command()
 @click.option("--state", "state_bytes", callback=_size, help='Size of what is to be trained, such as "30GiB".')
+@click.option("--sweep", is_flag=True, help="Remove what runs that are gone have left in the nodes' memory.")
+@click.option("--directory", default="/dev/shm", show_default=True, help="As of Snapshot(directory=...).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def doctor(state_bytes: int | None, as_json: bool) -> None:
+def doctor(state_bytes: int | None, sweep: bool, directory: str, as_json: bool) -> None:
     """Look at the cluster before a run: versions, memory, limits, clocks, ports; with advice.
 
+    What SWEEP removes nobody will go on from: no process is left of it on the node, and its `linger_s` is over.
     STATE is what snapshots hold: parameters, optimizer and all else that is protected. Exits with 1 if something would
     keep a run from working.
     """
@@ -112,7 +115,7 @@ def doctor(state_bytes: int | None, as_json: bool) -> None:
         from .status import attach
 
         attach()
-        found = judge(visit(), state_bytes)
+        found = judge(visit(directory, sweep=sweep), state_bytes)
         answer.document["findings"] = [asdict(each) for each in found]
         answer.good = all(each.verdict != "bad" for each in found)
         answer.table(

@@ -18,7 +18,7 @@ import ray
 import ray.util.metrics
 
 from actors import launch
-from actors.keeper import KeeperAnswer, Pulse, Saved
+from actors.keeper import KeeperAnswer, NotBegun, Pulse, Saved
 from actors.lease import Lease
 from actors.lifeline import Lifelines
 from actors.notice import LeaveAsked
@@ -104,9 +104,10 @@ class Controller:
             seen=self.seen,
             say=lambda text: self._events.put(Remark(text=text)),
             bound=lambda port: self._notes.serves(port),  # noqa: PLW0108  that is made later
+            cluster=ray.get_runtime_context().gcs_address,
         )
         self._story = Story()
-        self._told = Told(job=job, control=self._control, curve=self._showing.feed.loss)
+        self._told = Told(job=job, control=self._control, curve=self._showing.feed.loss, keep=self._showing.keep)
         self._lock = threading.Lock()
         """Held while a fact is taken in, and while what is known is read."""
         self._events: queue.Queue[Any] = queue.Queue()
@@ -270,6 +271,8 @@ class Controller:
                 if self._workers.is_present(node, incarnation):
                     self._protection.heard(node, vault, self._workers.keepers)
                     self._presence.beaten(node, pulses, now)
+            case NotBegun():
+                self._presence.could_not_begin(fact)
             case KeeperAnswer() | Saved():
                 self._answered(fact)
             case LifelineLost(name=name):
@@ -277,7 +280,7 @@ class Controller:
             case Nodes():
                 for event in self._departures.noticed(fact.draining):
                     self._handle(event)
-                self._presence.listed(fact.capacities, fact.gone)
+                self._presence.listed(fact.capacities, fact.gone, fact.lacking)
             case Done():
                 fact.finish()
             case _:
@@ -389,19 +392,25 @@ class Controller:
 
         creator = launch.new_creator()
 
-        def create() -> tuple[bool, dict[str, str]]:
-            return self._ledger.create(plan, creator), launch.domains() if self._job.settings.snapshot else {}
+        def create() -> tuple[bool, dict[str, str], list[dict[str, float]]]:
+            domains = launch.domains() if self._job.settings.snapshot else {}
+            return self._ledger.create(plan, creator), domains, self._former_rows(plan)
 
         self._errands.run(create, lambda done: self._created(plan, *done))
 
-    def _created(self, plan: Plan, created: bool, domains: dict[str, str]) -> None:
+    def _former_rows(self, plan: Plan) -> list[dict[str, float]]:
+        if plan.restore is None or plan.restore.key.attempt == self._job.attempt:
+            return []
+        return self._showing.former_rows(plan.restore.key.attempt, plan.restore.key.step)
+
+    def _created(self, plan: Plan, created: bool, domains: dict[str, str], former: list[dict[str, float]]) -> None:
         if not created:
             self._handle(GenerationTaken(generation=plan.generation))
             return
         if plan.restore is not None:
-            of_earlier_attempt = plan.restore.key.attempt != self._job.attempt
-            self._told.records.rewind(plan.generation, plan.restore.key.step, plan.branch, anew=of_earlier_attempt)
-            self._showing.back_to(plan.generation, plan.restore.key.step)
+            step, anew = plan.restore.key.step, plan.restore.key.attempt != self._job.attempt
+            self._told.records.rewind(plan.generation, step, plan.branch, anew=anew, former=former)
+            self._showing.back_to(plan.generation, step)
         self._protect(plan, domains)
         self._handle(GenerationCreated(generation=plan.generation))
 

@@ -92,7 +92,6 @@ def _loader(recipe: Recipe, line: Line, workers: int, options: Mapping[str, Any]
     if context is None or isinstance(context, str):
         context = multiprocessing.get_context(context)
     start = WorkerStart(
-        dataset=recipe.dataset,
         method=context.get_start_method(),
         parent=os.getpid(),
         then=options.get("worker_init_fn"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from .core.order import Batching, Ticket, derive_seed, sample_indices
+from .packing import ForProcess
 from .randomness import seed_host
 
 
@@ -26,8 +27,12 @@ class Recipe:
     updates: int = 1
     """So many steps in a row have the same samples."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _recipe, (ForProcess({field.name: getattr(self, field.name) for field in fields(self)}),)
+
     def __getitem__(self, ticket: Ticket) -> tuple[int, int, Any]:
-        return (*ticket, self.load(*ticket))
+        """In a worker."""
+        return (*ticket, ForProcess(self.load(*ticket)))
 
     def load(self, step: int, leaf: int) -> Any:
         assert self.length is not None
@@ -52,6 +57,10 @@ class Recipe:
             return batch
         one: DataLoader[Any] = DataLoader([batch], batch_size=None, collate_fn=same, pin_memory=True)  # type: ignore[arg-type]
         return next(iter(one))
+
+
+def _recipe(given: dict[str, Any]) -> Recipe:
+    return Recipe(**given)
 
 
 def same(value: Any) -> Any:

@@ -16,15 +16,19 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from .packing import ForProcess
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerStart:
-    dataset: Any
     method: str
     parent: int
     then: Callable[[int], None] | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _start, (self.method, self.parent, ForProcess(self.then))
 
     def __call__(self, worker: int) -> None:
         if self.method == "forkserver":
@@ -38,9 +42,14 @@ class WorkerStart:
                 _release_inherited_sockets()
         info = get_worker_info()
         assert info is not None
-        object.__setattr__(info, "dataset", self.dataset)  # the user's, not the recipe, for worker_init_fn
+        recipe: Any = info.dataset
+        object.__setattr__(info, "dataset", recipe.dataset)  # the user's, for worker_init_fn
         if self.then is not None:
             self.then(worker)
+
+
+def _start(method: str, parent: int, then: Callable[[int], None] | None) -> WorkerStart:
+    return WorkerStart(method=method, parent=parent, then=then)
 
 
 def _die_with_parent() -> None:

@@ -16,10 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from actors import folders
+from actors.folders import Leftover
+
 from .cli_output import in_bytes
 
 Verdict = Literal["good", "warning", "bad"]
 PACKAGES = ("torch", "ray", "numpy", "zstandard", "resilient-runtime")
+MEMORY = "/dev/shm"
 SLOTS = 5
 """Copies of a node's share of the state that may be kept there, a checkpoint's among them."""
 FEW_FILES = 4096
@@ -52,6 +56,10 @@ class NodeFacts:
     """How long the node before took to connect to a free port here; None if it could not."""
     unreachable: str = ""
     """Why not."""
+    left: Sequence[Leftover] = ()
+    """What runs that are gone have left in memory."""
+    swept: Sequence[Leftover] = ()
+    """What of it was removed just now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +77,14 @@ class Cluster:
     """Of Ray's health checks, that somebody has changed, by name."""
 
 
-def facts(node: str, object_store_bytes: int, memory: str = "/dev/shm") -> NodeFacts:
-    """Of the node that this runs on."""
+def facts(node: str, object_store_bytes: int, memory: str = MEMORY, sweep: bool = False) -> NodeFacts:
+    """Of the node that this runs on. sweep: remove what nobody will need of runs that are gone."""
     import psutil
 
     from snapshot import codec
+
+    runs = Path(memory) / "resilient"
+    swept = folders.sweep(runs) if sweep else []
 
     disk = shutil.disk_usage(memory) if Path(memory).is_dir() else None
     return NodeFacts(
@@ -87,6 +98,8 @@ def facts(node: str, object_store_bytes: int, memory: str = "/dev/shm") -> NodeF
         memory_bytes=psutil.virtual_memory().total,
         object_store_bytes=object_store_bytes,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        left=folders.leftovers(runs),
+        swept=swept,
     )
 
 
@@ -115,6 +128,7 @@ def judge(cluster: Cluster, state_bytes: int | None = None) -> list[Finding]:
         ),
         *_each("parity", cluster.nodes, _codec),
         *_each("shared memory", cluster.nodes, lambda node: _shared(node, len(cluster.nodes), state_bytes)),
+        *_each("left in memory", cluster.nodes, _left),
         *_each("open files", cluster.nodes, _files),
         *_each("clocks", cluster.nodes, _clock),
         *_each("ports", cluster.nodes, _ports),
@@ -185,6 +199,30 @@ def _shared(node: NodeFacts, nodes: int, state_bytes: int | None) -> Finding:
             advice=f"{larger}; say how large the state is (--state 30GiB) to have it judged",
         )
     return Finding(what="shared memory", verdict="good", found=size)
+
+
+def _left(node: NodeFacts) -> Finding:
+    """Of runs that are gone."""
+    swept = f"; {_attempts(node.swept)} removed" if node.swept else ""
+    over = [left for left in node.left if left.ended_s > left.lingers_s]
+    kept = [left for left in node.left if left.ended_s <= left.lingers_s]
+    waits = "; ".join(
+        f"{_attempts([left])} kept for {left.lingers_s - left.ended_s:.0f} s more, for the run to be submitted again"
+        for left in kept
+    )
+    if not over:
+        found = waits or "nothing of runs that are gone"
+        return Finding(what="left in memory", verdict="good", found=f"{found}{swept}")
+    return Finding(
+        what="left in memory",
+        verdict="warning",
+        found=f"{_attempts(over)} of runs that are gone{'; ' if waits else ''}{waits}{swept}",
+        advice="resilient doctor --sweep removes it, as the next run on that node does",
+    )
+
+
+def _attempts(left: Sequence[Leftover]) -> str:
+    return f"{', '.join(each.folder.name for each in left)} ({in_bytes(sum(each.nbytes for each in left))})"
 
 
 def _files(node: NodeFacts) -> Finding:

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from .doctor import Cluster, NodeFacts, changed_settings, facts
+from .doctor import MEMORY, Cluster, NodeFacts, changed_settings, facts
 
 ANSWER_LIMIT_S = 60.0
 CONNECT_LIMIT_S = 3.0
@@ -23,8 +23,8 @@ class Visitor:
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
 
-    def facts(self, node: str, object_store_bytes: int) -> NodeFacts:
-        return facts(node, object_store_bytes)
+    def facts(self, node: str, object_store_bytes: int, memory: str, sweep: bool) -> NodeFacts:
+        return facts(node, object_store_bytes, memory, sweep)
 
     def clock(self) -> float:
         return time.time()
@@ -49,14 +49,16 @@ class Visitor:
             self._listener.close()
 
 
-def visit() -> Cluster:
-    """All living nodes of the cluster that this process has joined. Raises ray's GetTimeoutError if one is silent."""
+def visit(memory: str = MEMORY, *, sweep: bool = False) -> Cluster:
+    """memory: where runs keep snapshots; with sweep, what is left there of runs that are gone is removed.
+
+    All living nodes of the cluster that this process has joined. Raises ray's GetTimeoutError if one is silent."""
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
     visitors = [_visitor(node["NodeID"]) for node in nodes]
     try:
         stores = [int(node["Resources"].get("object_store_memory", 0)) for node in nodes]
         found = _all(
-            visitor.facts.remote(node["NodeID"], store)
+            visitor.facts.remote(node["NodeID"], store, memory, sweep)
             for visitor, node, store in zip(visitors, nodes, stores, strict=True)
         )
         reached = _links(visitors)

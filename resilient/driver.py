@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,7 +22,7 @@ from .core.listening import address_of
 from .errors import ResilientError, RunLost, RunStopped, TrainingFailed
 from .job import Job, Settings
 from .records import Known
-from .result import Result
+from .result import Result, loaded
 
 POLL_EVERY_S = 0.1
 CONTROLLER_LIMIT_S = 60.0
@@ -44,6 +44,7 @@ def run_on_ray(settings: Settings, function: bytes, progress: Progress) -> Resul
         attempt=_next_attempt(settings),
         function=function,
         secret=secrets.token_hex(16),
+        argv=tuple(sys.argv),
     )
     controller = _start_controller(job)
     ended = threading.Event()
@@ -167,7 +168,7 @@ def _result(news: dict[str, Any]) -> Result:
             snapshots=news["snapshots"],
             checkpoints=news["checkpoints"],
             digest=news["outcome"]["digest"],
-            value=cloudpickle.loads(news["value"]) if news["value"] is not None else None,
+            returned=loaded(news["value"]),
         )
     if outcome == "failed":
         raise TrainingFailed(reason) if "raised on rank" in reason else RunLost(reason)

@@ -28,6 +28,13 @@ class RunStopped(ResilientError):
     """Somebody asked for the run to stop, or another attempt of it took over."""
 
 
+class ValueNotLoaded(ResilientError):
+    """What the training function returned is not in its Result, whose other fields are sound.
+
+    A class of its own could not be sent, or not be made in the driver: a tensor on a GPU where there is none, say.
+    """
+
+
 class LoopError(ResilientError):
     """The training loop does something that cannot be made exact, or that would hang a rank.
 

@@ -16,6 +16,7 @@ DRIVER_LEASE_DETECTIONS = 5
 LEASE_DETECTIONS = 15
 MOST_PARITY = 16
 HIGHEST_ZSTD = 22
+LONGEST_NAME = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,8 @@ class Snapshot:
             raise ValueError(f"Snapshot(parity={self.parity!r}): is a whole number of nodes, 0..{MOST_PARITY}")
         if not (_is_number(self.linger_s) and self.linger_s >= 0):
             raise ValueError(f"Snapshot(linger_s={self.linger_s!r}): is a number of seconds, 0 or more")
+        if isinstance(self.directory, str):
+            object.__setattr__(self, "directory", at_home(self.directory))
         if not (isinstance(self.directory, str) and self.directory.startswith("/")):
             raise ValueError(f"Snapshot(directory={self.directory!r}): is an absolute path, such as /dev/shm")
 
@@ -56,7 +59,8 @@ class Snapshot:
 class Checkpoint:
     """Snapshots on storage, written in the background. Raises ValueError naming field, value and what is allowed.
 
-    url: a folder that all nodes can write to, or a place in an object store: a path, s3://bucket/name, gs://...
+    url: a folder that all nodes can write to, or a place in an object store: a path (~ is the home of the user who
+        submits the run), s3://bucket/name, gs://...
     every: a checkpoint at the start of every so many steps, or after so much time, such as "10min" or "90s"; and of
         the final state.
     keep: how many complete ones to keep.
@@ -75,7 +79,7 @@ class Checkpoint:
         if not (isinstance(self.url, str) and self.url):
             raise ValueError(f"Checkpoint(url={self.url!r}): is a path or a URL, such as s3://bucket/name")
         if "://" not in self.url:  # other processes work in other folders
-            object.__setattr__(self, "url", os.path.abspath(self.url))
+            object.__setattr__(self, "url", os.path.abspath(at_home(self.url)))
         whole = _is_whole(self.every) and isinstance(self.every, int) and self.every >= 1
         if not whole and self.every_s is None:
             raise ValueError(
@@ -103,6 +107,17 @@ class Checkpoint:
     def level(self) -> int | None:
         """Of zstd; None for none."""
         return None if self.compression == "none" else self.compression
+
+
+def at_home(path: str) -> str:
+    """~ and ~user are this user's and that user's home, which other processes may not know. Raises ValueError."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        home = found.partition("/")[0]
+        raise ValueError(
+            f"{path!r}: {home} is nobody's home folder here; give an absolute path, or ./{home} for a folder"
+        )
+    return found
 
 
 _UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -164,8 +179,7 @@ class Settings:
         for resource, amount in self.resources.items():
             if not (_is_number(amount) and amount >= 0):
                 raise ValueError(f"resources[{resource!r}]={amount!r}: needs a number of 0 or more")
-        if not any(map(str.isalnum, self.name)) or not all(sign.isalnum() or sign in "-_." for sign in self.name):
-            raise ValueError(f"name={self.name!r}: needs letters, digits, '-', '_' or '.', without spaces or slashes")
+        _check_name(self.name)
 
     @property
     def threads(self) -> int:
@@ -206,6 +220,8 @@ class Job:
     function: bytes
     """The training function and its arguments, by cloudpickle."""
     secret: str
+    argv: tuple[str, ...] = ()
+    """The driver's: what the training function finds as sys.argv."""
 
     @property
     def key(self) -> str:
@@ -275,6 +291,15 @@ def settings_from(
         observe=observe,
         ray_metrics=ray_metrics,
     )
+
+
+def _check_name(name: str) -> None:
+    if not any(map(str.isalnum, name)) or not all(sign.isalnum() or sign in "-_." for sign in name):
+        raise ValueError(f"name={name!r}: needs letters, digits, '-', '_' or '.', without spaces or slashes")
+    if (size := len(name.encode())) > LONGEST_NAME:
+        raise ValueError(
+            f"name={name[:20] + '...'!r}: has {size} bytes; names become folders, and have {LONGEST_NAME} at most"
+        )
 
 
 def _is_whole(value: object) -> bool:

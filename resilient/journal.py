@@ -38,10 +38,10 @@ class Journal:
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: Mapping[str, Any], *, allow_nan: bool = False) -> None:
         """At once, whatever the disk does."""
         try:
-            self._lines.put_nowait(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._lines.put_nowait(json.dumps(record, allow_nan=allow_nan).encode() + b"\n")
         except queue.Full:
             self.left_out += 1
 

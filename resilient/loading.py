@@ -13,6 +13,8 @@ from snapshot.store import INCOMPLETE, checkpoints, newest
 from snapshot.stored import Stored
 from snapshot.tree import Json
 
+from .job import at_home
+
 _USERS = "user:"
 """Before the names of what was given to `run.protect`; see `Run`."""
 
@@ -42,7 +44,7 @@ def load(url: str, step: int | None = None, names: Iterable[str] | None = None, 
 
 def files_at(url: str) -> Files:
     """As `snapshot.files.open_files`, and relative paths."""
-    return open_files(url if "://" in url or not url else os.path.abspath(url))
+    return open_files(url if "://" in url or not url else os.path.abspath(at_home(url)))
 
 
 def opened(url: str, step: int | None = None, files: Files | None = None) -> Stored:

@@ -25,7 +25,7 @@ def run_locally(settings: Settings, function: bytes) -> Result:
     )
     with _as_in_a_rank(settings.threads), contextlib.closing(team):
         value, digest = call(function, team, settings, device_for(settings.resources))
-    return Result(step=team.step, metrics=rows, digest=digest, value=value)
+    return Result(step=team.step, metrics=rows, digest=digest, returned=value)
 
 
 @contextlib.contextmanager

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from actors import launch
-from actors.keeper import Pulse
+from actors.keeper import NotBegun, Pulse
 from actors.saving import SaveNews
 
 from .core.control import Control
 from .core.detector import Detector, Verdict, Vital
-from .core.events import Event, NodeGone, NodeSeen, RankGone
+from .core.events import Event, NodeGone, NodeSeen, NoNodeFits, RankGone
 from .departures import Departures
 from .ending import Ending
 from .job import Job
@@ -54,6 +54,8 @@ class Nodes:
     capacities: dict[str, int]
     gone: set[str]
     draining: dict[str, float]
+    lacking: str = ""
+    """What no node has, of what a rank needs."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +72,10 @@ class Presence:
     """Takes in what follows, in the caller's thread."""
     nodes_alive: set[str] = field(default_factory=set)
     """As the cluster lists them, which may be late."""
+    _unfit: dict[str, str] = field(default_factory=dict)
+    """Nodes on which no keeper could begin, and why."""
+    _lacking: str = ""
+    """What no node has, of what a rank needs."""
 
     def beaten(self, node: str, pulses: tuple[Pulse, ...], now: float) -> None:
         self.workers.heard(node)
@@ -87,6 +93,16 @@ class Presence:
         )
         for verdict in self.detector.beat(node, vitals, now):
             self._judge(verdict)
+
+    def could_not_begin(self, keeper: NotBegun) -> None:
+        """That node is left alone. If there is no other, the run ends: what a keeper needs it is the user who gives."""
+        if not self.workers.is_present(keeper.node, keeper.incarnation):
+            return
+        self._unfit[keeper.node] = keeper.why
+        why = f"the keeper of node {keeper.node[:8]} could not begin: {keeper.why}"
+        self.told.say(why)
+        if self.nodes_alive <= self._unfit.keys() and not self.control.membership.alive():
+            self.handle(NoNodeFits(why=f"{why}; so it is on every node ({len(self._unfit)})", hopeless=True))
 
     def look_around(self, now: float) -> None:
         """What follows from time alone."""
@@ -126,16 +142,20 @@ class Presence:
         while self.ending.outcome is None:
             try:
                 now = launch.capacities(dict(self.job.settings.resources))
-                put(Nodes(now, known - set(now), launch.draining()))
+                lacking = launch.lacking(dict(self.job.settings.resources)) if not any(now.values()) else ""
+                put(Nodes(now, known - set(now), launch.draining(), lacking))
                 known = set(now)
             except Exception:  # the cluster's head may be away for a while; asked again
                 log.warning("could not list the cluster's nodes", exc_info=True)
             time.sleep(SCAN_EVERY_S)
 
-    def listed(self, capacities: dict[str, int], gone: set[str]) -> None:
+    def listed(self, capacities: dict[str, int], gone: set[str], lacking: str = "") -> None:
         """Starts a keeper on each new node."""
         if self.ending.outcome is not None:
             return
+        if lacking != self._lacking:
+            self._lacking = lacking
+            self.handle(NoNodeFits(why=lacking))
         drained = self.control.leaving.drained
         self.nodes_alive = {node for node, capacity in capacities.items() if capacity > 0 and node not in drained}
         for node in sorted(gone):

@@ -18,6 +18,8 @@ from rich.text import Text
 
 log = logging.getLogger("resilient")
 
+SAY_AGAIN_S = 10.0
+
 News = dict[str, Any]
 """As the driver passes it on: what the controller tells, and all rows so far."""
 
@@ -25,13 +27,15 @@ News = dict[str, Any]
 @contextmanager
 def on_terminal(name: str, console: Console | None = None) -> Iterator[Callable[[News], None]]:
     """A line that is kept up to date on a terminal, with a bar once it is known how many steps there are; elsewhere
-    only the log. console: that terminal; if it is not given, what stderr is."""
+    only the log, and on stderr that the run waits for nodes. console: that terminal, if it isn't what stderr is."""
     fresh = _Messages().fresh
     if console is None and not sys.stderr.isatty():
+        waiting = _Waiting(name)
 
         def write(news: News) -> None:
             for text in fresh(news):
                 log.info("%s: %s", name, text)
+            waiting.look(news.get("waiting"))
 
         yield write
         return
@@ -50,6 +54,21 @@ def on_terminal(name: str, console: Console | None = None) -> Iterator[Callable[
         yield show
     finally:
         live.stop()
+
+
+class _Waiting:
+    """Says on stderr that a run waits for nodes: at once, and again each time it has waited twice as long."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._next_s = name, 0.0
+
+    def look(self, waiting: dict[str, Any] | None) -> None:
+        if waiting is None:
+            self._next_s = 0.0
+        elif waiting["for_s"] >= self._next_s:
+            self._next_s = max(SAY_AGAIN_S, 2 * waiting["for_s"])
+            since = f" for {waiting['for_s']:.0f} s" if waiting["for_s"] >= 1 else ""
+            print(f"{self._name}: waiting for nodes{since}: {waiting['why']}", file=sys.stderr, flush=True)
 
 
 class _Messages:

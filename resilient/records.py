@@ -75,12 +75,17 @@ class Records:
     rewinds: dict[int, int] = field(default_factory=dict)
     """Steps that the run has gone back to, by the generation that did: rows from there on are to be had anew."""
     branch: int = 0
+    former: list[dict[str, float]] = field(default_factory=list)
+    """Rows of the attempts before this one, for a run that had ended with them."""
     _recent: RecentLosses = field(default_factory=RecentLosses)
 
-    def rewind(self, generation: int, step: int, branch: int, *, anew: bool) -> None:
-        """The run goes on from the start of this step; if anew, it has no rows before it."""
+    def rewind(
+        self, generation: int, step: int, branch: int, *, anew: bool, former: Sequence[dict[str, float]] = ()
+    ) -> None:
+        """The run goes on from the start of this step; if anew, it has no rows before it, but for `former` ones."""
         for later in [other for other in self._losses if other >= step]:
             del self._losses[later], self._values[later]
+        self.former = list(former)
         self.fetched = step - 1 if anew else min(self.fetched, step - 1)
         self.newest, self.branch = step - 1, branch
         self._recent.means = {other: mean for other, mean in self._recent.means.items() if other < step}
@@ -115,6 +120,8 @@ class Records:
 
     def after(self, fetched: int, *, all_of_them: bool) -> list[dict[str, float]]:
         """Rows after step `fetched`, as far as they are final; without gaps, but for what died with all ranks."""
+        if self.former and all_of_them and self.newest < self.rewinds[self.last_rewind]:  # nothing was left to train
+            return [row for row in self.former if row["step"] > fetched]
         self.fetched = max(self.fetched, fetched)
         for step in [step for step in self._losses if step <= self.fetched]:
             del self._losses[step], self._values[step]

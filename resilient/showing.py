@@ -20,6 +20,7 @@ from .core.story import Happening
 from .feed import Feed, finite
 from .job import Job
 from .journal import Journal, remembered
+from .kept_rows import KeptRows
 from .metrics import Seen
 from .report import KEPT
 from .targets import Target, own_folder
@@ -33,7 +34,7 @@ log = logging.getLogger("resilient.showing")
 
 class Showing:
     """seen: the run as it stands, asked for by a thread of the server. say: tells the user something, from any thread.
-    bound: is told the port that was bound."""
+    bound: is told the port that was bound. cluster: where it runs."""
 
     def __init__(
         self,
@@ -42,13 +43,16 @@ class Showing:
         seen: Callable[[], Seen],
         say: Callable[[str], None],
         bound: Callable[[int], None],
+        cluster: str = "",
     ) -> None:
         self._job, self._node_address, self._say, self._bound = job, node_address, say, bound
+        self._origin = job.settings.checkpoint.url if job.settings.checkpoint else cluster
         self.feed = Feed(seen)
         self.url: str | None = None
         self._server: Any = None
         self._target: Target | None = None
         self._journal: Journal | None = None
+        self._rows: KeptRows | None = None
         self._started = threading.Thread(target=self._start, name="showing", daemon=True)
         self._ended = threading.Event()
         self._superseded = False
@@ -70,8 +74,17 @@ class Showing:
             for record in remembered(path):
                 self.feed.happened(record)
             self._journal = Journal(path)
+            self._rows = KeptRows(path.parent.parent, self._job.attempt, self._origin, anew=anew)
         except OSError as error:
             self._say(f"no {EVENTS} is written: {error}")
+
+    def keep(self, rows: list[dict[str, float]]) -> None:
+        if self._rows is not None:
+            self._rows.add(rows)
+
+    def former_rows(self, attempt: int, before: int) -> list[dict[str, float]]:
+        """Of the steps that this attempt need not train, since it goes on from that one."""
+        return [] if self._rows is None else self._rows.go_on_from(attempt, before)
 
     def serve(self, port: int | None) -> None:
         """From now on `seen` may be asked. port: the one that a controller before this one has bound. Nobody waits for
@@ -122,8 +135,9 @@ class Showing:
         self._ended.set()
         if self._keeper.ident is not None:
             self._keeper.join(START_LIMIT_S)
-        if self._journal is not None:
-            self._journal.close()
+        for file in (self._journal, self._rows):
+            if file is not None:
+                file.close()
 
     def is_awaited(self, ended_at: float) -> bool:
         """Whether somebody who scrapes it is still to see that the run has ended then; not for ever."""

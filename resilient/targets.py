@@ -2,7 +2,7 @@
 
     DIR/targets/RUN-ATTEMPT.json    [{"targets": ["10.0.0.7:43210"], "labels": {"__meta_resilient_run": "gpt", ...}}]
 
-DIR is what RESILIENT_DIR says on the controller's node, or /tmp/resilient.
+DIR is what RESILIENT_DIR says on the controller's node, or /tmp/resilient-runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import stat
 from pathlib import Path
 
 VARIABLE = "RESILIENT_DIR"
-DEFAULT = "/tmp/resilient"
+DEFAULT = "/tmp/resilient-runs"
+"""A name that no import can have: a script in /tmp would import /tmp/resilient in place of the package."""
 
 
 def own_folder() -> Path:

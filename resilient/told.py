@@ -34,6 +34,8 @@ class Told:
     control: Control
     curve: Callable[[int, float], object] = lambda step, loss: None
     """Is told the mean loss of each step."""
+    keep: Callable[[list[dict[str, float]]], object] = lambda rows: None
+    """Is given the rows of this attempt."""
     records: Records = field(default_factory=Records)
     saved: Saved = field(default_factory=Saved)
     snapshots: dict[str, Any] = field(default_factory=dict)
@@ -106,8 +108,11 @@ class Told:
         back_to = self.records.back_to(known.rewound_in)
         if back_to is not None:
             fetched = min(fetched, back_to - 1)
+        rows = self.records.after(fetched, all_of_them=outcome is not None)
+        if not (self.records.former and rows[:1] and rows[0]["step"] <= self.records.former[-1]["step"]):
+            self.keep(rows)
         return {
-            "rows": self.records.after(fetched, all_of_them=outcome is not None),
+            "rows": rows,
             "step": self.records.newest + 1,
             "steps": self.steps,
             "generation": current.generation if current else 0,
@@ -124,9 +129,14 @@ class Told:
                 step=self.records.newest + 1,
             ),
             "messages": list(self.messages),
+            "waiting": self._waiting(),
             "outcome": None if outcome is None else asdict(outcome),
             "value": self._return_value() if outcome is not None else None,
         }
+
+    def _waiting(self) -> dict[str, Any] | None:
+        """For nodes."""
+        return {"for_s": self.control.waiting_s, "why": self.control.waiting_for} if self.control.waits else None
 
     def look(self, outcome: End | None, detector: Detector) -> dict[str, Any]:
         """All that is known, without a say in anything: neither a lease nor a row is taken."""

@@ -13,7 +13,10 @@ from ray import cloudpickle
 from actors.rank import Host
 from actors.remark import Remark
 
+from .core.events import RankFailed
 from .job import Job, Settings
+from .last_output import LastOutput
+from .packing import packed_value
 from .records import ReturnValue
 
 
@@ -63,17 +66,26 @@ class RankBody:
         )
 
     def train(self) -> None:
+        sys.argv = list(self._job.argv)
+        output = LastOutput()
         try:
-            value, digest = self._train()
-        except BaseException as error:  # noqa: BLE001  the thread's edge: whatever the user's code raises ends the run
-            if is_machine_error(error):
-                traceback.print_exc()
-                self._member.telling.crashed_here(user_traceback(error))
-                os._exit(1)
-            self._member.telling.failed(self._member.step, user_traceback(error))
-        else:
+            with output.kept():
+                value, digest = self._train()
             self._host.tell(ReturnValue(member=self._host.member, value=value))
             self._member.telling.returned(digest)
+        except BaseException as error:  # noqa: BLE001  the thread's edge: whatever the user's code raises ends the run
+            self._give_up(error, user_traceback(error) + output.of_exit(error))
+
+    def _give_up(self, error: BaseException, text: str) -> None:
+        try:
+            if is_machine_error(error):
+                traceback.print_exc()
+                self._member.telling.crashed_here(text)
+                os._exit(1)
+            self._member.telling.failed(self._member.step, text)
+        except BaseException as second:  # noqa: BLE001  the last resort: nothing may keep the first error from being told
+            text = f"{text}\nand this could not be told as usual:\n{user_traceback(second)}"
+            self._host.tell_at_last(RankFailed(member=self._host.member, step=-1, traceback=text))
 
     def _train(self) -> tuple[bytes, Any]:
         import torch
@@ -85,7 +97,7 @@ class RankBody:
         # what is looked through that takes 0.1 to 0.5 s, in which the rank stands still; so they are left out.
         gc.freeze()
         value, digest = call(self._job.function, self._member, self._job.settings, self._member.device)
-        return cloudpickle.dumps(value), digest
+        return packed_value(value), digest
 
     def deliver(self, message: object) -> None:
         self._member.deliver(message)
@@ -129,7 +141,8 @@ def is_machine_error(error: BaseException) -> bool:
     """Errors of device and driver: this process is replaced, the user's code is not to blame."""
     import torch
 
-    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+    machine: type[BaseException] | tuple[()] = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
+    return isinstance(error, machine) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def user_traceback(error: BaseException) -> str:
@@ -138,4 +151,8 @@ def user_traceback(error: BaseException) -> str:
     here = sys.modules[__name__].__file__
     while frames is not None and frames.tb_next is not None and frames.tb_frame.f_code.co_filename == here:
         frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames))
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except Exception as second:  # noqa: BLE001  what an exception's class does when it is shown is anybody's
+        shown = "".join(traceback.format_tb(frames))
+        return f"{shown}{type(error).__qualname__} (which could not be shown: {type(second).__qualname__})\n"

@@ -35,6 +35,7 @@ from .events import (
     NodeGone,
     NodeLeaving,
     NodeSeen,
+    NoNodeFits,
     RankCrashed,
     RankFailed,
     RankGone,
@@ -96,9 +97,13 @@ class Control:
     """Members that an earlier controller has told of, and that have not reported yet."""
     ended: bool = False
     now: float = 0.0
+    waiting_for: str = ""
+    """Why nodes are, or were last, waited for."""
     _out: list[Instruction] = field(default_factory=list)
     _since: dict[str, float] = field(default_factory=dict)
     _said: str = ""
+    _unfit: str = ""
+    """Why no node that is there can hold a rank."""
     _rollbacks: Rollbacks = field(init=False)
 
     def __post_init__(self) -> None:
@@ -135,6 +140,11 @@ class Control:
             self.going_back.changed()
         self.membership.node_seen(event.node, event.capacity)
         self.leaving.node_seen(event.node)
+
+    def _no_node_fits(self, event: NoNodeFits) -> None:
+        self._unfit = event.why
+        if event.hopeless:
+            self.fail(event.why)
 
     def _rank_failed(self, event: RankFailed) -> None:
         member = self.membership.members.get(event.member)
@@ -243,6 +253,8 @@ class Control:
 
     def wait_for_nodes(self, reason: str) -> None:
         waited_s = self.for_s("waiting", True)
+        reason = f"{reason}; {self._unfit}" if self._unfit else reason
+        self.waiting_for = reason
         if waited_s >= self.limits.wait_for_nodes_s:
             self.fail(
                 f"{reason}, and after {self.limits.wait_for_nodes_s:.0f} s no node with room for more has come: "
@@ -292,6 +304,7 @@ class Control:
 
 _TABLE: dict[type, Callable[[Control, Any], None]] = {
     NodeSeen: Control._node_seen,
+    NoNodeFits: Control._no_node_fits,
     NodeGone: lambda control, event: control.deaths.node_gone(event),
     RankReady: lambda control, event: control.starting.rank_ready(event),
     RankReported: lambda control, event: control.forming.reported(event),

@@ -21,6 +21,15 @@ class NodeSeen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NoNodeFits:
+    """Why none of the nodes that are there can hold a rank; "" if some can, or if nothing is known against them."""
+
+    why: str
+    hopeless: bool = False
+    """Other nodes would fare no better: it is the user's settings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeGone:
     node: str
     why: str
@@ -206,6 +215,7 @@ class Tick:
 
 Event = (
     NodeSeen
+    | NoNodeFits
     | NodeGone
     | NodeLeaving
     | RankLeaving

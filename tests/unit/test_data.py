@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray import cloudpickle
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from resilient.data import Feed
@@ -326,6 +327,50 @@ def test_forked_workers_hold_no_inherited_sockets() -> None:
             client.sendall(b"still open here")
             assert server.recv(100) == b"still open here"
         feed.close()
+
+
+SCRIPT = """
+import torch
+
+class Numbers:
+    def __init__(self): self.table = torch.arange(8.0)
+
+    def __len__(self): return 8
+
+    def __getitem__(self, index): return self.table[index]
+
+class Batch:
+    def __init__(self, numbers): self.numbers = numbers
+
+def collate(samples): return Batch(torch.stack(samples))
+
+def begin(worker):
+    assert torch.utils.data.get_worker_info().dataset.table.is_shared()
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_know_the_classes_of_a_script_that_is_not_theirs(method: str) -> None:
+    """As on a rank, whose __main__ is not the user's script. Tensors still go to workers in shared memory."""
+    script: dict[str, Any] = {"__name__": "__main__"}
+    exec(SCRIPT, script)
+    names = ("Numbers", "Batch", "collate", "begin")
+    script = cloudpickle.loads(cloudpickle.dumps({name: script[name] for name in names}))
+    feed = Feed(
+        script["Numbers"](),
+        **{"global_batch": 4, "micro_batch": 2, "steps": 2, "seed": 0, "shuffle": False, "num_workers": 1},
+        collate_fn=script["collate"],
+        worker_init_fn=script["begin"] if method != "fork" else None,
+        multiprocessing_context=method,
+    )
+    try:
+        feed.seek(0, [0, 1])
+        batches = [feed.get(step, leaf) for step in (0, 1) for leaf in (0, 1)]
+    finally:
+        feed.close()
+    assert [batch.numbers.tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert {type(batch) for batch in batches} == {script["Batch"]}
 
 
 RANK = """

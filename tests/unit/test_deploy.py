@@ -184,7 +184,7 @@ def test_compose_mounts_what_there_is() -> None:
             if source.startswith("./"):
                 assert (DEPLOY / source).exists()
             else:
-                assert source in {*compose["volumes"], "${RESILIENT_DIR:-/tmp/resilient}"}
+                assert source in {*compose["volumes"], "${RESILIENT_DIR:-/tmp/resilient-runs}"}
     assert "--config.file=/etc/prometheus/prometheus.yaml" in compose["services"]["prometheus"]["command"]
 
 
@@ -198,9 +198,9 @@ def test_what_is_served_on_this_machine_stays_on_it() -> None:
 
 def test_prometheus_looks_where_it_is_mounted() -> None:
     (job,) = loaded(DEPLOY / "prometheus" / "prometheus.yaml")["scrape_configs"]
-    assert job["file_sd_configs"][0]["files"] == ["/tmp/resilient/targets/*.json"]
+    assert job["file_sd_configs"][0]["files"] == ["/tmp/resilient-runs/targets/*.json"]
     services = loaded(DEPLOY / "compose.yaml")["services"]
-    assert "/tmp/resilient" in [target for _, target in mounts(services["prometheus"])]
+    assert "/tmp/resilient-runs" in [target for _, target in mounts(services["prometheus"])]
     (provider,) = loaded(DEPLOY / "grafana" / "provider.yaml")["providers"]
     assert f"{provider['options']['path']}/resilient.json" in [target for _, target in mounts(services["grafana"])]
 

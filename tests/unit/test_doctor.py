@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from actors.folders import OWNER, Leftover, own
 from resilient import doctor
 from resilient.cli_output import in_byte_count
 from resilient.doctor import PACKAGES, Cluster, Finding, NodeFacts, judge
@@ -69,6 +72,34 @@ def test_hasty_health_checks_are_warned_of() -> None:
     assert not said(WELL, RAY_health_check_timeout_ms="10000")
     (found,) = said(WELL, RAY_health_check_timeout_ms="200", RAY_health_check_period_ms="100")
     assert found.what == "health checks" and "RAY_health_check_timeout_ms below 1000 ms" in found.advice
+
+
+def left(name: str, ended_s: float, lingers_s: float) -> Leftover:
+    return Leftover(folder=Path("/dev/shm/resilient") / name, nbytes=3 << 20, ended_s=ended_s, lingers_s=lingers_s)
+
+
+def test_what_runs_that_are_gone_have_left_in_memory_is_listed() -> None:
+    (found,) = said(WELL, replace(OTHER, left=[left("a-1-x", 9, 8), left("b-2-x", 9, 8), left("c-1-x", 1, 61)]))
+    assert found.found == (
+        "node bbbbbbbb: a-1-x, b-2-x (6.0 MiB) of runs that are gone; "
+        "c-1-x (3.0 MiB) kept for 60 s more, for the run to be submitted again"
+    )
+    assert "resilient doctor --sweep" in found.advice
+    assert not said(replace(WELL, left=[left("c-1-x", 1, 61)])), "it may still be wanted"
+
+
+def test_it_is_swept_when_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "resilient" / "gpt-1-aaaa"
+    own(folder, 5.0)
+    (folder / "slot").write_bytes(bytes(1 << 20))
+    (folder / OWNER).write_text("1 0")
+    os.utime(folder / OWNER, (0, 0))
+    (found,) = doctor.facts("me", 0, str(tmp_path)).left
+    assert found.folder == folder and 1 << 20 <= found.nbytes < 2 << 20 and found.lingers_s == 5.0
+    seen = doctor.facts("me", 0, str(tmp_path), sweep=True)
+    assert not folder.exists() and not seen.left
+    (said,) = [each.found for each in judge(Cluster(nodes=[seen])) if each.what == "left in memory"]
+    assert said == "nothing of runs that are gone; gpt-1-aaaa (1.0 MiB) removed"
 
 
 def test_this_machine_can_be_looked_at() -> None:

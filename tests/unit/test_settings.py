@@ -10,6 +10,7 @@ import torch
 
 import resilient
 from resilient.job import settings_from
+from resilient.loading import files_at
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ from resilient.job import settings_from
         ({"observe": ":99999"}, ValueError, "observe=':99999'"),
         ({"ray_metrics": "yes"}, TypeError, "ray_metrics='yes': is True or False"),
         ({"evict_stragglers": 1}, TypeError, "evict_stragglers=1: is True or False"),
+        ({"name": "n" * 101}, ValueError, "has 101 bytes; names become folders, and have 100 at most"),
         ({"snapshot": 5}, TypeError, r"snapshot=5: is a resilient\.Snapshot"),
         ({"on_nonfinite": "explode"}, ValueError, 'on_nonfinite=\'explode\': is "ignore", "stop"'),
     ],
@@ -89,6 +91,17 @@ def test_refused(arguments: dict[str, Any], error: type[Exception], words: str) 
 def test_refused_in_snapshot(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         resilient.Snapshot(**arguments)
+
+
+def test_a_home_is_that_of_the_user_who_submits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert resilient.Checkpoint("~/gpt").url == resilient.Checkpoint("~//gpt/").url == "/home/me/gpt"
+    assert resilient.Checkpoint("s3://~/gpt").url == "s3://~/gpt"
+    assert resilient.Snapshot(directory="~/memory").directory == "/home/me/memory"
+    assert files_at("~/gpt").url == files_at("/home/me/gpt").url
+    for refused in (resilient.Checkpoint, files_at, lambda path: resilient.Snapshot(directory=path)):
+        with pytest.raises(ValueError, match=r"'~nobody-here/x': ~nobody-here is nobody's home folder here; give"):
+            refused("~nobody-here/x")
 
 
 def main(run: resilient.Run) -> None:

@@ -36,6 +36,11 @@ def test_the_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert own_folder() == tmp_path / "a" / "b" and own_folder().is_dir()
 
 
+def test_the_default_hides_no_package_from_scripts_beside_it() -> None:
+    """A folder under /tmp is a namespace package for each script there, if its name is one that an import can have."""
+    assert not Path(targets.DEFAULT).name.isidentifier()
+
+
 @pytest.mark.parametrize("bad", ["a link", "a file", "open to all"])
 def test_a_folder_that_others_may_have_put_there_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
