@@ -70,7 +70,7 @@ class StateWatch:
 
     def in_force(self, step: int) -> None:
         """A micro-batch is done. Raises LoopError if plain values are others than when the last one was."""
-        self._latest = table = self._recapture.capture(self._objects)
+        self._latest = table = self._recapture.capture(self._objects, in_place=True)
         if self._table is None:
             self._table = table
         elif table.skeleton != self._table.skeleton:
