@@ -16,7 +16,7 @@ AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 # pytest's exit status 5: nothing was selected.
 NONE_IS_FINE := || { status=$$?; [ $$status -eq 5 ] && echo "no such tests"; }
 
-.PHONY: help demo demo-pipeline test test-long test-gpu lint format sim fuzz bench-observe bench-recovery bench-pipeline bench-snapshot bench-durable bench-scale soak clean
+.PHONY: help demo demo-pipeline test test-long test-gpu lint format sim fuzz bench-observe bench-recovery bench-pipeline bench-snapshot bench-durable bench-scale bench-watch soak clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -108,6 +108,9 @@ bench-snapshot: $(VENV)/.test-stamp ## time snapshots beside others', written to
 
 bench-durable: $(VENV)/.test-stamp ## time checkpoints on disk beside others', written to out/bench/durable.json
 	$(BIN)/python -m benchmarks.durable
+
+bench-watch: $(VENV)/.test-stamp ## what the watch over state takes of a step, written to out/bench/watch.json
+	$(BIN)/python -m benchmarks.watch
 
 bench-scale: $(VENV)/.test-stamp ## time the controller's core at up to 10,000 nodes, written to out/bench/scale.json
 	$(BIN)/python -m benchmarks.scale

@@ -187,7 +187,7 @@ class TrainingLoop:
             self.team.go_on(self.brought())
             if self.former.to_repeat is not None:
                 load(self.brought().objects(), self.former.to_repeat)
-                self.to_repeat, self.former.to_repeat = self.former.to_repeat, None
+            self.to_repeat, self.former = self.former.to_repeat, None
         self.begin_step()
 
     def finished(self) -> bool:
