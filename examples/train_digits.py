@@ -41,9 +41,10 @@ def main(run, epochs=8):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(train) // 64))
     run.protect(model=model, optimizer=optimizer, scheduler=scheduler)
-    for x, y in run.batches(train, global_batch=64, micro_batch=8, epochs=epochs):
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
+    for step in run.steps(train, global_batch=64, micro_batch=8, epochs=epochs):
+        for x, y in step:
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

@@ -12,6 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from .api import TrainFunction, train
+from .check_report import CheckReport
 from .errors import LoopError, ResilientError, RunLost, RunStopped, StateDiverged, TrainingFailed, ValueNotLoaded
 from .job import Checkpoint, Snapshot
 from .result import Result
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 __all__ = [
+    "CheckReport",
     "Checkpoint",
     "LoopError",
     "ResilientError",

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from .check_report import CheckReport
 from .imports import check_not_hidden
 from .job import Checkpoint, Snapshot, settings_from
 from .result import Result
@@ -107,23 +108,35 @@ class TrainFunction:
         from .progress import on_terminal
 
         with on_terminal(self.settings.name) as progress:
-            return run_on_ray(self.settings, self._packed(args, kwargs), progress)
+            return run_on_ray(self.settings, self.packed(args, kwargs), progress)
 
     def watched(self, progress: Callable[[dict[str, Any]], None], *args: Any, **kwargs: Any) -> Result:
         """As a call, but news goes to `progress`: step, generation, ranks, rows, recoveries, messages."""
         check_not_hidden()
         from .driver import run_on_ray
 
-        return run_on_ray(self.settings, self._packed(args, kwargs), progress)
+        return run_on_ray(self.settings, self.packed(args, kwargs), progress)
 
     def local(self, *args: Any, **kwargs: Any) -> Result:
         """Run in this process, without Ray: the same bits as on any number of ranks."""
         check_not_hidden()
         from .local import run_locally
 
-        return run_locally(self.settings, self._packed(args, kwargs))
+        return run_locally(self.settings, self.packed(args, kwargs))
 
-    def _packed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+    def check(self, *args: Any, steps: int = 6, **kwargs: Any) -> CheckReport:
+        """Run the first steps here, without Ray, in each layout that failures may bring, and compare the bits.
+
+        One process, several ranks, a killed rank and its replacement, a stop and a resume; on the CPU. The report names
+        the first value that differs, its layout and step, and the likely cause. The run's storage is not touched.
+        Raises nothing for what it finds.
+        """
+        check_not_hidden()
+        from .check import Check
+
+        return Check(self.settings, self.packed(args, kwargs), steps).run()
+
+    def packed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         from .packing import packed_call
 
         return packed_call(self._function, args, kwargs)

@@ -42,14 +42,17 @@ class MicroBatchLoop(TrainingLoop):
         """The loop's surroundings: set up before the first micro-batch, taken away however the loop ends."""
         self.entered = True
         self.gates = Gates(self.protected)
-        self.sums = StepSums(self.protected.parameters, Buffers(self.protected.trained), self.feed.micro_batches)
+        if self.former is None:
+            buffers = Buffers(self.protected.trained)
+            self.sums = StepSums(self.protected.parameters, buffers, self.feed.micro_batches)
+        else:
+            self.sums = self.former.sums  # others may still need the last step's result
         self.protected.check_schedulers()
         self.protected.check_structure()
         self.gates.set()
         try:
             with watched_backward(self._before_backward, self._after_backward), refused_wrappers(self.protected):
-                self.team.enter(self.brought())
-                self.begin_step()
+                self.enter()
                 yield
         except GeneratorExit:
             self.leave()
@@ -104,6 +107,10 @@ class MicroBatchLoop(TrainingLoop):
                 "micro-batches, where it is always true"
             )
 
+    def commit(self) -> None:
+        self.watch.commit(self.step)
+        super().commit()
+
     def _before_backward(self) -> None:
         raise NotImplementedError
 
@@ -124,6 +131,7 @@ class MicroBatchLoop(TrainingLoop):
                 f"a micro-batch of step {self.step} ended without backward; every micro-batch must be "
                 "differentiated, none can be skipped"
             )
+        self.sums.buffers.check_places()
         self.watch.in_force(self.step)
         self._follow_structure()
         self.gates.own_loss = self._loss
@@ -138,7 +146,7 @@ class StepsLoop(MicroBatchLoop):
 
     def iterate(self) -> Generator[Step, None, None]:
         with self._entered():
-            while self.has_more() or not self.team.finished():
+            while self.has_more() or not self.finished():
                 if self.team.parked():
                     self.park()
                     continue
@@ -204,10 +212,9 @@ class StepsLoop(MicroBatchLoop):
             self._add_to_loss(roots)
 
     def leave(self) -> None:
+        super().leave()
         if self._now is not None and not self._now.begun:
-            self.leave_at_boundary()
-        else:
-            super().leave()
+            self.left_in_step, self.left_at_boundary = None, True
 
 
 class BatchesLoop(MicroBatchLoop):
@@ -217,7 +224,7 @@ class BatchesLoop(MicroBatchLoop):
 
     def iterate(self) -> Generator[Any, None, None]:
         with self._entered():
-            while self.has_more() or not self.team.finished():
+            while self.has_more() or not self.finished():
                 todo = self.team.next()
                 if isinstance(todo, Park):
                     self.park()

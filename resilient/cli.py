@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
+from .cli_check import check
 from .cli_checkpoints import checkpoints_group
 from .cli_cluster import chaos, doctor, drain, status
 from .cli_dashboards import dashboards_group
+from .cli_output import end_in_order
 from .cli_report import report, watch
 
 
@@ -40,8 +40,7 @@ def demo(out: Path, steps: int, seed: int, pipeline: bool, as_json: bool) -> Non
     from .demo_screen import Screen
     from .errors import ResilientError
 
-    for sign in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, _interrupted)
+    end_in_order()
     try:
         with Screen(Console(file=sys.stderr if as_json else sys.stdout), steps) as screen:
             outcome = run_demo(out=out, steps=steps, seed=seed, screen=screen, pipeline=pipeline)
@@ -55,6 +54,7 @@ def demo(out: Path, steps: int, seed: int, pipeline: bool, as_json: bool) -> Non
     sys.exit(0 if outcome.passed else 1)
 
 
+main.add_command(check)
 main.add_command(checkpoints_group)
 main.add_command(status)
 main.add_command(drain)
@@ -63,8 +63,3 @@ main.add_command(doctor)
 main.add_command(dashboards_group)
 main.add_command(report)
 main.add_command(watch)
-
-
-def _interrupted(*_: Any) -> None:
-    """As Ctrl-C: everything that was started is ended on the way out."""
-    raise KeyboardInterrupt

@@ -47,7 +47,7 @@ class Feed:
             A stream takes no `epochs`; without `steps` it is read to its end, and an earlier end wins.
         allow_other_data: whether a state that was trained with another length, batch size, seed or order is gone on
             from; its position counts steps.
-        updates: so many steps in a row have the same samples, each with randomness of its own.
+        updates: so many steps in a row have the same micro-batches.
         seed: any integer. Decides order and all randomness in samples and in `collate_fn`.
         shuffle: a new order in every epoch (the default), or the dataset's own. Streams have only their own.
         num_workers, collate_fn, pin_memory, prefetch_factor, timeout, worker_init_fn,

@@ -12,7 +12,7 @@ from typing import Any
 
 from snapshot.capture import capture
 from snapshot.load import load
-from snapshot.table import StateTable, still
+from snapshot.table import StateTable, copied
 
 from .errors import LoopError
 from .loop import TrainingLoop
@@ -85,7 +85,7 @@ class Epochs:
                 return
         self._over = True
         if not went_on and self._loop is not None:
-            self._final = still(capture(self._loop.watched()))
+            self._final = copied(capture(self._loop.watched()))
 
     def _next(self) -> Step | None:
         step, self._ahead = self._ahead, None

@@ -102,7 +102,7 @@ def _accumulate(payload: Payload, tensors: Sequence[Tensor | None]) -> None:
             copied[1].append(tensor)
         elif payload.layout.entries[number].rule == "sum":
             added[0].append(payload.views[number])
-            added[1].append(tensor)
+            added[1].append(tensor.float() if tensor.element_size() == 1 else tensor)  # torch adds no fp8
         payload.counts[number] += 1
     _foreach(torch._foreach_copy_, copied)
     _foreach(torch._foreach_add_, added)

@@ -259,6 +259,8 @@ class GenerationThread(threading.Thread):
         low = AgreedLane.of(group.minimum(lane.row(self.plan.stage_number(self.rank), stages)), stages)
         if self.plan.stages:
             member.stage.all_through()
+        if low.control_differs:  # the user's code has set other values; bits that change by themselves are rarer
+            _explain_difference(group, member.control_state(), step)
         member.capturing.agreed(self.plan, step, low.snapshot)
         if low.snapshot.differs:
             mine = [NOBODYS if wish.digest is None else wish.digest, member.capturing.verified(self.plan)]
@@ -267,8 +269,6 @@ class GenerationThread(threading.Thread):
         if low.layouts_differ:
             names = [json.loads(text) for text in group.gather_bytes(json.dumps(sums.known_buffers).encode())]
             member.widen(self.plan.generation, [name for row in names for name in row])
-        if low.control_differs:
-            _explain_difference(group, member.control_state(), step)
         if low.spell:
             told = group.gather_bytes(member.stage.spelling())
             with member.turns.changing(self.plan.generation):
@@ -318,6 +318,7 @@ def _explain_difference(group: Group, mine: dict[str, object], step: int) -> Non
                     f"step {step}: {name} is {one} on rank 0 and {other} on rank {rank}; "
                     "it must be computed from values that are equal on all ranks, such as run.step, run.reduced"
                     '("loss") or what is in run.state: a Python variable of the script is not handed to a rank that '
-                    "takes a lost one's place"
+                    "takes a lost one's place. What one rank does alone, such as validation, belongs into `with "
+                    "run.evaluating():`"
                 )
     raise StateDiverged(f"step {step}: control state differs between ranks in a way that cannot be shown")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 
+import torch
 import xxhash
 
 from snapshot import store
@@ -18,6 +19,7 @@ from snapshot.files import open_files
 from snapshot.load import load
 from snapshot.manifests import folder_of
 from snapshot.slot import SlotHead, chunk_sums
+from snapshot.table import StateTable
 
 from .core.plan import first_branch
 from .core.saves import Saves
@@ -36,6 +38,11 @@ class LocalSaving:
         self._token = secrets.token_hex(4)
         self._saves = Saves(every_steps=checkpoint.every_steps, every_s=checkpoint.every_s)
         self._lineage = first_branch()
+        self._newest = 0
+        """The step of the newest state that is on storage, or was gone on from."""
+        self._whole: tuple[int, StateTable] | None = None
+        """The state at the newest boundary: a copy, since the user's code may stop in the middle of a step."""
+        self._payload = bytearray()
 
     def resume(self, objects: Mapping[str, object]) -> tuple[int, tuple[int, ...]]:
         """Give the objects the state to go on from. The step it is of, and what to leave out of the data; 0 and
@@ -50,15 +57,34 @@ class LocalSaving:
                 return 0, ()
             raise RunLost(f"resume={step}: there is no complete checkpoint of step {step} in {self._checkpoint.url}")
         load(objects, fetch_stored(self._checkpoint.url, found.folder))
-        self._lineage = found.manifest.lineage
+        self._lineage, self._newest = found.manifest.lineage, found.key.step
         return found.key.step, self._lineage.skipped
 
     def boundary(self, step: int, last_step: int | None, objects: Mapping[str, object]) -> None:
         """The state at the start of `step` stands."""
+        self._whole = step, self._copied(capture(objects))
         self._saves.last_step = last_step
         if self._saves.is_due(step, time.monotonic()):
             self._saves.saved(step, time.monotonic())
-            self._save(step, objects)
+            self.save_newest()
+
+    def save_newest(self) -> None:
+        """The state of the last whole step goes to storage, if it is not there."""
+        if self._whole is not None and self._whole[0] > self._newest:
+            self._newest = self._whole[0]
+            self._save(*self._whole)
+
+    def _copied(self, table: StateTable) -> StateTable:
+        """The bytes go into memory that is used again at each step."""
+        size = len(table.skeleton) + table.nbytes
+        if len(self._payload) != size:
+            self._payload = bytearray(size)
+        self._payload[: len(table.skeleton)] = table.skeleton
+        room, at = torch.frombuffer(self._payload, dtype=torch.uint8), len(table.skeleton)
+        for piece in table.pieces(0, table.nbytes):
+            room[at : at + piece.numel()].copy_(piece)
+            at += piece.numel()
+        return table
 
     def left_out(self, step: int, skipped: tuple[int, ...]) -> None:
         """From this step on a new branch goes on, without these positions in the data, all that are skipped by now."""
@@ -67,11 +93,8 @@ class LocalSaving:
         branch = Branch(number=parent + 1, parent=parent, at_step=step, skipped=more)
         self._lineage = Lineage(branches=(*self._lineage.branches, branch))
 
-    def _save(self, step: int, objects: Mapping[str, object]) -> None:
-        table = capture(objects)
-        payload = bytearray(table.skeleton)
-        for piece in table.pieces(0, table.nbytes):
-            payload += piece.cpu().numpy().data
+    def _save(self, step: int, table: StateTable) -> None:
+        """table: as it was copied; of it only the layout counts."""
         ranges = merged([(0, table.nbytes)])
         ends = ends_within(table.chunk_ends(), ranges)
         head = SlotHead(
@@ -90,7 +113,7 @@ class LocalSaving:
             chunks=tuple(len(table.skeleton) + end for end in (0, *ends)),
             durable=True,
         )
-        view, token = memoryview(payload).toreadonly(), self._token
+        view, token = memoryview(self._payload).toreadonly(), self._token
         sums, level = chunk_sums(view, head), self._checkpoint.level
         store.write_shard(self._files, token=token, head=head, payload=view, sums=sums, compression=level)
         folder = folder_of(head.attempt, head.branch, step, head.generation, token)

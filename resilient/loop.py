@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import weakref
 from collections.abc import Generator, Mapping
@@ -9,7 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from snapshot.capture import capture
 from snapshot.core.branches import data_position
+from snapshot.core.digest import StatePart
+from snapshot.load import load
+from snapshot.table import StateTable, copied
 
 from .clipping import Untouched
 from .core.order import derive_seed
@@ -17,6 +22,7 @@ from .core.seat import Rollback
 from .data import Feed
 from .errors import LoopError
 from .gates import Gates
+from .loading import shown_name
 from .protected import Protected
 from .randomness import seed_everything
 from .stage_side import StageSide
@@ -47,8 +53,9 @@ class TrainingLoop:
         seed: int,
         on_nonfinite: OnNonfinite,
         values: dict[str, Any],
+        former: TrainingLoop | None = None,
     ) -> None:
-        """values: `run.state`."""
+        """values: `run.state`. former: the run's loop before this one, which has ended."""
         self.team, self.feed, self.protected, self.seed = team, feed, protected, seed
         self.committing = False
         """Whether this iteration is the last of its step: gradients are reduced, and updates act."""
@@ -61,6 +68,12 @@ class TrainingLoop:
         self.paused = False
         self.entered = False
         self.left_in_step: int | None = None
+        self.left_after_commit = self.left_at_boundary = False
+        self.final_objects: dict[str, str] = {}
+        """Digests of its objects, by name."""
+        self.final: str | StatePart | None = None
+        """Digest of the state that the loop ended with. What the function does afterwards may differ between ranks:
+        rank 0 alone evaluates, say."""
         self.rollback: Rollback | None = None
         """Asked for in this step."""
         self.logged: dict[int, dict[str, float]] = {}
@@ -73,6 +86,14 @@ class TrainingLoop:
         self._iterator: weakref.ref[Generator[Any, None, None]] | None = None
         self._values, self._on_nonfinite = values, on_nonfinite
         self.watch = StateWatch(self.compared())
+        self.former = former
+        self.number: int = 0 if former is None else former.number + 1
+        self.begun: list[int] = [0] if former is None else former.begun
+        """At which steps the run's loops have begun, this one's and perhaps further ones'."""
+        self.later: Mapping[str, Any] | None = None
+        """The position in the data, if the run is in a later loop."""
+        self.to_repeat: StateTable | None = None
+        """The state that this process came to hold when it passed this loop by, since the run is in a later one."""
         self._refused = (-1, 0)
         """The last step that was not finite, and with how much data in a row."""
 
@@ -85,6 +106,17 @@ class TrainingLoop:
     def watched(self) -> dict[str, object]:
         """All that the user has handed over, by its names in a capture."""
         return {"run.state": self._values, **{f"user:{name}": thing for name, thing in self.protected.objects.items()}}
+
+    def digest(self) -> str | StatePart:
+        """xxh3-128 of the bits of all that; of a stage what it has to give to it."""
+        table = capture(self.watched())
+        return table.digest() if self.stage is None or self.stage.is_only_one else self.stage.part(table)
+
+    def _end_with_this(self) -> None:
+        self.final = self.digest()
+        if self.stage is None:
+            objects = self.watched().items()
+            self.final_objects = {shown_name(name): capture({name: thing}).digest() for name, thing in objects}
 
     def compared(self) -> Mapping[str, object]:
         """Whatever of that has the same plain values on all ranks."""
@@ -101,6 +133,12 @@ class TrainingLoop:
         self._iterator = weakref.ref(iterator)
         return iterator
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the user still iterates over it."""
+        iterator = self._iterator() if self._iterator is not None else None
+        return iterator is not None and inspect.getgeneratorstate(iterator) != inspect.GEN_CLOSED
+
     def close(self) -> None:
         """Leave the loop now, although the user or a traceback still holds its iterator."""
         iterator = self._iterator() if self._iterator is not None else None
@@ -115,17 +153,18 @@ class TrainingLoop:
         def objects() -> Mapping[str, object]:
             return {
                 **self.watched(),
-                "run.data": _At(self.feed, self.team),
+                "run.data": _At(self),
                 "run.buffers": _KnownBuffers(self.sums),
             }
 
         return Loop(
             sums=self.sums,
-            steps=self.feed.steps,
+            steps=None if self.feed.steps is None else self.first + self.feed.steps,
             objects=objects,
             control=self.control,
             control_state=self.control_state,
             leave=self.close,
+            ended_with=lambda: self.final_objects,
         )
 
     def control(self) -> int:
@@ -136,13 +175,53 @@ class TrainingLoop:
         """What the digest is of, by path."""
         return self.watch.plain_values()
 
+    # Several loops, one after the other
+
+    def enter(self) -> None:
+        """Be seated; or, in a loop that follows another, go on."""
+        if self.former is None:
+            self.team.enter(self.brought())
+        else:
+            if len(self.begun) == self.number:
+                self.begun.append(self.step)
+            self.team.go_on(self.brought())
+            if self.former.to_repeat is not None:
+                load(self.brought().objects(), self.former.to_repeat)
+                self.to_repeat, self.former.to_repeat = self.former.to_repeat, None
+        self.begin_step()
+
+    def finished(self) -> bool:
+        """The loop is over. False if meanwhile a snapshot is to take the state's place: it goes on."""
+        if not self.team.finished():
+            return False
+        self._end_with_this()
+        if self.number + 1 < len(self.begun) and self.step > self.begun[self.number + 1]:
+            # What the user's code does between this loop and that in which the run is was done long ago.
+            self.to_repeat = self.to_repeat or copied(capture(self.brought().objects()))
+        else:
+            self.to_repeat = None
+        return True
+
+    @property
+    def first(self) -> int:
+        """The step that this loop begins with."""
+        return self.begun[self.number]
+
     def has_more(self) -> bool:
-        self.feed.leave_out(len(self.team.skipped))
-        return (self.feed.steps is None or self.step < self.feed.steps) and self.feed.has_step(self.position(self.step))
+        if self.number + 1 < len(self.begun) and self.step >= self.begun[self.number + 1]:
+            return False
+        self.feed.leave_out(sum(position >= self._base for position in self.team.skipped))
+        steps = self.feed.steps
+        return (steps is None or self.step < self.first + steps) and self.feed.has_step(self.position(self.step))
+
+    @property
+    def _base(self) -> int:
+        """The position that this loop's data begins with."""
+        return data_position(self.first - 1, self.team.skipped) + 1 if self.first else 0
 
     def position(self, step: int) -> int:
-        """Which position in the data the step trains on."""
-        return data_position(step, self.team.skipped)
+        """Which position in this loop's data the step trains on."""
+        return data_position(step, self.team.skipped) - self._base
 
     def epoch_of(self, step: int) -> int:
         """Raises LoopError for a stream."""
@@ -188,7 +267,7 @@ class TrainingLoop:
         what = f"the loss or gradient of step {self.step} is not finite (loss {mean(losses)})"
         if self._on_nonfinite == "stop":
             raise LoopError(f'{what}; on_nonfinite="skip" or "rollback" would go on without this step\'s data')
-        position = self.position(self.step)
+        position = data_position(self.step, self.team.skipped)
         if self._on_nonfinite == "rollback":
             self._refused = (self.step, self._refused[1] + 1 if self._refused[0] == self.step else 1)
             if self._refused[1] > MOST_REFUSALS:
@@ -233,6 +312,8 @@ class TrainingLoop:
         """Drop what this step has come to, and go on from the snapshot that takes the state's place."""
         self.drop_step()
         self.team.park()
+        if self.number and self.step <= self.first:
+            os._exit(1)  # in an earlier loop, which the user's code has left: another process takes this one's place
         self.begin_step()  # in a pipeline other layers may be here than before
 
     def drop_step(self) -> None:
@@ -241,15 +322,26 @@ class TrainingLoop:
         self.sums.forget()
 
     def leave(self) -> None:
-        """The user broke out of the loop: in good order right after a commit, and only there."""
-        if self.committing and self.gates.stepped:
-            self._cross_boundary()
-            self.leave_at_boundary()
+        """The user's code has left the loop: by break, in good order right after a commit, or by an exception.
+
+        Nobody can tell which: so the step ends when the function returns. After an exception it may be half done.
+        """
+        self.left_after_commit = self.committing and self.gates.stepped
+        if self.left_after_commit:
+            self._end_with_this()
         else:
             self.left_in_step = self.step
+        self.team.pause("the loop was left")
 
-    def leave_at_boundary(self) -> None:
-        if not self.team.finished():
+    def returned(self) -> None:
+        """The user's function has."""
+        self.close()
+        to_finish = self.left_after_commit or self.left_at_boundary
+        if self.left_after_commit:
+            self.left_after_commit = False
+            self._cross_boundary()
+        parked = self.left_in_step is not None and self.team.parked()
+        if parked or (to_finish and not self.team.finished()):
             os._exit(1)  # the user's code can't be gone back to: another process takes this one's place
 
     def end(self) -> None:
@@ -273,16 +365,24 @@ class TrainingLoop:
 
 
 class _At:
-    """The data position as an object with a state, asked at a boundary."""
+    """The data position as an object with a state, asked at a boundary; and where loops have begun, if several have."""
 
-    def __init__(self, feed: Feed, team: Team) -> None:
-        self._feed, self._team = feed, team
+    def __init__(self, loop: TrainingLoop) -> None:
+        self._loop = loop
 
     def state_dict(self) -> dict[str, Any]:
-        return self._feed.state_dict(data_position(self._team.step, self._team.skipped))
+        if self._loop.later is not None:
+            return dict(self._loop.later)
+        begun = self._loop.begun
+        more = {"begun": list(begun)} if len(begun) > 1 else {}
+        return {**self._loop.feed.state_dict(self._loop.position(self._loop.step)), **more}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._feed.load_state_dict(state)
+        loop, begun = self._loop, state.get("begun", [0])
+        loop.begun[:] = begun
+        loop.later = None if loop.number == len(begun) - 1 else state
+        if loop.later is None:
+            loop.feed.load_state_dict(state)
 
 
 class _KnownBuffers:

@@ -40,6 +40,7 @@ from .core.seat import (
     Form,
     Formed,
     FormFailed,
+    GoesOn,
     LeafFolded,
     Leave,
     MayBegin,
@@ -143,6 +144,14 @@ class Member:
             self.capturing.enter(loop)
         self.telling.report()
         self.park()
+
+    def go_on(self, loop: Loop) -> None:
+        with self._changed:
+            self._loop = loop
+            self.capturing.enter(loop)
+            self.telling.ended_with = loop.ended_with
+            self._do(self._seat.handle(GoesOn()))
+        self._host.words.activity("computing")
 
     def park(self) -> None:
         self._host.words.activity("waiting")

@@ -6,6 +6,9 @@ parameters. A `Layout` says where each tensor lies; a `Payload` is such a buffer
 Presence is counted, never zero-filled: a tensor that a micro-batch did not produce is the identity
 of the fold, because -0.0 + 0 would change bits. `counts[i]` is the number of micro-batches in a
 payload that produced tensor i; where it is 0 the payload's bytes mean nothing.
+
+Types of fewer than 32 bits are added in fp32, so that a sum neither overflows nor loses what the mean has room for;
+the mean is rounded once, to the tensor's own type.
 """
 
 from __future__ import annotations
@@ -13,18 +16,36 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack
 
 from .core.outcome import Outcome
 
 ALIGN_BYTES = 64
 """Tensors and slices begin at multiples of this, so that no element is ever cut."""
 
+PIECE_ELEMENTS = 1 << 20
+"""So many at a time are divided and rounded: a temporary copy in fp32 stays small."""
+
 Rule = Literal["sum", "first"]
-"""How two present values are folded: added, or the one of the lower micro-batch taken (integers)."""
+"""How two present values are folded: added, or the one of the lower micro-batch taken."""
+
+
+def rule_of(dtype: torch.dtype) -> Rule:
+    """That of a buffer. Integers are not averaged, nor are floats of 8 bits or fewer: they are codes, of which a mean
+    is none."""
+    return "sum" if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1) else "first"
+
+
+def sum_type(dtype: torch.dtype) -> torch.dtype:
+    """In which values of this type are added."""
+    if dtype is torch.complex32:
+        return torch.complex64
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +55,7 @@ class Entry:
     name: str
     shape: torch.Size
     dtype: torch.dtype
+    """In which it lies here; its own may be a lower one."""
     rule: Rule
     start: int
     """First byte."""
@@ -49,10 +71,17 @@ class Section:
     """A run of entries of one type and rule, folded as one."""
 
     dtype: torch.dtype
+    own: torch.dtype
+    """Of the tensors themselves."""
     rule: Rule
     start: int
     stop: int
     entries: range
+
+    @property
+    def elements(self) -> int:
+        """Room between entries included."""
+        return (self.stop - self.start) // self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +99,16 @@ class Layout:
         at = 0
         for dtype, rule in kinds:
             first, start = len(entries), at
+            kept = sum_type(dtype) if rule == "sum" else dtype
             for name, tensor, own_rule in tensors:
                 if (tensor.dtype, own_rule) != (dtype, rule):
                     continue
-                nbytes = tensor.numel() * tensor.element_size()
-                entries.append(Entry(name=name, shape=tensor.shape, dtype=dtype, rule=rule, start=at, nbytes=nbytes))
+                nbytes = tensor.numel() * kept.itemsize
+                entries.append(Entry(name=name, shape=tensor.shape, dtype=kept, rule=rule, start=at, nbytes=nbytes))
                 at += -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
-            sections.append(Section(dtype=dtype, rule=rule, start=start, stop=at, entries=range(first, len(entries))))
+            sections.append(
+                Section(dtype=kept, own=dtype, rule=rule, start=start, stop=at, entries=range(first, len(entries)))
+            )
         return cls(entries=tuple(entries), sections=tuple(sections), nbytes=at)
 
     def followed_by(self, other: Layout) -> Layout:
@@ -178,6 +210,50 @@ def _fold(section: Section, target: Tensor, left: Tensor, right: Tensor, start: 
         return
     into, one, other = (side[start:stop].view(section.dtype) for side in (target, left, right))
     torch.add(one, other, out=into)
+
+
+class Means:
+    """The mean of complete sums, each tensor in its own type: what becomes `.grad`.
+
+    The memory is lent to the user's code, which may keep any part of it, and is written again only when nobody does:
+    what is lent is a storage around it that lives as long as it is held.
+    """
+
+    def __init__(self, layout: Layout, sections: Sequence[Section], device: torch.device) -> None:
+        self._sections: list[tuple[Section, int, list[tuple[int, torch.Size, tuple[int, ...], int]]]] = []
+        """Each with its first byte here, and of its entries number, shape, strides and first element."""
+        at = 0
+        for section in sections:
+            entries = []
+            for number in section.entries:
+                entry = layout.entries[number]
+                first = at // section.own.itemsize + (entry.start - section.start) // section.dtype.itemsize
+                strides = torch.empty(entry.shape, device="meta").stride()
+                entries.append((number, entry.shape, strides, first))
+            self._sections.append((section, at, entries))
+            at += -(-section.elements * section.own.itemsize // ALIGN_BYTES) * ALIGN_BYTES
+        self._memory = torch.empty(at, dtype=torch.uint8, device=device)
+        self._lent: Any = None
+
+    def of(self, total: Tensor, divisor: int) -> dict[int, Tensor]:
+        """total: a payload's bytes. The means by number of entry."""
+        lent = self._lend()
+        found: dict[int, Tensor] = {}
+        for section, start, entries in self._sections:
+            sums = total[section.start : section.stop].view(section.dtype)
+            means = lent[start : start + section.elements * section.own.itemsize].view(section.own)
+            for one, into in zip(*(torch.split(each, PIECE_ELEMENTS) for each in (sums, means)), strict=True):
+                torch.div(one, divisor, out=into)
+            for number, shape, strides, first in entries:
+                found[number] = means.as_strided(shape, strides, first)
+        return found
+
+    def _lend(self) -> Tensor:
+        if self._lent is not None and not self._lent.expired():
+            self._memory = torch.empty_like(self._memory)
+        lent = from_dlpack(self._memory)
+        self._lent = StorageWeakRef(lent.untyped_storage())  # type: ignore[no-untyped-call]
+        return lent
 
 
 def merged_counts(left: Sequence[int], right: Sequence[int]) -> list[int]:

@@ -58,7 +58,7 @@ class PipelineLoop(TrainingLoop):
             with clipping_refused(self.protected):
                 self.team.enter(replace(self.brought(), stage=steps.stage, shape=steps.shape))
                 self.begin_step()
-                while self.has_more() or not self.team.finished():
+                while self.has_more() or not self.finished():
                     if self.team.parked():
                         steps.drop()
                         self.park()
@@ -92,6 +92,7 @@ class PipelineLoop(TrainingLoop):
 
     def _commit(self) -> float:
         """The step's mean loss."""
+        self.untouched = None  # it holds the former step's gradients
         if isinstance(self.team.next(), Apply):
             self.commit()
         if not self.committing:

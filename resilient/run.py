@@ -59,7 +59,7 @@ class Run:
     @property
     def step(self) -> int:
         """Number of the current step, from 0: the number of steps committed so far."""
-        return self._team.step
+        return self._team.step + (self._loop is not None and self._loop.left_after_commit)
 
     @property
     def rank(self) -> int:
@@ -120,7 +120,7 @@ class Run:
 
     def _begin(self, kind: type[MicroBatchLoop], feed: Feed) -> TrainingLoop:
         assert self._protected is not None
-        self._loop = kind(self._team, feed, self._protected, **self._loop_settings)
+        self._loop = kind(self._team, feed, self._protected, **self._loop_settings, former=self._loop)
         return self._loop
 
     @property
@@ -140,17 +140,22 @@ class Run:
     ) -> Feed:
         if self._protected is None:
             raise ValueError(f"{what} was called before run.protect; call protect(model=..., optimizer=...) first")
-        if self._loop is not None:
-            raise ValueError(f"{what} was called twice; a run has one loop: ask for all its steps at once")
+        number = self._end_former(what)
         feed = Feed(
             dataset,
             global_batch=global_batch,
             micro_batch=micro_batch,
             steps=steps,
             epochs=epochs,
-            seed=derive_seed("data", self._seed),
+            seed=derive_seed("data", self._seed, *([number] if number else [])),
             **loader,
         )
+        if self._loop is not None and feed.micro_batches != self._loop.feed.micro_batches:
+            raise ValueError(
+                f"{what}: global_batch {global_batch} / micro_batch {micro_batch} are {feed.micro_batches} "
+                f"micro-batches per step, but the loop before this one had {self._loop.feed.micro_batches}; all loops "
+                "of a run need as many"
+            )
         most = self._team.workers[1]
         stages = 1 if self._pipeline is None else self._pipeline.stages
         if most > feed.micro_batches * stages:
@@ -160,6 +165,20 @@ class Run:
                 f"use workers of at most {feed.micro_batches * stages}, or a smaller micro_batch"
             )
         return feed
+
+    def _end_former(self, what: str) -> int:
+        """How many loops the run has had before the one that is to begin."""
+        former = self._loop
+        if former is None:
+            return 0
+        if self._pipeline is not None or self._epochs is not None:
+            raise ValueError(f"{what} was called twice; a run with a pipeline, or with run.epochs, has one loop")
+        if not former.entered or former.is_open:
+            raise ValueError(f"{what} was called before the loop before it had ended; loops follow one another")
+        former.returned()
+        if former.left_in_step is not None:
+            raise LoopError(left_too_early(former.left_in_step))
+        return former.number + 1
 
     def pipeline(
         self,
@@ -379,17 +398,16 @@ class Run:
                     part.training = mode
 
     def digest(self) -> str | StatePart:
-        """xxh3-128 of the bits of all that is protected, and of run.state; of a stage what it has to give to that."""
+        """xxh3-128 of the bits of all that is protected, and of run.state: as the loop ended; before that, as it is."""
         assert self._protected is not None
-        objects = {f"user:{name}": thing for name, thing in self._protected.objects.items()}
-        table = capture({**objects, "run.state": self.state})
-        stage = None if self._loop is None else self._loop.stage
-        return table.digest() if stage is None or stage.is_only_one else stage.part(table)
+        if self._loop is not None:
+            return self._loop.final or self._loop.digest()
+        return capture({f"user:{name}": thing for name, thing in self._protected.objects.items()}).digest()
 
     def check_left_in_order(self) -> None:
         """Called when the training function has returned. Raises LoopError."""
         if self._loop is not None:
-            self._loop.close()
+            self._loop.returned()
         if self._protected is None or self._loop is None:
             missing = "run.protect" if self._protected is None else "run.steps or run.batches"
             raise LoopError(f"the training function returned without calling {missing}; see the README for the loop")
@@ -398,8 +416,11 @@ class Run:
                 "the training function returned without iterating over what run.steps or run.batches gave it"
             )
         if self._loop.left_in_step is not None:
-            raise LoopError(
-                f"the loop was left in the middle of step {self._loop.left_in_step}; break only after "
-                "optimizer.step(), behind the loop over the step's micro-batches or where run.committing is true, and "
-                "on what is equal on all ranks"
-            )
+            raise LoopError(left_too_early(self._loop.left_in_step))
+
+
+def left_too_early(step: int) -> str:
+    return (
+        f"the loop was left in the middle of step {step}; break only after optimizer.step(), behind the loop over the "
+        "step's micro-batches or where run.committing is true, and on what is equal on all ranks"
+    )

@@ -67,7 +67,7 @@ def _exchange_shared(group: Group, plan: Plan, layers: Mapping[str, int], sums: 
             for place, rank in enumerate(stage.ranks):
                 sender = source.ranks[place % len(source.ranks)]
                 if rank == group.rank:
-                    count, total = torch.zeros(1, dtype=torch.int64), torch.empty_like(sums.template(use))
+                    count, total = torch.zeros(1, dtype=torch.int64), sums.template(use)
                     coming.append((use, count, total))
                     receives += _moves(count, total, sender, tag)
                 if sender == group.rank:

@@ -15,7 +15,6 @@ the first bytes of each tensor are compared too.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 
@@ -23,6 +22,7 @@ import xxhash
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
 
+from snapshot.front import bytes_of
 from snapshot.recapture import Recapture
 from snapshot.state_differences import differences
 from snapshot.state_tree import flags, places, tree_of
@@ -52,8 +52,11 @@ class StateWatch:
         self._firm: _Firm | None = None
         self._before: dict[tuple[str, str], object] = {}
         """Of tensors: what was seen at the step's boundary."""
+        self._boundary: StateTable | None = None
+        """As the step began."""
         self._table: StateTable | None = None
         """As the step's first micro-batch of this rank ended."""
+        self._latest: StateTable | None = None
 
     @property
     def full(self) -> int:
@@ -62,32 +65,47 @@ class StateWatch:
 
     def begin_step(self) -> None:
         """The state at a step's start stands."""
-        table = self._recapture.capture(self._objects)
+        self._boundary = table = self._recapture.capture(self._objects)
         self._table, self._before = None, self._seen(table)
 
     def in_force(self, step: int) -> None:
-        """A micro-batch is done. Raises LoopError if something has changed that must not."""
-        table = self._recapture.capture(self._objects)
-        self._check_tensors(table, step)
+        """A micro-batch is done. Raises LoopError if plain values are others than when the last one was."""
+        self._latest = table = self._recapture.capture(self._objects, in_place=True)
         if self._table is None:
             self._table = table
         elif table.skeleton != self._table.skeleton:
             raise LoopError(_changed_between(self._table, table, step))
 
+    def commit(self, step: int) -> None:
+        """All micro-batches are done. Raises LoopError if a tensor has changed that must not."""
+        assert self._latest is not None, "no micro-batch has ended"
+        self._check_tensors(self._latest, step)
+
     def digest(self) -> int:
-        """Of the plain values in force, in [0, 2**62); equal on all ranks."""
-        assert self._table is not None, "no micro-batch has ended"
-        running = xxhash.xxh3_64(self._table.skeleton)
-        for _, value in _others(self._table):
-            if isinstance(value, bytes):
-                running.update(value)
+        """Of the plain values in force, and of those at the step's start, in [0, 2**62); equal on all ranks."""
+        assert self._table is not None and self._boundary is not None, "no micro-batch has ended"
+        running = xxhash.xxh3_64(self._boundary.skeleton)
+        running.update(self._table.skeleton)
+        for value in self._small().values():
+            running.update(value)
         return int(running.intdigest() >> 64 - DIGEST_BITS)
 
     def plain_values(self) -> dict[str, object]:
         """What the digest is of, by path."""
-        assert self._table is not None, "no micro-batch has ended"
-        small = {shown_name(name): repr(value) for (name, kind), value in _others(self._table) if kind == "bytes"}
-        return {**_named(self._table), **small}
+        assert self._table is not None and self._boundary is not None, "no micro-batch has ended"
+        now, before = _named(self._table), _named(self._boundary)
+        former = {f"{name} at the step's start": value for name, value in before.items() if now.get(name) != value}
+        small = {f"the bytes of {shown_name(name)}": value.hex() for name, value in self._small().items()}
+        return {**now, **former, **small}
+
+    def _small(self) -> dict[str, bytes]:
+        """Small tensors outside of modules and optimizers, and the beginnings of averages, which only the user's code
+        writes: where they differ no machine is to blame."""
+        return {
+            name: value
+            for (name, kind), value in self._before.items()
+            if isinstance(value, bytes) and (kind == "value" or name.startswith(self._averages))
+        }
 
     # Tensors
 
@@ -98,9 +116,9 @@ class StateWatch:
         changed = [name for (name, kind), value in now.items() if _is_other(self._before.get((name, kind)), value)]
         if changed:
             raise LoopError(
-                f"{shown_name(changed[0])} changed within step {step}, before its micro-batches were done: the body of "
-                "the loop over micro-batches runs as often as this rank has micro-batches, which differs from rank to "
-                "rank. Write what changes the state once per step behind that loop (for step in run.steps(...): "
+                f"{_path(table, changed[0])} changed within step {step}, before its micro-batches were done: the body "
+                "of the loop over micro-batches runs as often as this rank has micro-batches, which differs from rank "
+                "to rank. Write what changes the state once per step behind that loop (for step in run.steps(...): "
                 "for x, y in step: ...), or under `if run.committing:` after backward"
             )
         self._before = now
@@ -116,8 +134,8 @@ def _others(table: StateTable) -> Iterator[tuple[tuple[str, str], object]]:
     start = len(table.front.tensors) if table.front is not None else len(table.tensors)
     for place in range(start, len(table.tensors)):
         tensor, name = table.tensors[place], table.layout.tensors[place].name
-        if tensor.device.type == "cpu" and (nbytes := tensor.numel() * tensor.element_size()) <= SMALL_BYTES:
-            yield (name, "bytes"), ctypes.string_at(tensor.data_ptr(), nbytes)
+        if tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= SMALL_BYTES:
+            yield (name, "value"), bytes_of(tensor).numpy().tobytes()
         else:
             yield (name, "writes"), (tensor.data_ptr(), tensor._version)
 
@@ -133,11 +151,10 @@ class _Firm:
         self._keys = [(specs[at].name, "writes") for at in places]
         host = [at for at in places if table.tensors[at].device.type == "cpu" and specs[at].nbytes]
         self._keys += [(specs[at].name, "bytes") for at in host]
-        self._addresses = [table.tensors[at].data_ptr() for at in host]
-        self._sizes = [min(SAMPLED_BYTES, specs[at].nbytes) for at in host]
+        self._beginnings = [memoryview(bytes_of(table.tensors[at])[:SAMPLED_BYTES].numpy().data) for at in host]
 
     def now(self) -> dict[tuple[str, str], object]:
-        values = (*map(_VERSION, self._tensors), *map(ctypes.string_at, self._addresses, self._sizes))
+        values = (*map(_VERSION, self._tensors), *map(bytes, self._beginnings))
         return dict(zip(self._keys, values, strict=True))
 
 
@@ -146,6 +163,13 @@ def _is_other(former: object, now: object) -> bool:
     if isinstance(former, tuple) and isinstance(now, tuple):
         return bool(former[0] == now[0] and former[1] != now[1])
     return former is not None and former != now
+
+
+def _path(table: StateTable, name: str) -> str:
+    """Of a tensor by the name that the layout has for it."""
+    place = next(place for place, spec in enumerate(table.layout.tensors) if spec.name == name)
+    found = (each.name for each in places(tree_of(table.layout.objects, everything=True)) if each.tensor == place)
+    return shown_name(next(found, name))
 
 
 def _named(table: StateTable) -> dict[str, object]:

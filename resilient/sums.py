@@ -2,10 +2,11 @@
 
 Three kinds of buffers, never mixed: the partial sums, which nothing writes but the fold; the result,
 written by the exchange and kept until that of the next step is complete, for ranks that missed it;
-and `.grad`, the mean made from the result, which the user may clip and change as they like.
+and `.grad`, the mean made from the result, which the user may clip, change and keep as they like.
 
-Memory, for a payload of S bytes (gradients and changed buffers) and L micro-batches on the rank:
-partial sums at most (log2 L + 1) S, results 2 S, `.grad` S, receiving buffers (foreign roots / ranks) S.
+Memory, for a payload of S bytes (gradients and changed buffers, those of fewer than 32 bits in fp32) and L
+micro-batches on the rank: partial sums at most (log2 L + 1) S, results 2 S, receiving buffers (foreign roots / ranks)
+S, and `.grad` in its own type: S, or S / 2 for bf16. For each step whose `.grad` the user's code keeps, once more that.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .buffers import Buffers, has_mean
+from .buffers import Buffers
 from .core.tree import Node
 from .errors import LoopError
 from .exact import PartialSums
-from .payload import Layout, Payload, Pool, Rule
+from .payload import Layout, Means, Payload, Pool, Rule, rule_of, sum_type
 
 LOSS = "loss"
 
@@ -70,7 +71,7 @@ class StepSums:
         self.partial = PartialSums(micro_batches, self.pool)
         self.kept: Payload | None = None
         """Complete result of the newest step that has one here."""
-        self._mean = Payload(self.layout, self.device)
+        self._means = self._means_of(self.layout)
 
     def reshape(
         self, parameters: Sequence[tuple[str, nn.Parameter]], uses: Sequence[SharedUse], buffers: Buffers
@@ -79,10 +80,7 @@ class StepSums:
         those that lack it."""
         assert not self.partial.nodes, "a step has begun"
         self.parameters, self.uses, self.buffers = parameters, uses, buffers
-        self.layout = self._lay_out()
-        self.pool = Pool(self.layout, self.device)
-        self.partial = PartialSums(self.micro_batches, self.pool)
-        self._mean = Payload(self.layout, self.device)
+        self._lay_out_anew()
 
     # A micro-batch
 
@@ -101,6 +99,9 @@ class StepSums:
         self.fold(leaf, losses, changed)
 
     def fold(self, leaf: int, losses: Tensor | None, changed: Mapping[str, Tensor]) -> None:
+        if self._laid_out_for != self.buffers.revision:
+            assert not self.partial.nodes, "a step has begun"
+            self._lay_out_anew()
         if not set(changed) <= set(self.known_buffers):
             self.widen([*self.known_buffers, *changed])
         named: dict[str, Tensor | None] = {LOSS: losses, **changed}
@@ -122,13 +123,17 @@ class StepSums:
     def widen(self, buffers: Sequence[str]) -> None:
         """Let these buffers take part too. The sums so far keep their bits."""
         self.known_buffers = tuple(sorted({*self.known_buffers, *buffers}))
+        self._lay_out_anew()
+
+    def _lay_out_anew(self) -> None:
         self.layout = self._lay_out()
         self.partial.widen(self.layout)
-        self._mean = Payload(self.layout, self.device)
+        self._means = self._means_of(self.layout)
 
     def fingerprint(self) -> int:
         """Of the layout, 62 bits, to compare between ranks."""
-        return _hash(repr([(entry.name, tuple(entry.shape), str(entry.dtype)) for entry in self.layout.entries]))
+        entries = [(entry.name, tuple(entry.shape), str(entry.dtype)) for entry in self.layout.entries]
+        return _hash(repr((entries, [(str(section.own), section.entries) for section in self.layout.sections])))
 
     def buffers_digest(self) -> int:
         """Of which buffers take part, 62 bits."""
@@ -192,20 +197,17 @@ class StepSums:
         result = self.kept
         assert result is not None
         places = result.layout.index()
-        mean = self._mean if result.layout is self.layout else Payload(result.layout, self.device)
-        for section in result.layout.sections:
-            is_gradient = result.layout.entries[section.entries[0]].name.startswith("gradient:")
-            if is_gradient and section.stop > section.start:
-                sums, means = (side.flat[section.start : section.stop].view(section.dtype) for side in (result, mean))
-                torch.div(sums, self.micro_batches, out=means)
+        for _, parameter in self.parameters:
+            parameter.grad = None
+        means = self._means if result.layout is self.layout else self._means_of(result.layout)
+        mean = means.of(result.flat, self.micro_batches)
         shared = self.shared_sums(result)
         for name, parameter in self.parameters:
             number = places[f"gradient:{name}"]
             if name in shared:
-                total = shared[name]
-                parameter.grad = None if total is None else total / self.micro_batches
+                parameter.grad = self._mean_like(parameter, shared[name])
             else:
-                parameter.grad = mean.views[number] if result.counts[number] else None
+                parameter.grad = mean[number] if result.counts[number] else None
         for name in self.known_buffers:
             if name in places and result.counts[places[name]]:
                 self.buffers.put(name, _mean_of(result, places[name]))
@@ -232,18 +234,26 @@ class StepSums:
         return result.foreign.get(use)
 
     def template(self, use: str) -> Tensor:
-        """A tensor like the sum of this use of a shared parameter that is here too."""
+        """Room for the sum of this use of a shared parameter that is here too."""
         name = next(name for name, users in self.users.items() if use in users)
-        return dict(self.parameters)[name].detach()
+        like = dict(self.parameters)[name]
+        return torch.empty(like.shape, dtype=sum_type(like.dtype), device=like.device)
 
     def mean_gradients(self, result: Payload) -> Iterator[tuple[str, Tensor | None]]:
         """By name, of every parameter here: the mean of the complete result."""
         shared = self.shared_sums(result)
-        for name, _ in self.parameters:
-            total = shared[name] if name in shared else self.sum_of(result, name)
-            yield name, None if total is None else total / self.micro_batches
+        for name, parameter in self.parameters:
+            yield name, self._mean_like(parameter, shared[name] if name in shared else self.sum_of(result, name))
+
+    def _mean_like(self, parameter: Tensor, total: Tensor | None) -> Tensor | None:
+        return None if total is None else (total / self.micro_batches).to(parameter.dtype)
+
+    def _means_of(self, layout: Layout) -> Means:
+        gradients = (each for each in layout.sections if layout.entries[each.entries[0]].name.startswith("gradient:"))
+        return Means(layout, list(gradients), self.device)
 
     def _lay_out(self) -> Layout:
+        self._laid_out_for = self.buffers.revision
         tensors: list[tuple[str, Tensor, Rule]] = [
             (f"gradient:{name}", parameter, "sum")
             for name, parameter in (*self.parameters, *((use.name, use.tensor) for use in self.uses))
@@ -252,8 +262,7 @@ class StepSums:
         others: list[tuple[str, Tensor, Rule]] = [(LOSS, torch.empty(self.micro_batches, dtype=torch.float64), "sum")]
         for name in filter(self.buffers.has, self.known_buffers):
             value = self.buffers.template(name)
-            rule: Rule = "sum" if has_mean(value) else "first"
-            others.append((name, value, rule))
+            others.append((name, value, rule_of(value.dtype)))
         return sums.followed_by(Layout.of(others))
 
 

@@ -19,6 +19,7 @@ from .core.seat import (
     ExchangeDone,
     Finished,
     Formed,
+    GoesOn,
     LeafFolded,
     Park,
     PlanArrived,
@@ -50,7 +51,10 @@ class Loop:
     control_state: Callable[[], dict[str, object]]
     """What the digest is of, by path."""
     leave: Callable[[], None]
-    """Take off all that the loop has put around torch and the user's objects, wherever it stands."""
+    """Take off all that the loop has put around torch and the user's objects, wherever it stands: the step in hand is
+    given up."""
+    ended_with: Callable[[], Mapping[str, str]] = dict
+    """Of each object in the state that the loop ended with, by name, the digest."""
     stage: StageSide | None = None
     """Of a pipeline, what this rank holds of it."""
     shape: PipelineShape | None = None
@@ -70,6 +74,9 @@ class Team(Protocol):
 
     def enter(self, loop: Loop) -> None:
         """Be seated, with the state that the others have. Blocks."""
+
+    def go_on(self, loop: Loop) -> None:
+        """After a loop that has finished another one begins."""
 
     def next(self) -> Compute | Apply | Park:
         """What to do now. Blocks while others must act first."""
@@ -143,6 +150,10 @@ class Alone:
         if self.saving is not None:
             step, self.skipped = self.saving.resume(self._objects())
         self._sit_down(step)
+
+    def go_on(self, loop: Loop) -> None:
+        self._loop = loop
+        self._seat.handle(GoesOn())
 
     def _objects(self) -> Mapping[str, object]:
         assert self._loop is not None
@@ -228,6 +239,8 @@ class Alone:
 
     def finished(self) -> bool:
         self._seat.handle(Finished(step=self._seat.step))
+        if self.saving is not None:
+            self.saving.save_newest()
         return True
 
     def committed(self, losses: list[float]) -> None:
@@ -240,6 +253,8 @@ class Alone:
         """This process goes on without the run: nothing of its loop may stay."""
         if self._loop is not None:
             self._loop.leave()
+        if self.saving is not None:
+            self.saving.save_newest()
 
 
 def _all_layers(layers: int, micro_batches: int) -> Staging:

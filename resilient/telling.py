@@ -6,6 +6,7 @@ Any message may be lost, with the controller that it was meant for or on its way
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,13 +29,15 @@ class Telling:
         """changed: whoever holds it is alone with seat, untold and pace."""
         self._host, self._seat, self._untold, self._pace, self._changed = host, seat, untold, pace, changed
         self._stage: StageSide | None = None
+        self.ended_with: Callable[[], Mapping[str, str]] = dict
+        """Of each object in the state that the loop ended with, by name, the digest."""
         self._ready: RankReady | None = None
         self._returned: RankReturned | None = None
         self._failed: RankFailed | None = None
 
     def enter(self, loop: Loop, digest: str, fields: str) -> None:
         """The rank has reached its training loop. digest, fields: what the probe has found."""
-        self._stage = loop.stage
+        self._stage, self.ended_with = loop.stage, loop.ended_with
         self._ready = RankReady(
             member=self._host.member,
             node=self._host.node,
@@ -96,5 +99,11 @@ class Telling:
 
     def returned(self, digest: str | StatePart) -> None:
         whole, part = (digest, None) if isinstance(digest, str) else ("", digest)
-        self._returned = RankReturned(member=self._host.member, step=self._seat.step, digest=whole, part=part)
+        self._returned = RankReturned(
+            member=self._host.member,
+            step=self._seat.step,
+            digest=whole,
+            part=part,
+            objects=tuple(sorted(self.ended_with().items())),
+        )
         self.report()

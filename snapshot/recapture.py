@@ -40,10 +40,13 @@ class Recapture:
         self.full = 0
         self._known: _Known | None = None
 
-    def capture(self, objects: Mapping[str, object]) -> StateTable:
-        """As `snapshot.capture.capture`; whatever has changed is noticed."""
+    def capture(self, objects: Mapping[str, object], *, in_place: bool = False) -> StateTable:
+        """As `snapshot.capture.capture`; whatever has changed is noticed.
+
+        in_place: the caller is not interested in whether tensors lie where they did.
+        """
         known, self._known = self._known, None  # whatever is raised: what is half changed is not kept
-        if known is not None and (table := known.again(objects)) is not None:
+        if known is not None and (table := known.again(objects, in_place)) is not None:
             self._known = known
             return table
         del known  # what is gone need not stay in memory beside what came
@@ -81,11 +84,11 @@ class _Known:
         self._specs, self._spelled_specs = tuple(steady.specs), spelled_specs(steady.specs)
         self._front = Front(steady.specs, steady.tensors, self._calm)
 
-    def again(self, objects: Mapping[str, object]) -> StateTable | None:
+    def again(self, objects: Mapping[str, object], in_place: bool) -> StateTable | None:
         """None if only a full capture can tell."""
         capturing = Capturing(self._steady)
         try:
-            replaced = self._check(objects)
+            replaced = self._check(objects, in_place)
             parts = {name: self._part(capturing, name, objects[name]) for name in sorted(objects)}
             if replaced or any(place[2:] in self._layouts for place in capturing.index):
                 self._memory.check_addresses()  # they decide what shares memory with a steady tensor
@@ -104,7 +107,7 @@ class _Known:
     def shown(self, layout: Skeleton, rest: tuple[Tensor, ...], calm: frozenset[int], skeleton: bytes) -> StateTable:
         return StateTable.of(self._front, layout, rest, calm, skeleton)
 
-    def _check(self, objects: Mapping[str, object]) -> bool:
+    def _check(self, objects: Mapping[str, object], in_place: bool) -> bool:
         """Whether buffers were replaced, but nothing else. Raises Changed otherwise."""
         watched = {name: thing for name, thing in objects.items() if isinstance(thing, nn.Module | Optimizer)}
         if watched.keys() != self._watches.keys():
@@ -116,7 +119,8 @@ class _Known:
             for former, buffer in watch.replaced():
                 self._replace(former, buffer)
                 replaced = True
-        self._memory.check()
+        if not in_place:
+            self._memory.check()
         return replaced
 
     def _replace(self, former: Tensor, buffer: Tensor) -> None:

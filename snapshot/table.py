@@ -227,6 +227,14 @@ def _spans(tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         yield first * part.element_size(), (first + part.numel()) * part.element_size(), part
 
 
+def copied(table: StateTable) -> StateTable:
+    """The same state in memory of its own, on the CPU. The caller owes that the table is whole."""
+    copy = StateTable.empty(table.skeleton)
+    for target, source in zip(copy.pieces(0, copy.nbytes), table.pieces(0, table.nbytes), strict=True):
+        target.copy_(source)
+    return copy
+
+
 def still(table: StateTable) -> StateTable:
     """As long as no optimizer steps, it stays what it is: of all that may move meanwhile it has copies."""
     tensors = (tensor if place in table.calm else _copied(tensor) for place, tensor in enumerate(table.tensors))

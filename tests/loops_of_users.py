@@ -6,6 +6,7 @@ Each is a function of a run, at the top of a module so that processes can load i
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -149,3 +150,185 @@ def switches(run: resilient.Run, steps: int = 6) -> Any:
     return len(optimizer.param_groups)
 
 
+def loop_after_loop(run: resilient.Run, count: int = 3) -> Any:
+    """The usual epoch loop around a flat one, then another loop with other data, of which the end is left out."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.9)
+    run.protect(model=model, optimizer=optimizer, scheduler=scheduler)
+    for _ in range(count):
+        for x, y in run.batches(DATA, **SIZES, epochs=1):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+        with torch.no_grad():
+            model[4].bias.mul_(0.5)
+        run.state["epochs"] = run.state.get("epochs", 0) + 1
+    model[0].requires_grad_(False)
+    for step in run.steps(DATA, **SIZES, steps=10, shuffle=False):
+        for x, y in step:
+            loss_of(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step.number == 4 * count + 5:
+            break
+    return run.state["epochs"], run.step
+
+
+class Average:
+    """An average of weights as many write it: tensors in a dict, changed through `.data`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shadow = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.updates = 0
+
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        for name, parameter in model.named_parameters():
+            self.shadow[name].data.mul_(0.9).add_(parameter.data, alpha=0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow": self.shadow, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shadow, self.updates = state["shadow"], state["updates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A loop, put together from what people write. What stands in `wrong` can't be the same on any number of ranks."""
+
+    levels: int = 2
+    optimizer: str = "AdamW"
+    clip: bool = False
+    average: bool = False
+    schedule: bool = False
+    evaluate: str = ""
+    """ "rank 0" or "all": where, in the step's end."""
+    counter: bool = False
+    switch: str = ""
+    """At step 1: "freeze", "thaw", "eval", "dropout" or "group"."""
+    wrong: str = ""
+    """In each micro-batch: "counter", "average", "flag", "rate", "weights", or "forward" after backward."""
+
+    def run(self, run: resilient.Run) -> str:
+        model = network()
+        model[0].bias.requires_grad_(self.switch != "thaw")
+        trained = list(model[4].parameters() if self.switch == "group" else model.parameters())
+        optimizer = getattr(torch.optim, self.optimizer)(trained, lr=0.01)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+        average = Average(model)
+        run.protect(model=model, optimizer=optimizer, scheduler=scheduler, average=average)
+        own = (run, model, optimizer, scheduler, average)
+        if self.levels == 2:
+            for step in run.steps(DATA, **SIZES, steps=4):
+                for x, y in step:
+                    self._micro_batch(own, x, y)
+                self._update(own)
+                self._once(own)
+        else:
+            for x, y in run.batches(DATA, **SIZES, steps=4):
+                self._micro_batch(own, x, y)
+                self._update(own)
+                if run.committing:
+                    self._once(own)
+        return ""
+
+    def _micro_batch(self, own: Any, x: Tensor, y: Tensor) -> None:
+        run, model, optimizer, _, average = own
+        loss_of(model, x, y).backward()
+        match self.wrong:
+            case "counter":
+                run.state["seen"] = run.state.get("seen", 0) + 1
+            case "average":
+                average.update(model)
+            case "flag":
+                model[3].p *= 0.9
+            case "rate":
+                optimizer.param_groups[0]["lr"] *= 0.99
+            case "weights":
+                with torch.no_grad():
+                    model[4].weight.mul_(0.999)
+            case "forward":
+                model(x)
+
+    def _update(self, own: Any) -> None:
+        _, model, optimizer, scheduler, _ = own
+        if self.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        if self.schedule:
+            scheduler.step()
+        optimizer.zero_grad()
+
+    def _once(self, own: Any) -> None:
+        run, model, optimizer, _, average = own
+        if self.average:
+            average.update(model)
+        if self.counter:
+            run.state["steps"] = run.state.get("steps", 0) + 1
+        if self.evaluate == "all" or (self.evaluate == "rank 0" and run.is_main):
+            with run.evaluating():
+                loss = loss_of(model, *DATA.tensors) + 0 * torch.rand(())
+            if self.evaluate == "all":
+                run.state["best"] = min(run.state.get("best", 9.0), float(loss))
+        if run.step == 1:
+            self._switch(model, optimizer)
+
+    def _switch(self, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+        match self.switch:
+            case "freeze":
+                model[4].requires_grad_(False)
+            case "thaw":
+                model[0].bias.requires_grad_(True)
+            case "eval":
+                model[1].eval()
+            case "dropout":
+                model[3].p = 0.5
+            case "group":
+                optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.002})
+
+
+def composed(run: resilient.Run, program: Program) -> str:
+    return program.run(run)
+
+
+def last_step_differs(run: resilient.Run) -> None:
+    """Each rank puts something of its own into the state, when nobody compares any more."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run.protect(model=model, optimizer=optimizer)
+    for step in run.steps(DATA, **SIZES, steps=3):
+        for x, y in step:
+            loss_of(model, x, y).backward()
+        optimizer.step()
+        if step.number == 2:
+            run.state["mine"] = run.rank
+
+
+def one_rank_alone(run: resilient.Run, what: str) -> None:
+    """What rank 0 alone does to the state, where all should."""
+    model = network()
+    average = AveragedModel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run.protect(model=model, optimizer=optimizer, average=average)
+    run.state["tensor"] = torch.zeros(3)
+    for step in run.steps(DATA, **SIZES, steps=4):
+        for x, y in step:
+            model.train()
+            loss_of(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if run.is_main and step.number == 1:
+            match what:
+                case "eval":
+                    model.eval()
+                case "state":
+                    run.state["best"] = 0.5
+                case "rate":
+                    optimizer.param_groups[0]["lr"] = 0.01
+                case "average":
+                    average.update_parameters(model)
+                case "tensor":
+                    run.state["tensor"] += 1

@@ -160,7 +160,7 @@ class Control:
     def _rank_returned(self, event: RankReturned) -> None:
         member = self.membership.members.get(event.member)
         if member is not None and not member.gone:
-            member.part = event.part
+            member.part, member.returned_at, member.objects = event.part, event.step, event.objects
             member.digest = event.digest if event.part is None else event.part.skeleton.hex()
             self.membership.changed(member)
 

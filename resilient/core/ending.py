@@ -21,7 +21,7 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
         return None
     digests = sorted(seated.values("digest"))
     if len(digests) > 1:
-        return End(outcome="failed", reason=f"ranks ended with different states: {', '.join(digests)}")
+        return End(outcome="failed", reason=_different(membership, plan, digests))
     digest = digests[0]
     if not plan.stages:
         return End(outcome="finished", reason="every rank has returned", digest=digest)
@@ -38,6 +38,17 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
     return End(outcome="finished", reason="every rank has returned", digest=digest)
 
 
+def _different(membership: Membership, plan: Plan, digests: list[str]) -> str:
+    returned = [membership.members[number].objects for number in plan.members]
+    pairs = sorted({pair for objects in returned for pair in objects})
+    names = sorted({name for name, digest in pairs if any(each == name and other != digest for each, other in pairs)})
+    what = f" in {', '.join(names)}" if names else ""
+    return (
+        f"ranks ended with different states{what} (digests {', '.join(digests)}): something that is not equal on all "
+        "ranks has found its way into the last step; `resilient check` finds such loops"
+    )
+
+
 def _state_is_lost(membership: Membership, plan: Plan) -> bool:
     """Whether something of it was on ranks only that are gone."""
     gone = {rank for rank, member in enumerate(plan.members) if membership.is_gone(member)}
@@ -45,30 +56,30 @@ def _state_is_lost(membership: Membership, plan: Plan) -> bool:
 
 
 def _somebody_is_left_alone(seated: Tally) -> bool:
-    left = seated.values("left")
-    return len(left) > 1 or (len(left) == 1 and any(step >= min(left) for step in seated.values("waiting")))
+    returned = seated.values("returned")
+    if len(returned) == 1:
+        return any(step >= min(returned) for step in seated.values("waiting"))
+    return len(returned) > 1
 
 
 def _left_alone(membership: Membership, plan: Plan, current: Plan) -> str:
     seated = [member for number in plan.members if not (member := membership.members[number]).gone]
-    early, other = next(
-        (early, other)
+    early, other, step = next(
+        (early, other, step)
         for early in seated
-        if early.report is not None and early.report.finished
         for other in seated
-        if _goes_on_without(early, other)
+        if early.returned_at is not None and (step := _went_on_to(other, early.returned_at)) is not None
     )
-    assert early.report is not None and other.report is not None
     return (
-        f"rank {current.rank_in_words(early.number)} left the training loop at step {early.report.step}, rank "
-        f"{current.rank_in_words(other.number)} went on to step {other.report.step}: leave it only on what is equal "
+        f"rank {current.rank_in_words(early.number)} left the training loop at step {early.returned_at}, rank "
+        f"{current.rank_in_words(other.number)} went on to step {step}: leave it only on what is equal "
         'on all ranks, such as run.step or run.reduced("loss")'
     )
 
 
-def _goes_on_without(early: Member, other: Member) -> bool:
-    assert early.report is not None
+def _went_on_to(other: Member, left_at: int) -> int | None:
+    """The step that this member came to, if it is a later one than that at which another has left for good."""
+    if other.returned_at is not None:
+        return other.returned_at if other.returned_at > left_at else None
     theirs = other.report
-    if theirs is None or theirs.finished:
-        return theirs is not None and theirs.step != early.report.step
-    return theirs.waiting and theirs.step >= early.report.step
+    return theirs.step if theirs is not None and theirs.waiting and theirs.step >= left_at else None

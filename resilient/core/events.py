@@ -137,14 +137,16 @@ class RankFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReturned:
-    """The user's function has returned here, with the state of this digest, or with this part of it."""
+    """The user's function has returned here, with the state of this digest, or with this part of it.
 
-    """The user's function has returned."""
+    objects: of each object in the state its name and digest, to say what differs.
+    """
 
     member: int
     step: int
     digest: str
     part: StatePart | None = None
+    objects: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

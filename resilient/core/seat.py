@@ -23,6 +23,7 @@ Rules
       step, and comes to rest: it goes on only if an unplanned or restored generation calls it back.
     * A rollback may be wanted before a planned generation has formed, by those that hold the state: then it never
       forms.
+    * Whoever has finished a loop may go on with another one: until its function has returned nobody is left alone.
     * A restored plan is adopted at once, and whatever was held before is gone with that. What the training
       thread still brings of the former line of steps counts for nothing, until the generation has formed.
 
@@ -49,6 +50,7 @@ from .seat_messages import (
     Form,
     Formed,
     FormFailed,
+    GoesOn,
     LeafFolded,
     Leave,
     MayBegin,
@@ -77,6 +79,7 @@ __all__ = [
     "Form",
     "FormFailed",
     "Formed",
+    "GoesOn",
     "LeafFolded",
     "Leave",
     "MayBegin",
@@ -155,9 +158,9 @@ class Seat:
                 self.step += 1
                 self.folded = set()
                 return ()
-            case Finished(step=step):
-                assert step == self.step and not self.finished, (event, self)
-                self.finished = True
+            case Finished() | GoesOn():
+                assert self.finished == isinstance(event, GoesOn), (event, self)
+                self.finished = not self.finished
                 return (Report(),)
 
     def next(self) -> Next:

@@ -87,6 +87,11 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GoesOn:
+    """After a loop that has ended the training function has begun another one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rested:
     """The training thread of a rank that the others go on without has applied the last step, and told all of it."""
 
@@ -120,6 +125,7 @@ SeatEvent = (
     | Rested
     | Rollback
     | Finished
+    | GoesOn
 )
 
 

@@ -16,7 +16,9 @@ from .events import RankReady
 from .plan import Place
 from .seat import SeatReport
 
-What = Literal["gone", "leaving", "starting", "ready", "holding", "broken", "left", "waiting", "rollback", "digest"]
+What = Literal[
+    "gone", "leaving", "starting", "ready", "holding", "broken", "left", "returned", "waiting", "rollback", "digest"
+]
 Fact = tuple[What, Hashable]
 
 
@@ -35,6 +37,10 @@ class Member:
     report: SeatReport | None = None
     digest: str | None = None
     """Set when the user's function has returned."""
+    returned_at: int | None = None
+    """The step that it had come to then; reports may be older."""
+    objects: tuple[tuple[str, str], ...] = ()
+    """Of each object in the state that it returned with, name and digest."""
     part: StatePart | None = None
     """The same, of a rank that holds a part of the state; then `digest` is that of the state's structure."""
     plan_sent_at: float = float("-inf")
@@ -50,8 +56,9 @@ def standing(member: Member | None) -> tuple[Fact, ...]:
 
     leaving: is to leave; then it is not counted as starting or ready, since it will not be seated any more.
     starting: has not reached its loop. ready: has, and holds no state. holding: has seen a generation formed.
-    broken: the generation that it is in, if a link of that broke. left, waiting: the step at which it has left the
-    loop, or waits for the others. rollback, digest: what it asks for, what it returned with.
+    broken: the generation that it is in, if a link of that broke. left, waiting: the step at which it has left a loop,
+    perhaps to begin another one, or waits for the others. returned: the same step if its function has returned.
+    rollback, digest: what it asks for, what it returned with.
     """
     if member is None or member.gone:
         return (("gone", True),)
@@ -67,6 +74,8 @@ def standing(member: Member | None) -> tuple[Fact, ...]:
         facts.append(("digest", member.digest))
     if report is not None:
         facts += _reported(report)
+    if member.returned_at is not None:
+        facts.append(("returned", member.returned_at))
     return tuple(facts)
 
 

@@ -26,8 +26,8 @@ def check(found: crew.Crew, reference: resilient.Result) -> None:
     assert found.end is not None and found.end.outcome == "finished", found.end
     assert found.end.digest == reference.digest
     for losses in found.values.values():
-        known = [mine for mine, right in zip(losses, reference.value, strict=False) if mine == right]
-        assert known == losses, "a loss that no rank should have seen"
+        seen = reference.value[len(reference.value) - len(losses) :]  # a replacement has only the last ones
+        assert losses == seen, "a loss that no rank should have seen"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from resilient.core.seat import (
     Form,
     Formed,
     FormFailed,
+    GoesOn,
     LeafFolded,
     Leave,
     MayBegin,
@@ -81,6 +82,7 @@ class Rank:
         self._busy = False
         self._stale = False
         """What is in hand counts for nothing."""
+        self._in_second_loop = self._back_in_first_loop = False
         self._waiting_room: list[Callable[[], None]] = []
         self._submitted: tuple[int, int] | None = None
         self._work = 0
@@ -202,6 +204,7 @@ class Rank:
         """The snapshot's state takes the place of what was held here, if anything was."""
         self.loaded, self.kept, self.reduced = (generation, restore), None, None
         self.begun, self._goes_back = None, False
+        self._back_in_first_loop = self._in_second_loop and restore.key.step <= self.world.second_loop
         self.passing.drop()
         branch = self.world.plans_on_record[generation].branch
         self.capturing.begin_anew(Ordinal(branch, restore.key.step))
@@ -286,8 +289,15 @@ class Rank:
         if self.seat.formed == 0 and not self.seat.has_begun_ahead:
             return
         self._work += 1
-        if self.seat.departed:
+        second = self.world.second_loop
+        if self._back_in_first_loop:
+            self.world.seen["gone back to a loop that was left"] += 1
+            self.world.kill_rank(self.member, "cannot go back to a loop that it has left")
+        elif self.seat.departed:
             self._come_to_rest()
+        elif second and not self._in_second_loop and self.seat.step >= second:
+            if self.seat.settled:
+                self._end_first_loop()
         elif self.seat.step >= self.world.setting.steps:
             if not self.seat.settled:
                 return
@@ -368,6 +378,18 @@ class Rank:
                 self.later(0.05, self.advance)
             case _ if not self.seat.at_rest:
                 self.tell_seat(Rested())
+
+    def _end_first_loop(self) -> None:
+        self.world.seen["passed a loop by" if self.seat.step > self.world.second_loop else "a loop after a loop"] += 1
+        self.tell_seat(Finished(step=self.seat.step))
+        self._busy = True
+        self.later(self.world.rng.uniform(0.0, 0.5), self._begin_second_loop)
+        self.world.faults.point("finished", [self.member])
+
+    def _begin_second_loop(self) -> None:
+        self._busy, self._in_second_loop = False, True
+        self.tell_seat(GoesOn())
+        self.advance()
 
     def _return(self) -> None:
         self.returned = True

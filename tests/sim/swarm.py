@@ -24,9 +24,11 @@ class Outcome:
     failures: list[tuple[int, str]] = field(default_factory=list)
 
 
-def run_seed(seed: int, *, drained: bool = True, staged: bool = True) -> tuple[int, Counter[str], str]:
+def run_seed(
+    seed: int, *, drained: bool = True, staged: bool = True, looped: bool = False
+) -> tuple[int, Counter[str], str]:
     """The seed, what was seen, and what went wrong (empty when nothing did)."""
-    world = World(seed, drained=drained, staged=staged)
+    world = World(seed, drained=drained, staged=staged, looped=looped)
     try:
         world.run()
     except Exception as error:  # noqa: BLE001 - a failing seed is a finding, whatever it raises
@@ -37,10 +39,13 @@ def run_seed(seed: int, *, drained: bool = True, staged: bool = True) -> tuple[i
     return seed, world.seen, ""
 
 
-def swarm(seeds: Iterable[int], *, keep_going: bool, drained: bool = True, staged: bool = True) -> Outcome:
-    """drained: nodes and ranks may be asked to leave, or be slow. staged: a third trains a pipeline."""
+def swarm(
+    seeds: Iterable[int], *, keep_going: bool, drained: bool = True, staged: bool = True, looped: bool = False
+) -> Outcome:
+    """drained: nodes and ranks may be asked to leave, or be slow. staged: a third trains a pipeline. looped: the others
+    have two loops."""
     outcome = Outcome()
-    run = functools.partial(run_seed, drained=drained, staged=staged)
+    run = functools.partial(run_seed, drained=drained, staged=staged, looped=looped)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         for seed, seen, error in pool.imap(run, seeds, chunksize=CHUNK):
             outcome.seeds += 1
@@ -52,8 +57,8 @@ def swarm(seeds: Iterable[int], *, keep_going: bool, drained: bool = True, stage
     return outcome
 
 
-def replay(seed: int) -> int:
-    world = World(seed, keep_story=True)
+def replay(seed: int, *, looped: bool = False) -> int:
+    world = World(seed, keep_story=True, looped=looped)
     try:
         world.run()
     except Exception:  # noqa: BLE001 - shown in full below its story

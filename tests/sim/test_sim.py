@@ -86,6 +86,19 @@ def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:
     assert not missed, f"no seed reached: {missed}"
 
 
+def test_loops_that_follow_one_another() -> None:
+    outcome = swarm(range(300), keep_going=True, looped=True)
+    assert not outcome.failures, f"replay with python -m tests.sim --loops --seed: {outcome.failures}"
+    missed = [name for name in ("a loop after a loop", "passed a loop by") if not outcome.seen[name]]
+    assert not missed, f"no seed reached: {missed}"
+
+
+@pytest.mark.parametrize("seed", [1021, 1513, 2270, 6334])
+def test_seeds_that_found_a_mistake_between_loops(seed: int) -> None:
+    _, _, error = run_seed(seed, looped=True)
+    assert not error
+
+
 @pytest.mark.parametrize("seed", [562, 745, 995, 3095, 3430, 4866, 9910])
 def test_seeds_that_found_a_mistake(seed: int) -> None:
     _, _, error = run_seed(seed, drained=False, staged=False)  # they are older than drains

@@ -84,6 +84,8 @@ class World:
     """Whether nodes and ranks may be asked to leave, or be slow; without that older seeds keep their stories."""
     staged: bool = True
     """Whether a third of the seeds train a pipeline; without that older ones keep their stories."""
+    looped: bool = False
+    """Whether a run without a pipeline has two loops, one after the other."""
     disturbed: bool = False
     """Whether something has failed, other than controllers and messages."""
 
@@ -94,6 +96,9 @@ class World:
         self.drains = Drains(self, wanted=self.drained)
         setting = self.speeds.changed(setting)
         self.setting = setting.with_pipeline(random.Random(f"pipeline {self.seed}")) if self.staged else setting
+        more = random.Random(f"loops {self.seed}")
+        self.second_loop = more.randint(1, self.setting.steps - 1) if self.looped and not self.setting.pipeline else 0
+        """The step with which it begins, if there is one."""
         self.records_rng = random.Random(f"records {self.seed}")
         self.protected = Protected(self)
         self.storage = Storage()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from torch.utils.data import TensorDataset
 import resilient
 from resilient.buffers import Buffers
 from resilient.core.tree import Node, split
+from resilient.errors import LoopError
 from snapshot.table import DTYPES
 
 LEAVES, STEPS = 6, 3
+FLOAT4 = getattr(torch, "float4_e2m1fn_x2", torch.float8_e5m2)
+"""Older versions of torch don't have it."""
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +106,9 @@ class Strange(nn.Module):
         self.register_buffer("flag", torch.tensor(False))
         self.register_buffer("counter", torch.tensor([0, 5]))
         self.register_buffer("brief", torch.zeros(3, dtype=torch.bfloat16), persistent=False)
+        self.register_buffer("code", torch.zeros(2).to(torch.float8_e4m3fn))
+        self.register_buffer("fixed_code", torch.full((2,), -0.0).to(torch.float8_e5m2))
+        self.register_buffer("bits", torch.zeros(2, dtype=torch.uint8).view(FLOAT4))
         self.register_buffer("turn", torch.zeros(2, dtype=torch.complex64))
         self.register_buffer("rare", torch.zeros(1, dtype=torch.float64))
         self.register_buffer("empty", torch.zeros(0, 2))
@@ -112,6 +119,8 @@ class Strange(nn.Module):
         self.flag.logical_not_()
         self.counter += leaf + 1
         self.brief.add_(leaf + 1)
+        self.code.copy_(self.code.float() + leaf + 1)
+        self.bits.view(torch.uint8).add_(leaf + 1)
         self.turn.add_(1j * (leaf + 1))
         if leaf in (2, 3):
             self.rare += leaf
@@ -122,7 +131,7 @@ def test_buffers_of_all_kinds() -> None:
     def main(run: resilient.Run) -> Strange:
         model = Strange()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        constant, reassigned = bits(model.constant), model.reassigned
+        constant, reassigned, fixed = bits(model.constant), model.reassigned, bits(model.fixed_code)
         run.protect(model=model, optimizer=optimizer)
         batches = run.batches(data(), global_batch=4 * LEAVES, micro_batch=4, steps=STEPS)
         for number, (x,) in enumerate(batches):
@@ -130,7 +139,7 @@ def test_buffers_of_all_kinds() -> None:
             optimizer.step()
             assert model.reassigned is reassigned
             assert bool(model.flag) == ((run.step + run.committing) % 2 == 1)
-        assert bits(model.constant) == constant
+        assert bits(model.constant) == constant and bits(model.fixed_code) == fixed
         return model
 
     model = resilient.train(name="test")(main).local().value
@@ -140,7 +149,178 @@ def test_buffers_of_all_kinds() -> None:
     assert model.turn.tolist() == [STEPS * mean * 1j] * 2
     assert model.rare.tolist() == [STEPS * 2.5]  # of the two that changed it
     assert model.counter.tolist() == [STEPS, 5 + STEPS]
+    assert model.code.float().tolist() == [STEPS] * 2
+    assert model.bits.view(torch.uint8).tolist() == [STEPS] * 2
     assert model.none is None
+
+
+class Watching(nn.Module):
+    """Does something to its buffers in each forward, and has a weight."""
+
+    def __init__(self, watch: Callable[[Any, Tensor], object], **buffers: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.inner = nn.Module()
+        self.watch = watch
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.watch(self, x)
+        return x * self.weight
+
+
+def trained(
+    model: Callable[[], nn.Module],
+    values: Tensor,
+    behind: Callable[[Any, int], object] = lambda model, step: None,
+    steps: int = STEPS,
+) -> Any:
+    """Samples are micro-batches, in their order."""
+
+    def main(run: resilient.Run) -> nn.Module:
+        own = model()
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+        run.protect(model=own, optimizer=optimizer)
+        for step in run.steps(
+            TensorDataset(values), global_batch=LEAVES, micro_batch=1, steps=steps, epochs=None, shuffle=False
+        ):
+            for (x,) in step:
+                own(x).square().sum().backward()
+            optimizer.step()
+            behind(own, step.number)
+        return own
+
+    return resilient.train(name="test")(main).local().value
+
+
+def values(seed: int = 1) -> Tensor:
+    return torch.randn(LEAVES * STEPS, 3, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_in_low_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    """In fp16 the sum would overflow."""
+    seen = (50_000 + 300 * values()).to(dtype)
+
+    def look(model: Any, x: Tensor) -> None:
+        model.seen = x[0].to(dtype)
+
+    model = trained(lambda: Watching(look, seen=torch.zeros(3, dtype=dtype)), seen.float(), steps=1)
+    assert bits(model.seen) == bits(tree_mean(list(seen[:LEAVES].float())).to(dtype))
+
+
+def fill(model: Any, x: Tensor) -> None:
+    model.mean = x.mean(0) if model.mean is None else 0.9 * model.mean + 0.1 * x.mean(0)
+
+
+def fill_later(model: Any, x: Tensor) -> None:
+    model.count += 1
+    if model.training and model.mean is None and bool(x.sum() > 0):
+        model.mean = x.mean(0)
+
+
+APPEARING = [
+    (fill, {"mean": None}, "buffer model.mean was None before a micro-batch, and a tensor after it"),
+    (
+        lambda model, x: setattr(model, "mean", None),
+        {"mean": torch.zeros(3)},
+        "buffer model.mean was a tensor before a micro-batch, and gone after it",
+    ),
+    (
+        lambda model, x: delattr(model, "mean"),
+        {"mean": torch.zeros(3)},
+        "buffer model.mean was a tensor before a micro-batch, and gone after it",
+    ),
+    (
+        lambda model, x: model.inner.register_buffer("late", x[0]),
+        {},
+        "buffer model.inner.late was not there before a micro-batch, and registered after it",
+    ),
+    (
+        lambda model, x: model.inner.add_module("norm", nn.BatchNorm1d(3, affine=False)),
+        {},
+        "buffer model.inner.norm.running_mean was not there before a micro-batch",
+    ),
+    (
+        lambda model, x: setattr(model, "other", x[0].detach()),
+        dict.fromkeys(("mean", "other"), torch.zeros(3)),
+        "buffer model.mean was the same in several modules before a micro-batch, and another in one of them",
+    ),
+]
+
+
+@pytest.mark.parametrize(("watch", "buffers", "message"), APPEARING)
+def test_buffers_that_come_or_go_in_forward_are_refused(watch: Any, buffers: Any, message: str) -> None:
+    with pytest.raises(LoopError, match=re.escape(message)) as raised:
+        trained(lambda: Watching(watch, **buffers), values())
+    assert 'self.register_buffer("is_set", torch.tensor(False))' in str(raised.value)
+
+
+def test_one_that_comes_in_a_later_micro_batch_is_refused_too() -> None:
+    later = values()
+    later[:4] = -1.0
+    with pytest.raises(LoopError, match=r"buffer model\.mean was None before a micro-batch, and a tensor"):
+        trained(lambda: Watching(fill_later, mean=None, count=torch.zeros(())), later)
+
+
+def test_in_a_pipeline_they_are_refused_too() -> None:
+    def main(run: resilient.Run) -> None:
+        layers = [lambda: Watching(fill, mean=None), nn.Identity]
+        pipe = run.pipeline(layers, lambda out, target: (out - target).square().sum(), stages=2)
+        optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
+        run.protect(model=pipe, optimizer=optimizer)
+        for step in run.steps(TensorDataset(values(), values()), global_batch=4, micro_batch=2, steps=2):
+            pipe.train_step(step)
+
+    with pytest.raises(LoopError, match=r"buffer model.layers.0.mean was None before a micro-batch"):
+        resilient.train(name="test", workers=1)(main).local()
+
+
+def grow(model: Any, x: Tensor) -> None:
+    for buffer in model.buffers():
+        buffer.add_(x.mean())
+
+
+def test_what_is_set_behind_the_commit_is_followed() -> None:
+    def behind(model: Any, step: int) -> None:
+        if step == 0:
+            model.mean = torch.zeros((), dtype=torch.bfloat16)
+            model.wide = torch.zeros(5)
+            model.brief = None
+
+    one = torch.ones(LEAVES * STEPS, 3)
+    model = trained(lambda: Watching(grow, mean=None, wide=torch.zeros(2), brief=torch.zeros(2)), one, behind)
+    assert model.brief is None
+    assert (model.mean.item(), model.mean.dtype) == (2.0, torch.bfloat16)
+    assert model.wide.tolist() == [2.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("behind", "message"),
+    [
+        (
+            lambda model, step: model.inner.register_buffer("late", torch.zeros(2)),
+            "buffer model.inner.late was registered during training: a process that takes a lost one's place",
+        ),
+        (lambda model, step: delattr(model, "mean"), "buffer model.mean was deleted during training"),
+        (
+            lambda model, step: setattr(model, "mean", torch.zeros(2).double()),
+            "buffer model.mean changed from torch.float32 to torch.float64",
+        ),
+    ],
+)
+def test_what_another_process_could_not_restore_is_refused(behind: Any, message: str) -> None:
+    with pytest.raises(LoopError, match=re.escape(message)):
+        trained(lambda: Watching(grow, mean=torch.zeros(2)), values(), behind)
+
+
+def test_another_shape_in_forward_is_refused_by_name() -> None:
+    def lengthen(model: Any, x: Tensor) -> None:
+        model.seen = torch.cat([model.seen, x[0]])
+
+    with pytest.raises(ValueError, match=r"buffer model.seen changed from torch.float32 \(3,\) to torch"):
+        trained(lambda: Watching(lengthen, seen=torch.zeros(3)), values())
 
 
 def test_what_the_committing_iteration_sets_is_the_next_steps_value() -> None:
@@ -186,6 +366,30 @@ def test_complex_zeros_differ_by_sign() -> None:
     model.register_buffer("buffer", torch.zeros(1, dtype=torch.complex64))
     buffers = Buffers([("model", model)])
     model.buffer.copy_(torch.tensor([complex(-0.0, 0.0)]))
+    assert list(buffers.take_changes()) == ["model.buffer"]
+
+
+def test_a_shared_buffer_is_lent_to_all_that_share_it() -> None:
+    layer = nn.Sequential(nn.Module(), nn.Module())
+    shared = torch.zeros(1)
+    for module in layer:
+        module.register_buffer("buffer", shared)
+    buffers = Buffers([("layer", layer)])
+    buffers.lend("layer.")
+    layer[1].buffer.add_(1)
+    changed = buffers.take_lent("layer.")
+    assert changed == {"layer.0.buffer": torch.ones(1)} and float(shared) == 0.0
+    assert layer[0].buffer is shared and layer[1].buffer is shared
+
+
+@pytest.mark.parametrize("view", [torch.Tensor.conj, lambda tensor: tensor.conj().imag, lambda tensor: tensor[::2]])
+def test_views_of_all_kinds_are_compared(view: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Module()
+    held = torch.randn(4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    model.register_buffer("buffer", view(held))
+    buffers = Buffers([("model", model)])
+    assert buffers.take_changes() == {}
+    held.view(torch.float32)[1] += 1
     assert list(buffers.take_changes()) == ["model.buffer"]
 
 

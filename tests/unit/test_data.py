@@ -189,10 +189,45 @@ def test_epochs_and_positions() -> None:
     assert (feed.micro_batches, feed.steps) == (4, 12)
     assert [feed.has_step(step) for step in (-1, 0, 11, 12)] == [False, True, True, False]
     feed.seek(5, [0])
-    assert feed.state_dict() == {"step": 5}
-    assert feed.state_dict(6) == {"step": 6}
+    assert position(feed) == {"step": 5}
+    assert position(feed, 6) == {"step": 6}
     feed.load_state_dict({"step": 7})
-    assert feed.state_dict() == {"step": 7}
+    assert position(feed) == {"step": 7}
+
+
+def position(feed: Feed, step: int | None = None) -> dict[str, Any]:
+    """Without the settings that it counts in."""
+    return {name: value for name, value in feed.state_dict(step).items() if name != "settings"}
+
+
+OTHER_SETTINGS: dict[str, dict[str, Any]] = {
+    "global_batch was 8 and is 4": {"global_batch": 4},
+    "micro_batch was 2 and is 4": {"micro_batch": 4},
+    "length was 53 and is 54": {"dataset": Noisy(54)},
+    "the seed is another": {"seed": 4},
+    "shuffle was True and is False": {"shuffle": False},
+    "updates was 1 and is 2": {"updates": 2},
+}
+
+
+@pytest.mark.parametrize("words", OTHER_SETTINGS)
+def test_a_position_in_other_data_is_refused(words: str) -> None:
+    former = noisy_feed(dataset=Noisy(53), global_batch=8, micro_batch=2, seed=3).state_dict(2)
+    changes: dict[str, Any] = {"dataset": Noisy(53), "global_batch": 8, "micro_batch": 2, "seed": 3}
+    other = {**changes, **OTHER_SETTINGS[words]}
+    with pytest.raises(ValueError, match=rf"trained on other data: .*{words}.*resume=\"never\".*allow_other_data=True"):
+        noisy_feed(**other).load_state_dict(former)
+    noisy_feed(**other, allow_other_data=True).load_state_dict(former)
+    noisy_feed(**changes).load_state_dict(former)
+    noisy_feed(**other).load_state_dict({"step": 2})  # of an earlier version
+
+
+def test_several_updates_on_the_same_samples() -> None:
+    feed = noisy_feed(steps=None, epochs=2, dataset=Noisy(53), updates=3)
+    assert (feed.steps, feed.steps_per_epoch) == (36, 18)
+    once = noisy_feed(steps=None, epochs=2, dataset=Noisy(53))
+    for step in range(36):
+        assert torch.equal(feed.get(step, 1)["index"], once.get(step // 3, 1)["index"])
 
 
 def test_unshuffled_with_the_default_collate() -> None:
@@ -476,8 +511,8 @@ def test_stream_position_leads_a_joiner_there_without_reading() -> None:
     for step in range(3):
         expected = stream_batches(feed, step)
     assert feed.has_step(3)  # read ahead
-    positions = {step: feed.state_dict(step) for step in (2, 3, 4)}
-    assert feed.state_dict() == positions[2] == {"step": 2, "stream": {"next": 16}}
+    positions = {step: position(feed, step) for step in (2, 3, 4)}
+    assert position(feed) == positions[2] == {"step": 2, "stream": {"next": 16}}
     assert positions[4] == {"step": 4, "stream": {"next": 32}}
     stream_batches(feed, 3)
     assert positions[2]["stream"] == {"next": 16}

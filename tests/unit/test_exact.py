@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from resilient.core.plan import Address, Place, Plan
 from resilient.core.tree import Node, fold_order, leaf, owned, roots, split
 from resilient.exact import PartialSums
 from resilient.exchange import Scratch, exchange, exchange_fast
-from resilient.payload import Layout, Payload, Pool
+from resilient.payload import Layout, Means, Payload, Pool
 
 CPU = torch.device("cpu")
 
@@ -45,18 +47,25 @@ def example(index: int, absent: float) -> list[torch.Tensor | None]:
         torch.tensor(-0.0),
         torch.randn(700_000, generator=rng),
         torch.tensor([index + 7]),
+        torch.full((3, 11), 60000.0).half() + index,
+        torch.randn(20, generator=rng).to(torch.float8_e4m3fn),
+        torch.randn(20, generator=rng).to(torch.float8_e5m2),
+        torch.complex(torch.randn(9, generator=rng), torch.randn(9, generator=rng)).to(torch.complex128),
     ]
     return [None if number != 2 and draw.random() < absent else value for number, value in enumerate(values)]
 
 
-RULES = ("sum", "sum", "sum", "sum", "first")
+RULES = ("sum", "sum", "sum", "sum", "first", "sum", "sum", "first", "sum")
+SUM_TYPES = {1: torch.float32, 5: torch.float32, 6: torch.float32}
+"""Of those that are not added in their own type."""
 LAYOUT = Layout.of([(f"t{n}", t, RULES[n]) for n, t in enumerate(example(0, 0.0))])  # type: ignore[arg-type, misc]
 
 
 def tree_sum(node: Node, leaves: list[list[torch.Tensor | None]], number: int) -> torch.Tensor | None:
     """The obvious twin."""
     if node.size == 1:
-        return leaves[node.start][number]
+        leaf = leaves[node.start][number]
+        return None if leaf is None else leaf.to(SUM_TYPES.get(number, leaf.dtype))
     left, right = (tree_sum(side, leaves, number) for side in split(node))
     if left is None or right is None:
         return right if left is None else left
@@ -75,6 +84,22 @@ def check(result: Payload, leaves: list[list[torch.Tensor | None]], micro_batche
                 else result.views[number].reshape(1).view(torch.uint8),
                 expected.reshape(-1).view(torch.uint8),
             ), entry.name
+
+
+def check_means(means: dict[int, torch.Tensor], leaves: list[list[torch.Tensor | None]]) -> None:
+    count = len(leaves)
+    for number, mean in means.items():
+        name = int(LAYOUT.entries[number].name[1:])
+        total, own = tree_sum(Node(0, count), leaves, name), example(0, 0.0)[name]
+        assert total is not None and own is not None and mean.is_contiguous()
+        assert bits(mean) == bits((total / count).to(own.dtype)), name
+
+
+def bits(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+SUMMED = [section for section in LAYOUT.sections if section.rule == "sum"]
 
 
 def ordered(values: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -182,6 +207,51 @@ def test_exchange_gives_every_rank_the_tree_sum(ranks: int, absent: float) -> No
     run_ranks([list(run) for run in planner.even_runs(8, ranks)], 8, absent)
 
 
+def whole(leaves: list[list[torch.Tensor | None]]) -> Payload:
+    sums = PartialSums(len(leaves), Pool(LAYOUT, CPU))
+    for index, values in enumerate(leaves):
+        sums.add_leaf(index, ordered(values))
+    return sums.nodes[Node(0, len(leaves))]
+
+
+def test_means_are_rounded_once_to_the_tensors_own_type() -> None:
+    leaves = [example(n, 0.0) for n in range(7)]
+    check_means(Means(LAYOUT, SUMMED, CPU).of(whole(leaves).flat, 7), leaves)
+
+
+def test_the_memory_of_means_is_used_again() -> None:
+    means = Means(LAYOUT, SUMMED, CPU)
+    total = whole([example(n, 0.0) for n in range(3)]).flat
+    assert len({means.of(total, 3)[0].data_ptr() for _ in range(4)}) == 1
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda mean: mean,
+        lambda mean: mean.detach(),
+        lambda mean: mean[1:],
+        lambda mean: mean.numpy(),
+        lambda mean: mean.untyped_storage(),
+        lambda mean: {"kept": [mean.view(-1)]},
+    ],
+)
+def test_the_memory_of_means_that_somebody_holds_is_not(hold: Callable[[torch.Tensor], object]) -> None:
+    means = Means(LAYOUT, SUMMED, CPU)
+    leaves = [[example(n + shift, 0.0) for n in range(3)] for shift in (0, 5)]
+    first = means.of(whole(leaves[0]).flat, 3)
+    (number,) = (n for n, entry in enumerate(LAYOUT.entries) if entry.name == "t0")
+    address, held = first[number].data_ptr(), hold(first[number])
+    kept = ctypes.string_at(address, first[number].nbytes)
+    del first
+    second = means.of(whole(leaves[1]).flat, 3)
+    check_means(second, leaves[1])
+    assert ctypes.string_at(address, len(kept)) == kept
+    address = second[number].data_ptr()
+    del second, held
+    assert means.of(whole(leaves[0]).flat, 3)[number].data_ptr() == address
+
+
 def test_exchange_of_scattered_leaves() -> None:
     run_ranks([[0, 3, 7], [1, 2, 9, 10], [4, 5, 6, 8]], 11, 0.3)
 
@@ -190,4 +260,6 @@ def test_fast_reduction_agrees_on_all_ranks() -> None:
     results = run_ranks([[0, 1, 2], [3, 4], [5, 6, 7]], 8, 0.0, fast=True)
     for other in results[1:]:
         assert torch.equal(results[0].flat, other.flat) and results[0].counts == other.counts
+    (big,) = (view for entry, view in zip(LAYOUT.entries, results[0].views, strict=True) if entry.name == "t5")
+    assert big.tolist() == [[8 * 60000.0] * 11] * 3
     assert leaf(0) == Node(0, 1)

@@ -193,7 +193,7 @@ def test_batches_twice() -> None:
         batches(run)
         batches(run)
 
-    with refused(ValueError, "run.batches was called twice", "one loop"):
+    with refused(ValueError, "run.batches was called before the loop before it had ended", "follow one another"):
         local(main)
 
 
