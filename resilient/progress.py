@@ -18,7 +18,7 @@ from rich.text import Text
 
 log = logging.getLogger("resilient")
 
-SAY_AGAIN_S = 10.0
+SAY_AFTER_S, SAY_AGAIN_S = 3.0, 10.0
 
 News = dict[str, Any]
 """As the driver passes it on: what the controller tells, and all rows so far."""
@@ -57,18 +57,19 @@ def on_terminal(name: str, console: Console | None = None) -> Iterator[Callable[
 
 
 class _Waiting:
-    """Says on stderr that a run waits for nodes: at once, and again each time it has waited twice as long."""
+    """Says on stderr that a run waits for nodes: as soon as that is more than its beginning, and again each time it has
+    waited twice as long."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._next_s = name, 0.0
+        self._name, self._next_s = name, SAY_AFTER_S
 
     def look(self, waiting: dict[str, Any] | None) -> None:
         if waiting is None:
-            self._next_s = 0.0
+            self._next_s = SAY_AFTER_S
         elif waiting["for_s"] >= self._next_s:
             self._next_s = max(SAY_AGAIN_S, 2 * waiting["for_s"])
-            since = f" for {waiting['for_s']:.0f} s" if waiting["for_s"] >= 1 else ""
-            print(f"{self._name}: waiting for nodes{since}: {waiting['why']}", file=sys.stderr, flush=True)
+            text = f"waiting for nodes for {waiting['for_s']:.0f} s: {waiting['why']}"
+            print(f"{self._name}: {text}", file=sys.stderr, flush=True)
 
 
 class _Messages:

@@ -134,9 +134,9 @@ def test_without_a_terminal_waiting_is_said_at_growing_intervals(capsys: pytest.
         tell(news(None))
         tell(news(3.0))
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "gpt: waiting for nodes: 1 of at least 2 workers are ready"
-    assert [line.split(":")[1] for line in said[1:]] == [
-        f" waiting for nodes for {seconds} s" for seconds in (10, 20, 40, 80, 3)
+    assert said[0] == "gpt: waiting for nodes for 3 s: 1 of at least 2 workers are ready"
+    assert [line.split(":")[1] for line in said] == [
+        f" waiting for nodes for {seconds} s" for seconds in (3, 10, 20, 40, 80, 3)
     ]
 
 
