@@ -66,7 +66,7 @@ def test_the_same_bits_or_a_clear_word(program: Program) -> None:
 
 
 @pytest.mark.long
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(program=PROGRAMS, ranks=st.sampled_from([2, 3, 4]))
 def test_the_same_bits_or_a_clear_word_often(program: Program, ranks: int) -> None:
     check(program, ranks)
