@@ -150,7 +150,7 @@ class Member:
             self._loop = loop
             self.capturing.enter(loop)
             self.telling.ended_with = loop.ended_with
-            self._do(self._seat.handle(GoesOn()))
+            self._do(self._seat.handle(GoesOn(step=self._seat.step)))
         self._host.words.activity("computing")
 
     def park(self) -> None:

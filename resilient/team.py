@@ -153,7 +153,7 @@ class Alone:
 
     def go_on(self, loop: Loop) -> None:
         self._loop = loop
-        self._seat.handle(GoesOn())
+        self._seat.handle(GoesOn(step=self._seat.step))
 
     def _objects(self) -> Mapping[str, object]:
         assert self._loop is not None

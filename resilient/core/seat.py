@@ -158,8 +158,8 @@ class Seat:
                 self.step += 1
                 self.folded = set()
                 return ()
-            case Finished() | GoesOn():
-                assert self.finished == isinstance(event, GoesOn), (event, self)
+            case Finished(step=step) | GoesOn(step=step):
+                assert step == self.step and self.finished == isinstance(event, GoesOn), (event, self)
                 self.finished = not self.finished
                 return (Report(),)
 

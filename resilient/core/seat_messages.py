@@ -90,6 +90,8 @@ class Finished:
 class GoesOn:
     """After a loop that has ended the training function has begun another one."""
 
+    step: int
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rested:

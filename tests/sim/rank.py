@@ -388,7 +388,7 @@ class Rank:
 
     def _begin_second_loop(self) -> None:
         self._busy, self._in_second_loop = False, True
-        self.tell_seat(GoesOn())
+        self.tell_seat(GoesOn(step=self.seat.step))
         self.advance()
 
     def _return(self) -> None:

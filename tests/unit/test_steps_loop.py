@@ -575,3 +575,17 @@ def test_what_the_function_does_behind_the_loop_is_not_the_run_s_state() -> None
             run.state["accuracy"] = 1.0
 
     assert local(main, True).digest == local(main, False).digest
+
+
+def test_a_bit_that_a_machine_changes_is_not_blamed_on_the_script() -> None:
+    def flip(own: Own, step: Any, batch: Any) -> None:
+        backward(own, step, batch)
+        own.model[0].weight.detach().numpy().view("uint8").flat[3] ^= 1
+
+    def write(own: Own, step: Any, batch: Any) -> None:
+        backward(own, step, batch)
+        own.model[0].weight.data.mul_(0.9)
+
+    run_with(inner=flip)
+    with refused("model.0.weight changed within step 0"):
+        run_with(inner=write)
