@@ -31,10 +31,7 @@ def train(
     observe: str | None = "auto",
     ray_metrics: bool = False,
 ) -> Callable[[Callable[..., Any]], TrainFunction]:
-    """Make a training function fault-tolerant. The function receives a `Run` as its first argument.
-
-    On every rank sys.argv is the driver's. sys.exit ends the run as an exception does, whatever its code, and the
-    error repeats what was written last, argparse's usage for example; to end a run early leave the loop and return.
+    """Make a training function fault-tolerant. Its first argument is a `Run`; sys.argv is the driver's on every rank.
 
     workers: ranks to train with, or (min, max): the run uses up to max, and waits for nodes below min.
     spares: further processes that are started and wait in the loop, to take a lost rank's place at once.
