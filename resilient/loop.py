@@ -23,6 +23,7 @@ from .data import Feed
 from .errors import LoopError
 from .gates import Gates
 from .loading import shown_name
+from .positions import DataPosition, KnownBuffers
 from .protected import Protected
 from .randomness import seed_everything
 from .stage_side import StageSide
@@ -153,8 +154,8 @@ class TrainingLoop:
         def objects() -> Mapping[str, object]:
             return {
                 **self.watched(),
-                "run.data": _At(self),
-                "run.buffers": _KnownBuffers(self.sums),
+                "run.data": DataPosition(self),
+                "run.buffers": KnownBuffers(self.sums),
             }
 
         return Loop(
@@ -362,38 +363,3 @@ class TrainingLoop:
         for name, value in values.items():
             if name != "loss":
                 mine[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
-
-
-class _At:
-    """The data position as an object with a state, asked at a boundary; and where loops have begun, if several have."""
-
-    def __init__(self, loop: TrainingLoop) -> None:
-        self._loop = loop
-
-    def state_dict(self) -> dict[str, Any]:
-        if self._loop.later is not None:
-            return dict(self._loop.later)
-        begun = self._loop.begun
-        more = {"begun": list(begun)} if len(begun) > 1 else {}
-        return {**self._loop.feed.state_dict(self._loop.position(self._loop.step)), **more}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        loop, begun = self._loop, state.get("begun", [0])
-        loop.begun[:] = begun
-        loop.later = None if loop.number == len(begun) - 1 else state
-        if loop.later is None:
-            loop.feed.load_state_dict(state)
-
-
-class _KnownBuffers:
-    """Which buffers take part in the exchange: all ranks must agree."""
-
-    def __init__(self, sums: StepSums) -> None:
-        self._sums = sums
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"names": list(self._sums.known_buffers)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if tuple(state["names"]) != self._sums.known_buffers:
-            self._sums.widen(state["names"])
