@@ -134,7 +134,7 @@ class MicroBatchLoop(TrainingLoop):
         self.sums.buffers.check_places()
         self.watch.in_force(self.step)
         self._follow_structure()
-        self.gates.own_loss = self._loss
+        self.gates.own_loss = self._loss if self.feed.micro_batches > 1 else None
         self.sums.fold_leaf(self.leaf, self._loss.reshape(()))
         self.team.folded(self.leaf)
 
@@ -171,10 +171,14 @@ class StepsLoop(MicroBatchLoop):
                 "for step in run.steps(...): for batch in step: ..."
             )
         step.begun = True
-        while isinstance(todo := self.team.next(), Compute):
-            yield self._begin(todo.leaf)
-            self._fold()
-            self.leaf = None
+        try:
+            while isinstance(todo := self.team.next(), Compute):
+                yield self._begin(todo.leaf)
+                self._fold()
+                self.leaf = None
+        except GeneratorExit:
+            self.leaf, self.gates.early = None, f"the loop over the micro-batches of step {self.step} was left by break"
+            raise
         self.gates.early = ""
         step.done, step.given_up = True, isinstance(todo, Park)
         if isinstance(todo, Apply):
@@ -232,7 +236,13 @@ class BatchesLoop(MicroBatchLoop):
                 assert isinstance(todo, Compute), todo
                 self.gates.check_in_place()
                 self._backward_done = self.asked_committing = False
-                yield self._begin(todo.leaf)
+                batch = self._begin(todo.leaf)
+                self.gates.early = (
+                    f"in step {self.step} it was called before backward, where nobody knows yet whether the "
+                    "micro-batch is the step's last, and it would never act; write it behind backward, or the loop in "
+                    "two levels: for step in run.steps(...): for x, y in step: ..."
+                )
+                yield batch
                 self._end_micro_batch()
 
     def _end_micro_batch(self) -> None:
@@ -260,7 +270,8 @@ class BatchesLoop(MicroBatchLoop):
             raise LoopError(
                 f"an iteration of step {self.step} ended without optimizer.step(): call it in every iteration, it acts "
                 "once per step. Do not accumulate gradients by hand, nor divide the loss by a number of iterations: "
-                "global_batch / micro_batch of them make one step"
+                "global_batch / micro_batch of them make one step. To leave an update out, call zero_grad() before "
+                "optimizer.step()"
             )
 
     def _before_backward(self) -> None:
@@ -272,7 +283,7 @@ class BatchesLoop(MicroBatchLoop):
     def _after_backward(self, roots: Sequence[Root]) -> None:
         if self.leaf is None or self.paused:
             return
-        self._backward_done = True
+        self._backward_done, self.gates.early = True, ""
         self._add_to_loss(roots)
         self._fold()
         if isinstance(self.team.next(), Apply):

@@ -41,7 +41,10 @@ class Epochs:
         """Raises ValueError if an epoch is to have other data than the first."""
         dataset, *others = arguments
         if dataset is not self._arguments[0] or others != list(self._arguments[1:]):
-            raise ValueError("run.steps within run.epochs: every epoch has the same dataset, batch sizes and options")
+            what = "the dataset is another object: build it once, before run.epochs"
+            if dataset is self._arguments[0]:
+                what = f"global_batch, micro_batch and options were {self._arguments[1:]} and are {tuple(others)}"
+            raise ValueError(f"run.steps within run.epochs: every epoch has the same data, but {what}")
 
     def __iter__(self) -> Iterator[Epoch]:
         while not self._over:

@@ -15,11 +15,15 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from .errors import LoopError
 from .protected import Protected, is_plateau
+
+GROUPING = "_group_tensors_by_device_and_dtype"
+"""What torch's clipping groups gradients by."""
 
 
 class Reduced(float):
@@ -129,7 +133,7 @@ class Gates:
         self._classes.append((scheduler, kind))
 
     def _only_open(self, check: Callable[..., None] | None, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        if self._is_closed(getattr(original, "__qualname__", "an update")):
+        if self._is_closed(getattr(getattr(original, "func", original), "__qualname__", "an update")):
             return None
         if check is not None:
             check(*args, **kw)
@@ -172,8 +176,14 @@ class Gates:
 
 @contextmanager
 def refused_wrappers(protected: Protected) -> Iterator[None]:
-    """Within it an average of weights that is not protected is not updated, nor does a DDP around a model run."""
+    """Within it an average of weights that is not protected is not updated, nor does a DDP around a model run; and
+    clipping by value takes that there is nothing to clip."""
     update, forward = AveragedModel.update_parameters, DistributedDataParallel.forward
+    grouped = getattr(clip_grad, GROUPING, None)
+
+    def group_tensors(lists: list[list[Tensor]], *args: Any, **kwargs: Any) -> Any:
+        """clip_grad_value_ fails where there is no gradient, as before a step's last micro-batch in a flat loop."""
+        return grouped(lists, *args, **kwargs) if grouped is not None and lists[0] else {}
 
     def update_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
         if all(module is not self for _, module in protected.modules):
@@ -187,10 +197,14 @@ def refused_wrappers(protected: Protected) -> Iterator[None]:
         raise LoopError("a model runs within DistributedDataParallel: call the plain one, gradients are reduced here")
 
     AveragedModel.update_parameters, DistributedDataParallel.forward = update_parameters, refuse  # type: ignore[method-assign]
+    if grouped is not None:
+        setattr(clip_grad, GROUPING, group_tensors)
     try:
         yield
     finally:
         AveragedModel.update_parameters, DistributedDataParallel.forward = update, forward  # type: ignore[method-assign]
+        if grouped is not None:
+            setattr(clip_grad, GROUPING, grouped)
 
 
 def _differs_by_rank(metrics: object, own_loss: Tensor | None) -> bool:

@@ -181,26 +181,31 @@ class TrainingLoop:
     def enter(self) -> None:
         """Be seated; or, in a loop that follows another, go on."""
         if self.former is None:
+            groups = self.protected.groups()
             self.team.enter(self.brought())
+            if self._is_passed:
+                self.to_repeat = copied(capture(self.brought().objects()))
+                self.protected.set_groups(groups)  # what comes between loops adds them once more
         else:
             if len(self.begun) == self.number:
                 self.begun.append(self.step)
             self.team.go_on(self.brought())
-            if self.former.to_repeat is not None:
-                load(self.brought().objects(), self.former.to_repeat)
             self.to_repeat, self.former = self.former.to_repeat, None
+            if self.to_repeat is not None and not self._is_passed:
+                load(self.brought().objects(), self.to_repeat)
+                self.to_repeat = None
         self.begin_step()
+
+    @property
+    def _is_passed(self) -> bool:
+        """Whether the run is in a later loop, and what the user's code does between was done long ago."""
+        return self.number + 1 < len(self.begun) and self.step > self.begun[self.number + 1]
 
     def finished(self) -> bool:
         """The loop is over. False if meanwhile a snapshot is to take the state's place: it goes on."""
         if not self.team.finished():
             return False
         self._end_with_this()
-        if self.number + 1 < len(self.begun) and self.step > self.begun[self.number + 1]:
-            # What the user's code does between this loop and that in which the run is was done long ago.
-            self.to_repeat = self.to_repeat or copied(capture(self.brought().objects()))
-        else:
-            self.to_repeat = None
         return True
 
     @property
@@ -285,9 +290,10 @@ class TrainingLoop:
         """The user's code has come to the end of an iteration."""
         if self.committing and not self.gates.stepped:
             raise LoopError(
-                f"step {self.step} was committed without optimizer.step(); call it in every iteration: it acts "
-                "once per step, when the gradients of all micro-batches have been added up (do not accumulate "
-                "by hand, choose micro_batch and global_batch instead)"
+                f"step {self.step} was committed without optimizer.step() of an optimizer that was protected; call it "
+                "in every iteration: it acts once per step, when the gradients of all micro-batches have been added "
+                "up (do not accumulate by hand, choose micro_batch and global_batch instead). To leave an update out, "
+                "call zero_grad() before optimizer.step()"
             )
 
     def end_iteration(self) -> None:

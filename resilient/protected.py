@@ -75,6 +75,18 @@ class Protected:
         for name, optimizer in self.optimizers:
             _check_scheduled(name, optimizer, self.schedulers)
 
+    def groups(self) -> list[list[tuple[dict[str, object], list[Tensor]]]]:
+        """Of each optimizer its groups, and which parameters they have."""
+        return [
+            [(group, list(group["params"])) for group in optimizer.param_groups] for _, optimizer in self.optimizers
+        ]
+
+    def set_groups(self, groups: list[list[tuple[dict[str, object], list[Tensor]]]]) -> None:
+        for (_, optimizer), former in zip(self.optimizers, groups, strict=True):
+            for group, parameters in former:
+                group["params"] = parameters
+            optimizer.param_groups[:] = [group for group, _ in former]
+
     @property
     def all_parameters(self) -> Named:
         return (*self.parameters, *self.frozen)

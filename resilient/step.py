@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .errors import LoopError
-from .gates import Reduced
 
 if TYPE_CHECKING:
     from .loop import TrainingLoop
@@ -40,11 +39,11 @@ class Step:
         return f"Step(number={self.number})"
 
     @property
-    def loss(self) -> Reduced:
+    def loss(self) -> float:
         """Mean loss of the step, equal on all ranks. Raises LoopError before the step's micro-batches are done."""
         if not self.done:
             raise LoopError(f"step {self.number}: step.loss was read before the loop over its micro-batches had ended")
-        return Reduced(self._loop.loss)
+        return self._loop.loss
 
     @property
     def skipped(self) -> bool:

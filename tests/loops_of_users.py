@@ -153,10 +153,13 @@ def switches(run: resilient.Run, steps: int = 6) -> Any:
 def loop_after_loop(run: resilient.Run, count: int = 3) -> Any:
     """The usual epoch loop around a flat one, then another loop with other data, of which the end is left out."""
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.05)
     scheduler = lr_scheduler.StepLR(optimizer, 1, 0.9)
     run.protect(model=model, optimizer=optimizer, scheduler=scheduler)
-    for _ in range(count):
+    for number in range(count):
+        if number == 1:
+            optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.02, "initial_lr": 0.02})
+            scheduler.base_lrs.append(0.02)
         for x, y in run.batches(DATA, **SIZES, epochs=1):
             loss_of(model, x, y).backward()
             optimizer.step()

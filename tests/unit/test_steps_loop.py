@@ -445,7 +445,7 @@ def test_epochs_in_disorder(form: str, words: str) -> None:
     ("arguments", "words"),
     [
         ({"steps": 3}, "takes neither steps nor epochs"),
-        ({"dataset": DATA.tensors[0]}, "every epoch has the same dataset"),
+        ({"dataset": DATA.tensors[0]}, "another object: build it once, before run.epochs"),
     ],
 )
 def test_arguments_within_epochs(arguments: dict[str, Any], words: str) -> None:
@@ -589,3 +589,64 @@ def test_a_bit_that_a_machine_changes_is_not_blamed_on_the_script() -> None:
     run_with(inner=flip)
     with refused("model.0.weight changed within step 0"):
         run_with(inner=write)
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "optimizer.step()": lambda own: own.optimizer.step(),
+    "LRScheduler.step": lambda own: own.scheduler.step(),
+    "AveragedModel.update_parameters": lambda own: own.average.update_parameters(own.model),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("levels", [1, 2])
+def test_updates_before_backward_would_never_act(name: str, levels: int) -> None:
+    def main(run: resilient.Run) -> None:
+        own: Any = Own.__new__(Own)
+        own.model = nn.Linear(6, 1)
+        own.optimizer = torch.optim.SGD(own.model.parameters(), lr=0.1)
+        own.scheduler, own.average = torch.optim.lr_scheduler.StepLR(own.optimizer, 1), AveragedModel(own.model)
+        run.protect(model=own.model, optimizer=own.optimizer, scheduler=own.scheduler, average=own.average)
+        loop: Any = run.batches(DATA, **SIZES, steps=2) if levels == 1 else run.steps(DATA, **SIZES, steps=2)
+        for each in loop:
+            CALLS[name](own)
+            for x, y in [each] if levels == 1 else each:
+                nn.functional.mse_loss(own.model(x), y).backward()
+            own.optimizer.step()
+
+    with refused(name, "in step 0 it was called before"):
+        local(main)
+
+
+def test_clipping_by_value_in_a_flat_loop() -> None:
+    def main(run: resilient.Run, flat: bool) -> None:
+        own = Own(run)
+        if flat:
+            for batch in run.batches(DATA, **SIZES, steps=3):
+                own.loss(batch).backward()
+                nn.utils.clip_grad_value_(own.model.parameters(), 0.01)
+                own.update()
+        else:
+            for step in run.steps(DATA, **SIZES, steps=3):
+                for batch in step:
+                    own.loss(batch).backward()
+                nn.utils.clip_grad_value_(own.model.parameters(), 0.01)
+                own.update()
+
+    assert local(main, True).digest == local(main, False).digest
+
+
+def test_an_update_may_be_left_out() -> None:
+    def main(run: resilient.Run) -> None:
+        own = Own(run)
+        for step in run.steps(DATA, **SIZES, steps=3):
+            for batch in step:
+                own.loss(batch).backward()
+            if step.number == 1:
+                own.optimizer.zero_grad()
+            before = own.model[0].weight.detach().clone()
+            own.update()
+            assert before.equal(own.model[0].weight) == (step.number == 1)
+            run.state["loss"] = step.loss
+
+    local(main)
