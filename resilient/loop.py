@@ -230,11 +230,11 @@ class TrainingLoop:
         return data_position(step, self.team.skipped) - self._base
 
     def epoch_of(self, step: int) -> int:
-        """Raises LoopError for a stream."""
+        """By the number of steps, also where data was left out. Raises LoopError for a stream."""
         per_epoch = self.feed.steps_per_epoch
         if per_epoch is None:
             raise LoopError("a stream has no epochs: the dataset has no length")
-        return self.position(step) // per_epoch
+        return (step - self.first) // per_epoch
 
     def ends_epoch(self, step: int) -> bool:
         return self.feed.steps_per_epoch is not None and self.epoch_of(step) != self.epoch_of(step + 1)

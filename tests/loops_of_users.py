@@ -5,8 +5,10 @@ Each is a function of a run, at the top of a module so that processes can load i
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -335,3 +337,31 @@ def one_rank_alone(run: resilient.Run, what: str) -> None:
                     average.update_parameters(model)
                 case "tensor":
                     run.state["tensor"] += 1
+
+
+def goes_back(run: resilient.Run, form: str, marker: str) -> Any:
+    """In step 6 all ranks ask once to go back by two steps, in each form of a loop by epochs."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    run.protect(model=model, optimizer=optimizer)
+
+    def train(steps: Any) -> None:
+        for step in steps:
+            for x, y in step:
+                loss_of(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.state["steps"] = run.state.get("steps", 0) + 1
+            if step.number == 6 and not os.path.exists(f"{marker}{run.rank}"):
+                Path(f"{marker}{run.rank}").touch()
+                run.rollback(steps=2)
+
+    if form == "run.epochs":
+        for epoch in run.epochs(4):
+            train(run.steps(DATA, **SIZES))
+            run.state.setdefault("epochs", []).append(int(epoch))
+    else:
+        for number in range(4):
+            train(run.steps(DATA, **SIZES, epochs=1))
+            run.state.setdefault("epochs", []).append(number)
+    return run.state["steps"], run.state["epochs"]

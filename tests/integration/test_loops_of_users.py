@@ -102,3 +102,11 @@ def test_what_one_rank_does_alone_is_named_and_no_machine_blamed(
     assert found.end is not None and found.end.outcome == "failed"
     assert re.search(words, found.end.reason, re.DOTALL), found.end.reason
     assert "suspect" not in found.end.reason + "".join(found.said)
+
+
+@pytest.mark.parametrize("form", ["run.epochs", "range"])
+def test_going_back_within_an_epoch(form: str, tmp_path: Path) -> None:
+    found = crew.run(loop("goes_back"), form, str(tmp_path / "asked"), workers=(2, 2), folder=tmp_path)
+    assert found.end is not None and found.end.outcome == "finished", found.end
+    assert [plan.kind for plan in found.plans] == ["initial", "restored"]
+    assert list(found.values.values()) == [(16, [0, 1, 2, 3])] * 2
