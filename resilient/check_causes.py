@@ -14,7 +14,10 @@ class Cause:
     remedy: str
 
 
-REFUSED = Cause(cause="it is the script's own, in one process without others", remedy="as the error says")
+REFUSED = Cause(
+    cause="the loop fails in one process already, before other ranks and failures come into it",
+    remedy="as the error says",
+)
 FAILED = {
     "hangs": Cause(
         cause="a process waits for what never comes: something of the script's own, or ranks that do not do the same",
@@ -27,8 +30,9 @@ FAILED = {
 }
 RANDOM = Cause(
     cause="the same layout, run twice, has different bits: an operation that is not deterministic by itself, a random "
-    "number that no seed decides (numpy.random.default_rng(), os.urandom), or the time of day",
-    remedy="seed every generator from a constant, and call torch.use_deterministic_algorithms(True)",
+    "number that no seed decides (numpy.random.default_rng(), os.urandom), the time of day, or a process id",
+    remedy="seed every generator from a constant, keep time and process ids out of training, and call "
+    "torch.use_deterministic_algorithms(True)",
 )
 CARRIED = Cause(
     cause="a value is carried from one micro-batch to the next, in the order in which this process happens to have "
@@ -52,13 +56,15 @@ PER_MICRO_BATCH = Cause(
     "loop over run.batches; keep counters in run.state, or use run.step",
 )
 REPLACEMENT = Cause(
-    cause="a replacement does not have all that training depends on: a Python variable (a learning rate, a counter, a "
-    "best loss) that was changed in the loop, a switch such as requires_grad or eval(), or a random generator",
+    cause="a replacement does not have all that training depends on: a Python variable (a learning rate, a counter, "
+    "enumerate's number, a best loss) that was changed in the loop, an epoch's number read before run.steps, or a "
+    "random generator",
     remedy="keep it in run.state, or in an object given to run.protect; derive the rest from run.step",
 )
 RESUMED = Cause(
-    cause="a resumed run does not have all that training depends on: a Python variable (a learning rate, a counter, a "
-    "best loss) that was changed in the loop, a switch such as requires_grad or eval(), or a random generator",
+    cause="a resumed run does not have all that training depends on: a Python variable (a learning rate, a counter, "
+    "enumerate's number, a best loss) that was changed in the loop, an epoch's number read before run.steps, or a "
+    "random generator",
     remedy="keep it in run.state, or in an object given to run.protect; derive the rest from run.step",
 )
 
