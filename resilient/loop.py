@@ -27,7 +27,7 @@ from .positions import DataPosition, KnownBuffers
 from .protected import Protected
 from .randomness import seed_everything
 from .stage_side import StageSide
-from .state_watch import StateWatch
+from .state_watch import StateWatch, digest_of
 from .step import Step
 from .sums import StepSums
 from .team import Loop, Team, mean
@@ -54,9 +54,12 @@ class TrainingLoop:
         seed: int,
         on_nonfinite: OnNonfinite,
         values: dict[str, Any],
+        same_bits: bool = True,
         former: TrainingLoop | None = None,
     ) -> None:
-        """values: `run.state`. former: the run's loop before this one, which has ended."""
+        """values: `run.state`. same_bits: whether all machines compute the same bits, so that what the script has made
+        of them is compared; learning rates and the like are in any case. former: the run's loop before this one, which
+        has ended."""
         self.team, self.feed, self.protected, self.seed = team, feed, protected, seed
         self.committing = False
         """Whether this iteration is the last of its step: gradients are reduced, and updates act."""
@@ -85,7 +88,7 @@ class TrainingLoop:
         self.untouched: Untouched | None = None
         self.stage: StageSide | None = None
         self._iterator: weakref.ref[Generator[Any, None, None]] | None = None
-        self._values, self._on_nonfinite = values, on_nonfinite
+        self._values, self._on_nonfinite, self._same_bits = values, on_nonfinite, same_bits
         self.watch = StateWatch(self.compared())
         self.former = former
         self.number: int = 0 if former is None else former.number + 1
@@ -170,11 +173,13 @@ class TrainingLoop:
 
     def control(self) -> int:
         """A digest of what must be equal on all ranks, in [0, 2**62)."""
-        return self.watch.digest()
+        if self._same_bits:
+            return self.watch.digest()
+        return digest_of(self.protected.control_state())
 
     def control_state(self) -> dict[str, object]:
         """What the digest is of, by path."""
-        return self.watch.plain_values()
+        return self.watch.plain_values() if self._same_bits else self.protected.control_state()
 
     # Several loops, one after the other
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import xxhash
 from torch import nn
 from torch.optim import Optimizer
 
 from .clipping import Untouched
-from .core.lane import DIGEST_BITS
 from .core.seat import Apply
 from .errors import LoopError
 from .gates import Gates
 from .loop import TrainingLoop
 from .pipeline import Pipeline
+from .state_watch import digest_of
 from .step import Step
 from .steps import StepLoop, clipping_refused
 from .team import mean
@@ -34,8 +32,7 @@ class PipelineLoop(TrainingLoop):
 
     def control(self) -> int:
         self.watch.in_force(self.step)
-        text = json.dumps(self.protected.control_state(), sort_keys=True)
-        return self.watch.digest() ^ xxhash.xxh3_64_intdigest(text.encode()) >> 64 - DIGEST_BITS
+        return self.watch.digest() ^ digest_of(self.protected.control_state())
 
     def control_state(self) -> dict[str, object]:
         return {**self.protected.control_state(), **self.watch.plain_values()}

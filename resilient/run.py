@@ -34,13 +34,21 @@ from .team import Team
 class Run:
     """One rank's view of a training run."""
 
-    def __init__(self, team: Team, *, seed: int, device: torch.device, on_nonfinite: OnNonfinite = "ignore") -> None:
+    def __init__(
+        self,
+        team: Team,
+        *,
+        seed: int,
+        device: torch.device,
+        on_nonfinite: OnNonfinite = "ignore",
+        same_bits: bool = True,
+    ) -> None:
         self.state: dict[str, Any] = {}
         """Plain values that belong to the state: counters, histories. Captured with everything else."""
         self.device = device
         self._team = team
         self._seed = seed
-        self._on_nonfinite = on_nonfinite
+        self._on_nonfinite, self._same_bits = on_nonfinite, same_bits
         self._protected: Protected | None = None
         self._pipeline: Pipeline | None = None
         self._loop: TrainingLoop | None = None
@@ -125,7 +133,12 @@ class Run:
 
     @property
     def _loop_settings(self) -> dict[str, Any]:
-        return {"seed": self._seed, "on_nonfinite": self._on_nonfinite, "values": self.state}
+        return {
+            "seed": self._seed,
+            "on_nonfinite": self._on_nonfinite,
+            "values": self.state,
+            "same_bits": self._same_bits,
+        }
 
     def _feed(
         self,

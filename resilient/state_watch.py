@@ -15,6 +15,7 @@ the first bytes of each tensor are compared too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 
@@ -129,6 +130,12 @@ class StateWatch:
         if self._firm is None or self._firm.of is not (table.front or table):
             self._firm = _Firm(table, self._averages)
         return {**self._firm.now(), **dict(_others(table))}
+
+
+def digest_of(values: Mapping[str, object]) -> int:
+    """Of values that JSON can say, in [0, 2**62)."""
+    text = json.dumps(values, sort_keys=True)
+    return int(xxhash.xxh3_64_intdigest(text.encode()) >> 64 - DIGEST_BITS)
 
 
 def _others(table: StateTable) -> Iterator[tuple[tuple[str, str], object]]:

@@ -116,7 +116,8 @@ def call(function: bytes, team: Any, settings: Settings, device: Any) -> tuple[A
     """Run the user's function on this team; its value, and the digest of the state it ended with."""
     from .run import Run
 
-    run = Run(team, seed=settings.seed, device=device, on_nonfinite=settings.on_nonfinite)
+    same_bits = not settings.allow_different_bits
+    run = Run(team, seed=settings.seed, device=device, on_nonfinite=settings.on_nonfinite, same_bits=same_bits)
     user, args, kwargs = cloudpickle.loads(function)
     value = user(run, *args, **kwargs)
     run.check_left_in_order()

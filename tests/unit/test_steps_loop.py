@@ -650,3 +650,22 @@ def test_an_update_may_be_left_out() -> None:
             run.state["loss"] = step.loss
 
     local(main)
+
+
+@pytest.mark.parametrize("different", [False, True])
+def test_what_is_computed_is_compared_where_machines_have_the_same_bits(different: bool) -> None:
+    def main(run: resilient.Run) -> list[str]:
+        own = Own(run)
+        run.state["loss"] = 0.5
+        for step in run.steps(DATA, **SIZES, steps=1):
+            for batch in step:
+                own.loss(batch).backward()
+            assert run._loop is not None
+            names, digest = run._loop.control_state(), run._loop.control()
+            own.update()
+        assert 0 <= digest < 2**62
+        return [name for name in names if name.startswith(("run.state", "optimizer"))]
+
+    names = local(main, allow_different_bits=different).value
+    assert any(name.startswith("optimizer") and name.endswith(".lr") for name in names)
+    assert ("run.state.loss" in names) != different
