@@ -1,8 +1,9 @@
-"""Loops of well-known scripts: the numbers of plain PyTorch, and the same bits on any number of ranks."""
+"""Loops of well-known scripts: the numbers of plain PyTorch, and the same bits on four ranks of which one dies."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,16 @@ def test_the_numbers_of_plain_pytorch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_the_same_bits_on_three_ranks(name: str) -> None:
+def test_the_same_bits_on_four_ranks_of_which_one_dies(name: str) -> None:
+    """Six micro-batches on four ranks are an uneven deal."""
     expected = resilient.train(name="alone")(nothing_of).local(name).digest
-    found = crew.run(nothing_of, name, workers=(3, 3))
+    struck: list[int] = []
+
+    def strike(report: Any, hand: crew.Hand) -> None:
+        if report.step >= 1 and not struck and hand.plan is not None:
+            struck.append(report.step)
+            hand.kill(hand.plan.members[-1])
+
+    found = crew.run(nothing_of, name, workers=(3, 4), on_report=strike)
     assert found.end is not None and found.end.digest == expected, found.end
+    assert struck
