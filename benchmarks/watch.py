@@ -21,11 +21,12 @@ from resilient.state_watch import StateWatch
 from .gpt import CONTEXT, GPT, VOCABULARY
 from .outcome import Target, write
 
-LAYERS, WIDTH = 12, 256
+LAYERS, WIDTHS = 12, (256, 768)
+"""What the watch takes depends on the number of modules and parameters, not on their size; a step does."""
 MICRO_BATCHES, SAMPLES = 4, 4
-STEPS, WARM_UP = 40, 4
+STEPS, WARM_UP = 20, 2
 MOST_PERCENT = 0.5
-CALLS = ("begin_step", "in_force", "commit", "digest")
+CALLS = {name: getattr(StateWatch, name) for name in ("begin_step", "in_force", "commit", "digest")}
 
 
 class Switched:
@@ -47,12 +48,12 @@ class Switched:
         return timed
 
 
-def train(run: resilient.Run) -> dict[str, list[float]]:
+def train(run: resilient.Run, width: int) -> dict[str, list[float]]:
     """Seconds of each step, by whether it was watched, and of what the watch took in those."""
     switched = Switched()
-    for name in CALLS:
-        setattr(StateWatch, name, switched.around(getattr(StateWatch, name)))
-    model = GPT(LAYERS, WIDTH)
+    for name, call in CALLS.items():
+        setattr(StateWatch, name, switched.around(call))
+    model = GPT(LAYERS, width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     run.protect(model=model, optimizer=optimizer)
     tokens = list(torch.randint(VOCABULARY, (64, CONTEXT + 1)))
@@ -75,13 +76,18 @@ def train(run: resilient.Run) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    found = resilient.train(name="watch", resources={"CPU": 1})(train).local().value
-    percent = 100 * statistics.median(found["watch"]) / statistics.median(found["watched"])
-    ratio = statistics.median(found["watched"]) / statistics.median(found["not watched"])
-    targets = [Target(name="share of a step that the watch takes", value=percent, unit="%", goal=MOST_PERCENT)]
-    samples = {**found, "watched / not watched": ratio, "micro_batches": MICRO_BATCHES, "layers": LAYERS}
+    targets, samples = [], {}
+    for width in WIDTHS:
+        found = resilient.train(name="watch", resources={"CPU": 1})(train).local(width).value
+        watch, watched, plain = (statistics.median(found[name]) for name in ("watch", "watched", "not watched"))
+        name = f"share of a step that the watch takes, width {width}"
+        targets.append(Target(name=name, value=100 * watch / watched, unit="%", goal=MOST_PERCENT))
+        samples[f"width {width}"] = {**found, "micro_batches": MICRO_BATCHES, "layers": LAYERS}
+        print(
+            f"width {width}: a step takes {watched:.3f} s, the watch {1000 * watch:.2f} ms of it; "
+            f"watched / not watched {watched / plain:.4f}"
+        )
     write(Path("out/bench/watch.json"), targets, samples)
-    print(f"a step takes {statistics.median(found['watched']):.3f} s; watched / not watched {ratio:.4f}")
 
 
 if __name__ == "__main__":
