@@ -219,6 +219,7 @@ class StepsLoop(MicroBatchLoop):
         super().leave()
         if self._now is not None and not self._now.begun:
             self.left_in_step, self.left_at_boundary = None, True
+            self.end_with_this()
 
 
 class BatchesLoop(MicroBatchLoop):

@@ -116,7 +116,8 @@ class TrainingLoop:
         table = capture(self.watched())
         return table.digest() if self.stage is None or self.stage.is_only_one else self.stage.part(table)
 
-    def _end_with_this(self) -> None:
+    def end_with_this(self) -> None:
+        """The loop ends with the state as it is."""
         self.final = self.digest()
         if self.stage is None:
             objects = self.watched().items()
@@ -210,7 +211,7 @@ class TrainingLoop:
         """The loop is over. False if meanwhile a snapshot is to take the state's place: it goes on."""
         if not self.team.finished():
             return False
-        self._end_with_this()
+        self.end_with_this()
         return True
 
     @property
@@ -340,7 +341,7 @@ class TrainingLoop:
         """
         self.left_after_commit = self.committing and self.gates.stepped
         if self.left_after_commit:
-            self._end_with_this()
+            self.end_with_this()
         else:
             self.left_in_step = self.step
         self.team.pause("the loop was left")

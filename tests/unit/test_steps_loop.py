@@ -563,13 +563,18 @@ def test_the_last_state_is_on_storage_however_the_loop_ends(ending: str, tmp_pat
     assert [each.key.step for each in store.checkpoints(open_files(str(tmp_path))) if each.complete] == [4]
 
 
-def test_what_the_function_does_behind_the_loop_is_not_the_run_s_state() -> None:
+@pytest.mark.parametrize("leaves", ["at the end", "behind the update", "at the top"])
+def test_what_the_function_does_behind_the_loop_is_not_the_run_s_state(leaves: str) -> None:
     def main(run: resilient.Run, evaluate: bool) -> None:
         own = Own(run)
-        for step in run.steps(DATA, **SIZES, steps=2):
+        for step in run.steps(DATA, **SIZES, steps=2 if leaves == "at the end" else 9):
+            if leaves == "at the top" and step.number == 2:
+                break
             for batch in step:
                 own.loss(batch).backward()
             own.update()
+            if leaves == "behind the update" and step.number == 1:
+                break
         if evaluate:
             own.model.eval()
             run.state["accuracy"] = 1.0
