@@ -52,10 +52,10 @@ def test_arguments_and_values(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_finished_run_that_is_submitted_again_has_its_metrics(cluster: Any, tmp_path: Path) -> None:
     checkpoint = resilient.Checkpoint(str(tmp_path), every=10)
-    pace = str(tmp_path / "never there")  # steps of milliseconds would leave no slot for the final state
-    run = train(
-        "submitted-again", workers=(1, 2), snapshot=resilient.Snapshot(every=1, linger_s=0.0), checkpoint=checkpoint
-    )
+    pace = str(tmp_path / "never there")
+    # No snapshot but that of the final state, for which a slot is free however slow the machine is.
+    snapshot = resilient.Snapshot(every=100, linger_s=0.0)
+    run = train("submitted-again", workers=(1, 2), snapshot=snapshot, checkpoint=checkpoint)
     first = run(steps=6, hold=pace)
     assert first.checkpoints["durable"] == 6
     for _ in range(2):
