@@ -108,6 +108,16 @@ class RankReported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinksProbed:
+    """What a rank has found when it connected to the other members of a generation, as ProbeLinks asks."""
+
+    member: int
+    generation: int
+    unreachable: tuple[int, ...]
+    """Members that have not answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankGone:
     """This incarnation is dead, or has been declared dead and is being killed."""
 
@@ -223,6 +233,7 @@ Event = (
     | NodeDrained
     | RankReady
     | RankReported
+    | LinksProbed
     | RankGone
     | RankCrashed
     | RankFailed

@@ -22,7 +22,7 @@ class Telling:
         self.rank, self.world = rank, rank.world
 
     def report(self) -> None:
-        report = self.rank.seat.report()
+        report = replace(self.rank.seat.report(), stalled=self.world.silent.stalls(self.rank))
         if self.world.speeds.active and self.world.setting.pipeline:
             report = replace(report, layer_s=self._layer_s())
         elif self.world.speeds.active:

@@ -76,6 +76,15 @@ IMPORTANT = (
 )
 
 
+SILENT = ("link silent", "links probed", "run finished")
+
+
+def test_links_that_fall_silent_stop_no_run() -> None:
+    outcome = swarm(range(SEEDS), keep_going=True, silenced=True)
+    assert outcome.failures == []
+    assert [name for name in SILENT if not outcome.seen[name]] == []
+
+
 def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:
     seen: Counter[str] = Counter()
     for drained in (False, True):  # and with that pipelines

@@ -23,7 +23,17 @@ from resilient.core.events import (
     StopAsked,
     Tick,
 )
-from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, LetGo, Say, SendPlan, Spawn
+from resilient.core.instructions import (
+    CreateGeneration,
+    End,
+    Instruction,
+    Kill,
+    LetGo,
+    ProbeLinks,
+    Say,
+    SendPlan,
+    Spawn,
+)
 from resilient.core.limits import Limits
 from resilient.core.plan import Address
 from resilient.core.seat import SeatReport
@@ -43,6 +53,8 @@ def in_words(instruction: Instruction) -> str:
             return f"create {plan.generation} {plan.kind} from {plan.base} of {plan.members}"
         case SendPlan(member=member, plan=plan):
             return f"send {plan.generation} to {member}"
+        case ProbeLinks(generation=generation):
+            return f"probe {generation}"
         case Say(text=text):
             return f"say {text}"
         case End(outcome=outcome, reason=reason):
