@@ -110,6 +110,7 @@ class Member:
         self.telling = Telling(host, self._seat, self._untold, self._pace, self._changed)
         self.telling.stalled = self._stalled
         self.capturing = Capturing(snapshots, self._seat, self.objects, self._changed)
+        self.telling.verified = self._verified
         self.turns = Turns(self._seat, self.objects, self._changed)
         self._computing = False
         """The training thread has a leaf in hand, and may be folding it: nobody else touches the partial sums."""
@@ -356,6 +357,9 @@ class Member:
         }
         found = unreachable(others, self._host.secret, self._limits.reach_s)
         self._host.tell(LinksProbed(member=self.number, generation=asked.generation, unreachable=found))
+
+    def _verified(self) -> int:
+        return self.capturing.verified(self._seat.plan) if self._seat.plan else -1
 
     def _stalled(self) -> bool:
         """Under the lock."""

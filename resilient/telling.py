@@ -33,6 +33,8 @@ class Telling:
         """Of each object in the state that the loop ended with, by name, the digest."""
         self.stalled: Callable[[], bool] = lambda: False
         """Whether this rank waits for others, and nothing has come from them for long."""
+        self.verified: Callable[[], int] = lambda: -1
+        """The newest step at whose start all ranks are known to have held the same state."""
         self._ready: RankReady | None = None
         self._returned: RankReturned | None = None
         self._failed: RankFailed | None = None
@@ -110,5 +112,6 @@ class Telling:
             digest=whole,
             part=part,
             objects=tuple(sorted(self.ended_with().items())),
+            verified=self.verified(),
         )
         self.report()

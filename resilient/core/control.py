@@ -164,6 +164,7 @@ class Control:
         member = self.membership.members.get(event.member)
         if member is not None and not member.gone:
             member.part, member.returned_at, member.objects = event.part, event.step, event.objects
+            member.verified = event.verified
             member.digest = event.digest if event.part is None else event.part.skeleton.hex()
             self.membership.changed(member)
 
@@ -259,7 +260,12 @@ class Control:
 
     def _check_end(self) -> bool:
         plan = self.formed or self.current  # of a planned generation that comes too late, joiners never finish
-        end = None if plan is None else ending.end_of(self.membership, plan, self.current or plan)
+        if plan is None:
+            return False
+        end = ending.end_of(self.membership, plan, self.current or plan)
+        if isinstance(end, ending.EndsDiffer):
+            self._rollbacks.ends_differ(end, plan)
+            return self.ended
         if end is not None:
             self.end(end.outcome, end.reason, digest=end.digest)
         return end is not None

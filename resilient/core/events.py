@@ -149,7 +149,8 @@ class RankFailed:
 class RankReturned:
     """The user's function has returned here, with the state of this digest, or with this part of it.
 
-    objects: of each object in the state its name and digest, to say what differs.
+    objects: of each object in the state its name and digest, to say what differs. verified: the newest step at whose
+    start all ranks are known to have held the same state; -1 for none.
     """
 
     member: int
@@ -157,6 +158,7 @@ class RankReturned:
     digest: str
     part: StatePart | None = None
     objects: tuple[tuple[str, str], ...] = ()
+    verified: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

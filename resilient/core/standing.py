@@ -52,6 +52,8 @@ class Member:
     """The step that it had come to then; reports may be older."""
     objects: tuple[tuple[str, str], ...] = ()
     """Of each object in the state that it returned with, name and digest."""
+    verified: int = -1
+    """The newest step at whose start it knows that all ranks held the same state."""
     part: StatePart | None = None
     """The same, of a rank that holds a part of the state; then `digest` is that of the state's structure."""
     plan_sent_at: float = float("-inf")

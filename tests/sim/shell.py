@@ -50,6 +50,7 @@ KEEPER_STARTS_S = 5.0
 NOTED = {
     "in proportion": "dealt in proportion",
     "no rank of stage": "stage lost",
+    "ended with different states": "ends differed",
     "hand over their layers": "handed over",
     "dealt anew after a loss": "stages anew after a loss",
     "by what they were measured to take": "stages by what layers take",

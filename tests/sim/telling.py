@@ -60,7 +60,9 @@ class Telling:
     def returned(self) -> None:
         rank = self.rank
         digest, part = told_at_the_end(rank.passing.plan, rank.member, rank.state, self.world.setting.layers)
-        self._tell(RankReturned(member=rank.member, step=rank.seat.step, digest=digest, part=part))
+        plan = rank.passing.plan if rank.seat.plan is None else rank.seat.plan
+        verified = rank.capturing.verified_on(plan.branch)
+        self._tell(RankReturned(member=rank.member, step=rank.seat.step, digest=digest, part=part, verified=verified))
 
     def _tell(self, event: RankReported | RankReady | RankReturned) -> None:
         self.world.to_controllers(self.rank.node, lambda shell: shell.take(event))

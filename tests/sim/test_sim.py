@@ -36,6 +36,7 @@ IMPORTANT = (
     "death while forming",
     "dealt in proportion",
     "drained generation",
+    "ends differed",
     "exchange completed by some members only",
     "formation seen by some members only",
     "found out by what it had to send",
