@@ -23,6 +23,7 @@ from .lease import Lease
 from .lifeline import Lifeline
 from .notice import LeaveAsked, Notice
 from .priority import STARTING, raise_priority
+from .processes import hold_lock
 from .words import Words
 
 REPORT_EVERY_S = 0.5
@@ -96,6 +97,7 @@ class Rank:
         self._lease = Lease(spec.lease_s)
         self._lifeline = Lifeline(f"rank {spec.member} {spec.node}", spec.secret)
         ray.get(keeper.watch.remote(spec.member, os.getpid()))
+        hold_lock(Path(spec.folder) / f"rank-{spec.member}.process")
         self._body = make_body(Host(spec, controller))
         threading.Thread(target=self._body.train, name="training", daemon=True).start()
         threading.Thread(target=self._control, name="control", daemon=True).start()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -89,7 +88,7 @@ class Processes:
 
     def kill(self, number: int) -> None:
         if number in self._pipes:
-            os.kill(self.all[number].pid, signal.SIGKILL)
+            self.all[number].kill()
 
     def close(self) -> None:
         for process in self.all.values():
