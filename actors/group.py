@@ -11,7 +11,11 @@ What gloo does and does not do, which shapes this file:
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
+import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .stream import tune
+
 FORM_LIMIT_S = 300.0
 """A formation that takes longer has failed: far beyond what any cluster needs."""
+PIECE_BYTES = 64 << 20
+"""Larger moves go piece by piece, so that it is seen whether they go on."""
 NEVER = datetime.timedelta(days=10_000)
 
 # torch's stubs lack these.
@@ -49,19 +57,44 @@ class Move:
     tag: int
 
 
+class Waits:
+    """How long one thread has waited for its peers, to be read by others."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def __enter__(self) -> None:
+        self.moved()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+
+    def moved(self) -> None:
+        """Something has come, or gone."""
+        self._since = time.monotonic()
+
+    def lasted_s(self) -> float:
+        """Since anything came or went; 0 if nobody is waited for."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+
 class Pending:
     """Transfers under way. `wait` returns when they are complete, or raises LinkBroken."""
 
-    __slots__ = ("_held", "_works")
+    __slots__ = ("_held", "_waits", "_works")
 
-    def __init__(self, works: list[Any], held: object) -> None:
+    def __init__(self, works: list[Any], held: object, waits: Waits) -> None:
         self._works = works
         self._held = held
+        self._waits = waits
 
     def wait(self) -> None:
         try:
-            for work in self._works:
-                work.wait()
+            with self._waits:
+                for work in self._works:
+                    work.wait()
+                    self._waits.moved()
         except RuntimeError as error:
             raise LinkBroken(str(error)) from error
 
@@ -75,38 +108,55 @@ class Group:
     """Connections between all ranks of one generation."""
 
     def __init__(
-        self, *, store: tuple[str, int], host: str, prefix: str, rank: int, size: int, device: torch.device
+        self,
+        *,
+        store: tuple[str, int],
+        host: str,
+        prefix: str,
+        rank: int,
+        size: int,
+        device: torch.device,
+        waits: Waits | None = None,
     ) -> None:
         """Connect to all others; blocks until they have come too.
 
         store: address of the store that the plan names. host: this rank's own address. prefix: unique
-        per run, attempt and generation. Raises LinkBroken when the store or a peer cannot be reached.
+        per run, attempt and generation. waits: shows how long others have been
+        waited for. Raises LinkBroken when the store or a peer cannot be reached.
         """
         self.rank, self.size, self.device = rank, size, device
-        limit = datetime.timedelta(seconds=FORM_LIMIT_S)
+        self._waits = Waits() if waits is None else waits
+        before = _sockets()
         try:
-            client = TCPStore(store[0], store[1], is_master=False, wait_for_workers=False, timeout=limit)
-            self._store = PrefixStore(prefix, client)
-            self._control = Gloo(self._store, rank, size, _gloo_options(host))
-            self._data: Any = self._control
-            if device.type == "cuda":
-                self._data = _nccl(PrefixStore("nccl", self._store), rank, size)
+            with self._waits:
+                self._connect(store, host, prefix)
         except RuntimeError as error:  # torch.distributed's errors all derive from it
             raise LinkBroken(f"generation's group could not form: {error}") from error
+        for descriptor in _sockets() - before:
+            _tune(descriptor)
+
+    def _connect(self, store: tuple[str, int], host: str, prefix: str) -> None:
+        limit = datetime.timedelta(seconds=FORM_LIMIT_S)
+        client = TCPStore(store[0], store[1], is_master=False, wait_for_workers=False, timeout=limit)
+        self._store = PrefixStore(prefix, client)
+        self._control = Gloo(self._store, self.rank, self.size, _gloo_options(host))
+        self._data: Any = self._control
+        if self.device.type == "cuda":
+            self._data = _nccl(PrefixStore("nccl", self._store), self.rank, self.size)
 
     def minimum(self, values: Sequence[int]) -> list[int]:
         """The element-wise minimum over all ranks of a few 64-bit integers."""
         vector = torch.tensor(values, dtype=torch.int64)
         options = dist.AllreduceOptions()
         options.reduceOp = MINIMUM
-        Pending([self._control.allreduce([vector], options)], vector).wait()
+        Pending([self._control.allreduce([vector], options)], vector, self._waits).wait()
         return [int(value) for value in vector.tolist()]
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's few 64-bit integers, in rank order; all must give equally many."""
         vector = torch.tensor(values, dtype=torch.int64)
         everyone = [torch.empty_like(vector) for _ in range(self.size)]
-        Pending([self._control.allgather([everyone], [vector])], everyone).wait()
+        Pending([self._control.allgather([everyone], [vector])], everyone, self._waits).wait()
         return [other.tolist() for other in everyone]
 
     def gather_bytes(self, text: bytes) -> list[bytes]:
@@ -115,13 +165,13 @@ class Group:
         mine = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
         mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else mine[:0]
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        Pending([self._control.allgather([everyone], [mine])], everyone).wait()
+        Pending([self._control.allgather([everyone], [mine])], everyone, self._waits).wait()
         pairs = zip(everyone, lengths, strict=True)
         return [other[:length].numpy().tobytes() for other, length in pairs]
 
     def sum(self, data: Tensor) -> None:
         """Plain all-reduce in place: fast, and in whatever order the library likes."""
-        Pending([self._data.allreduce([data], dist.AllreduceOptions())], data).wait()
+        Pending([self._data.allreduce([data], dist.AllreduceOptions())], data, self._waits).wait()
 
     def post(self, sends: Iterable[Move], receives: Iterable[Move]) -> Pending:
         """Begin transfers on the group's device. Pairs match by peer and tag, in order.
@@ -132,12 +182,12 @@ class Group:
         if self._data is self._control:
             return self.post_host(sends, receives)
         self._data._start_coalescing(self.device)
-        held = _post(self._data, sends, receives)
-        return Pending([self._data._end_coalescing(self.device)], held)
+        _, held = _post(self._data, sends, receives)
+        return Pending([self._data._end_coalescing(self.device)], held, self._waits)
 
     def post_host(self, sends: Iterable[Move], receives: Iterable[Move]) -> Pending:
         """The same for data in host memory, whatever the group's device."""
-        return _post(self._control, sends, receives)
+        return Pending(*_post(self._control, sends, receives), self._waits)
 
     def abandon(self) -> None:
         """Never use it again. Its thread may still be in it."""
@@ -146,18 +196,35 @@ class Group:
             self._data.abort()
 
 
-def _post(group: Any, sends: Iterable[Move], receives: Iterable[Move]) -> Pending:
+def _post(group: Any, sends: Iterable[Move], receives: Iterable[Move]) -> tuple[list[Any], list[Tensor]]:
+    """What is under way, and what must stay referenced."""
     works, held = [], []
     try:
-        for move in receives:
-            works.append(group.recv([move.data], move.peer, move.tag))
-            held.append(move.data)
-        for move in sends:
-            works.append(group.send([move.data], move.peer, move.tag))
-            held.append(move.data)
+        for move, begin in [(move, group.recv) for move in receives] + [(move, group.send) for move in sends]:
+            for piece in torch.split(move.data, PIECE_BYTES):
+                works.append(begin([piece], move.peer, move.tag))
+                held.append(piece)
     except RuntimeError as error:
         raise LinkBroken(str(error)) from error
-    return Pending(works, held)
+    return works, held
+
+
+def _sockets() -> set[int]:
+    """Descriptors of this process's sockets."""
+    folder, found = "/proc/self/fd", set()
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own, or closed meanwhile
+            if os.readlink(f"{folder}/{name}").startswith("socket:"):
+                found.add(int(name))
+    return found
+
+
+def _tune(descriptor: int) -> None:
+    """gloo opens its connections itself, and has them wait for ever for a host that acknowledges nothing. What others
+    have opened at the same time may be among these: it is theirs to close, and none is hurt by the limit."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+        if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+            tune(connection)
 
 
 def _gloo_options(host: str) -> Any:

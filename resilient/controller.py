@@ -12,10 +12,11 @@ import os
 import queue
 import threading
 import time
-from typing import Any
+from typing import Any, get_args
 
 import ray
 import ray.util.metrics
+from typing_extensions import assert_never
 
 from actors import launch
 from actors.keeper import KeeperAnswer, NotBegun, Pulse, Saved
@@ -47,6 +48,7 @@ from .core.instructions import (
     Kill,
     LetGo,
     LookAtStorage,
+    ProbeLinks,
     Say,
     SendPlan,
     Spawn,
@@ -73,6 +75,9 @@ TICK_S = 0.05
 RENEW_EVERY_S = 1.0
 ANSWER_LIMIT_DETECTIONS = 5
 """How long keepers may take to check what they hold, or to decode, before the others' answers must do."""
+
+FACTS = (StepValues, Remark, ReturnValue, LeaveAsked, NotBegun, KeeperAnswer, Saved, *get_args(Event))
+"""What ranks and keepers may tell."""
 
 log = logging.getLogger("resilient.controller")
 
@@ -161,8 +166,10 @@ class Controller:
     # Called by ranks and keepers
 
     def hear(self, messages: tuple[object, ...]) -> None:
+        """What is none of the facts that are known here is refused, and said: it must not end the run."""
         for message in messages:
-            self._events.put(message)
+            known = isinstance(message, FACTS)
+            self._events.put(message if known else Remark(text=f"a message was refused: {type(message).__name__}"))
 
     def beat(
         self,
@@ -363,12 +370,15 @@ class Controller:
                 assert self._job.settings.checkpoint is not None
                 look(self._job.settings.checkpoint, asked, self._events.put)
             case SendPlan(member=member, plan=plan):
-                if member in self._workers.ranks:
-                    self._workers.ranks[member].deliver.remote(plan)
+                self._workers.deliver([member], plan)
+            case ProbeLinks(places=places):
+                self._workers.deliver([place.member for place in places], instruction)
             case Say(text=text):
                 self._told.say(text)
             case End():
                 self._ending.end(instruction)
+            case _:
+                assert_never(instruction)
 
     def _kill(self, member: int, node: str, what: str) -> None:
         self._told.say(f"member {member} on node {node[:8]} {what}")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actors.group import Group, LinkBroken, Move
+from actors.group import Group, LinkBroken, Move, Waits
 from actors.stream import TransferError
 from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal
@@ -72,6 +72,7 @@ class GenerationThread(threading.Thread):
         self._steps: queue.Queue[int | None] = queue.Queue()
         self._scratch = Scratch()
         self._in_flight: Payload | None = None
+        self.waits = Waits()
         self.reduced = holding.reduced
         self.group: Group | None = None
 
@@ -95,7 +96,7 @@ class GenerationThread(threading.Thread):
     def run(self) -> None:
         torch.set_num_threads(self._member.threads)
         try:
-            self.group = self._member.connect(self.plan, self.rank)
+            self.group = self._member.connect(self.plan, self.rank, self.waits)
             self._member.formed(self.plan, *self._level(self.group))
             while (step := self._steps.get()) is not None:
                 self._exchange(self.group, step)

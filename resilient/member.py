@@ -7,25 +7,32 @@ from a generation that is no longer the current one is refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
+from typing_extensions import assert_never
 
-from actors.group import Group
+from actors.group import Group, Waits
 from actors.post import Post
 from actors.priority import raise_priority
 from actors.rank import Host
+from actors.reachability import unreachable
+from actors.remark import Remark
 from snapshot.capture import capture
 from snapshot.table import StateTable, still
 
 from .capturing import Capturing
 from .core.difference import rollback_after
+from .core.events import LinksProbed
+from .core.instructions import ProbeLinks
 from .core.lane import Agreed
+from .core.limits import Limits
 from .core.pace import Pace
 from .core.plan import Plan, Restore
 from .core.schedule import Action
@@ -80,10 +87,12 @@ class Member:
         device: torch.device,
         snapshots: Snapshots | None,
         storage: str = "",
+        detection_s: float = 2.0,
     ) -> None:
         """storage: URL of the checkpoints, if there are any."""
         self.number = host.member
         self.workers = workers
+        self._limits = Limits(min_workers=workers[0], max_workers=workers[1], detection_s=detection_s)
         self.reduction = reduction
         self.threads = threads
         self.device = device
@@ -99,12 +108,16 @@ class Member:
         self._losses: list[float] = []
         self._pace = Pace()
         self.telling = Telling(host, self._seat, self._untold, self._pace, self._changed)
+        self.telling.stalled = self._stalled
         self.capturing = Capturing(snapshots, self._seat, self.objects, self._changed)
+        self.telling.verified = self._verified
         self.turns = Turns(self._seat, self.objects, self._changed)
         self._computing = False
         """The training thread has a leaf in hand, and may be folding it: nobody else touches the partial sums."""
         self._to_discard = False
         """The partial sums, that leaf's too, are dropped as soon as it is folded."""
+        self._in_user_code = True
+        """The training thread is not in here."""
         self._storage = storage
         self._control_digest = 0
 
@@ -155,11 +168,21 @@ class Member:
 
     def park(self) -> None:
         self._host.words.activity("waiting")
-        self.turns.park()
+        with self._inside():
+            self.turns.park()
         self._host.words.activity("computing")
 
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """The training thread is here, and may wait for others."""
+        self._in_user_code = False
+        try:
+            yield
+        finally:
+            self._in_user_code = True
+
     def next(self) -> Compute | Apply | Park:
-        with self._changed:
+        with self._changed, self._inside():
             while True:
                 todo = self._seat.next()
                 if isinstance(todo, Compute | Apply | Park):
@@ -175,7 +198,7 @@ class Member:
                 self._changed.wait(WAKE_S)
 
     def next_of(self, choose: Callable[[frozenset[int]], Action | None]) -> Action | Apply | Park:
-        with self._changed:
+        with self._changed, self._inside():
             while True:
                 todo = self._seat.next()
                 if isinstance(todo, Apply | Park):
@@ -199,7 +222,7 @@ class Member:
             self._changed.notify_all()
 
     def wait_for(self, ready: Callable[[], bool]) -> bool:
-        with self._changed:
+        with self._changed, self._inside():
             while not self._seat.restoring and not ready():
                 self._host.words.moved("waiting", self._seat.step, self.generation)
                 self._changed.wait(WAKE_S)
@@ -288,8 +311,9 @@ class Member:
             self._do(self._seat.handle(rollback))
 
     def finished(self) -> bool:
-        with self._changed:
+        with self._changed, self._inside():
             while not self._seat.restoring and not self._seat.settled:
+                self._host.words.activity("waiting")
                 self._come_to_rest()
                 self._changed.wait(WAKE_S)
             if self._seat.restoring:
@@ -315,14 +339,37 @@ class Member:
     # Brought by the control thread
 
     def deliver(self, message: object) -> None:
-        if isinstance(message, Plan):
-            with self._changed:
-                self._do(self._seat.handle(PlanArrived(plan=message)))
-                self._changed.notify_all()
+        match message:
+            case Plan():
+                with self._changed:
+                    self._do(self._seat.handle(PlanArrived(plan=message)))
+                    self._changed.notify_all()
+            case ProbeLinks():
+                threading.Thread(target=self._probe_links, args=(message,), name="probe links", daemon=True).start()
+            case _:
+                self._host.tell(Remark(text=f"rank refuses a message of kind {type(message).__name__}"))
+
+    def _probe_links(self, asked: ProbeLinks) -> None:
+        others = {
+            place.member: (place.address.host, place.address.reach)
+            for place in asked.places
+            if place.member != self.number
+        }
+        found = unreachable(others, self._host.secret, self._limits.reach_s)
+        self._host.tell(LinksProbed(member=self.number, generation=asked.generation, unreachable=found))
+
+    def _verified(self) -> int:
+        return self.capturing.verified(self._seat.plan) if self._seat.plan else -1
+
+    def _stalled(self) -> bool:
+        """Under the lock."""
+        if self._current is None or (self._in_user_code and not self._seat.finished):
+            return False
+        return self._current.waits.lasted_s() > self._limits.stall_s
 
     # Brought by a generation's thread
 
-    def connect(self, plan: Plan, rank: int) -> Group:
+    def connect(self, plan: Plan, rank: int, waits: Waits) -> Group:
         return Group(
             store=(plan.store.host, plan.store.port),
             host=self._host.ip,
@@ -330,6 +377,7 @@ class Member:
             rank=rank,
             size=plan.size,
             device=self.device,
+            waits=waits,
         )
 
     def state_received(self, plan: Plan, complete: int) -> None:
@@ -478,6 +526,8 @@ class Member:
                     self.telling.report()
                 case Leave():
                     os._exit(0)
+                case _:
+                    assert_never(instruction)
 
     def _discard(self) -> None:
         self._to_discard = self._computing

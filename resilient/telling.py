@@ -31,6 +31,10 @@ class Telling:
         self._stage: StageSide | None = None
         self.ended_with: Callable[[], Mapping[str, str]] = dict
         """Of each object in the state that the loop ended with, by name, the digest."""
+        self.stalled: Callable[[], bool] = lambda: False
+        """Whether this rank waits for others, and nothing has come from them for long."""
+        self.verified: Callable[[], int] = lambda: -1
+        """The newest step at whose start all ranks are known to have held the same state."""
         self._ready: RankReady | None = None
         self._returned: RankReturned | None = None
         self._failed: RankFailed | None = None
@@ -42,7 +46,10 @@ class Telling:
             member=self._host.member,
             node=self._host.node,
             address=Address(
-                host=self._host.ip, port=self._host.store_port, post=loop.stage.post_port if loop.stage else 0
+                host=self._host.ip,
+                port=self._host.store_port,
+                post=loop.stage.post_port if loop.stage else 0,
+                reach=self._host.reach_port,
             ),
             micro_batches=loop.sums.micro_batches,
             steps=loop.steps,
@@ -54,7 +61,7 @@ class Telling:
     def report(self) -> None:
         """Say how things stand; repeated from time to time, since any message may be lost."""
         with self._changed:
-            report = replace(self._seat.report(), leaf_s=self._pace.leaf_s)
+            report = replace(self._seat.report(), leaf_s=self._pace.leaf_s, stalled=self.stalled())
             if self._stage is not None:
                 timing = self._stage.timing
                 report = replace(report, layer_s=timing.layer_s, idle=timing.idle, bubbles=timing.bubbles.told())
@@ -105,5 +112,6 @@ class Telling:
             digest=whole,
             part=part,
             objects=tuple(sorted(self.ended_with().items())),
+            verified=self.verified(),
         )
         self.report()

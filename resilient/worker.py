@@ -40,6 +40,7 @@ class RankBody:
             device=device_for(settings.resources),
             snapshots=self._snapshots(),
             storage=settings.checkpoint.url if settings.checkpoint else "",
+            detection_s=settings.detection_s,
         )
 
     def _snapshots(self) -> Any:

@@ -89,6 +89,12 @@ class Workers:
     def _await_beginning(self, member: int) -> None:
         launch.if_it_never_begins(self.ranks[member], functools.partial(self._never_began, member))
 
+    def deliver(self, members: Iterable[int], message: object) -> None:
+        """To those that have been started."""
+        for member in members:
+            if member in self.ranks:
+                self.ranks[member].deliver.remote(message)
+
     def _folder(self, node: str) -> str:
         snapshot = self._job.settings.snapshot
         return launch.folder_of(self._job.key, node, snapshot.directory if snapshot else launch.MEMORY)

@@ -31,6 +31,7 @@ from .events import (
     GenerationTaken,
     ImagesDecoded,
     InventoryTaken,
+    LinksProbed,
     NodeDrained,
     NodeGone,
     NodeLeaving,
@@ -61,7 +62,8 @@ from .recovery import decide
 from .restoring import Restoring
 from .rollbacks import Rollbacks
 from .seat import Rollback
-from .situation import Lost, Make, NeedNodes, Situation, Stay, broken
+from .silent_links import SilentLinks
+from .situation import Lost, Make, NeedNodes, Situation, Stay, broken, stands_still
 from .speeds import Speeds
 from .staging import Timings
 from .standing import Member
@@ -93,6 +95,7 @@ class Control:
     going_back: GoingBack = field(init=False)
     leaving: Leaving = field(init=False)
     speeds: Speeds = field(init=False)
+    silent_links: SilentLinks = field(init=False)
     unheard: set[int] = field(default_factory=set)
     """Members that an earlier controller has told of, and that have not reported yet."""
     ended: bool = False
@@ -110,7 +113,7 @@ class Control:
         detection_s = self.limits.detection_s
         self.deaths = Deaths(control=self, failures=Failures(per_hour=self.limits.max_failures))
         self.forming, self.starting = Forming(control=self), Starting(control=self)
-        self._rollbacks = Rollbacks(control=self)
+        self._rollbacks, self.silent_links = Rollbacks(control=self), SilentLinks(control=self)
         self.restoring = Restoring(ask_again_s=detection_s / 4, answer_limit_s=15 * detection_s)
         self.leaving, self.speeds = Leaving(control=self), Speeds(control=self)
         earlier = self.limits.snapshots and self.attempt > 1
@@ -161,6 +164,7 @@ class Control:
         member = self.membership.members.get(event.member)
         if member is not None and not member.gone:
             member.part, member.returned_at, member.objects = event.part, event.step, event.objects
+            member.verified = event.verified
             member.digest = event.digest if event.part is None else event.part.skeleton.hex()
             self.membership.changed(member)
 
@@ -185,6 +189,9 @@ class Control:
             self._go_back(rollback)
             return
         self.restoring.look_for(None)
+        self.silent_links.look(troubled=self._is_broken() or self._stands_still())
+        if self.ended:
+            return
         situation = self._situation()
         decision = decide(situation)
         lost_for_s = self.for_s("lost", isinstance(decision, Lost))
@@ -225,8 +232,14 @@ class Control:
     def _images_decoded(self, event: ImagesDecoded) -> None:
         self.restoring.decoded(event)
 
+    def _stands_still(self) -> bool:
+        return self.current is not None and stands_still(self.membership, self.formed, self.current)
+
+    def _is_broken(self) -> bool:
+        return self.current is not None and broken(self.membership, self.formed, self.current)
+
     def _situation(self) -> Situation:
-        is_broken = self.current is not None and broken(self.membership, self.formed, self.current)
+        still = self._stands_still()
         enough = self.membership.everybody.count("ready") >= self.limits.min_workers
         return Situation(
             limits=self.limits,
@@ -235,7 +248,8 @@ class Control:
             current=self.current,
             newest=self.newest,
             inherited=self.newest == self.forming.inherited,
-            broken_for_s=self.for_s("broken", is_broken),
+            broken_for_s=self.for_s("broken", still or self._is_broken()),
+            stands_still=still,
             waited_s=self.for_s("enough", enough),
             may_wait_s=self.leaving.may_wait_s(self.current),
             leaf_s=self.speeds.known,
@@ -246,7 +260,12 @@ class Control:
 
     def _check_end(self) -> bool:
         plan = self.formed or self.current  # of a planned generation that comes too late, joiners never finish
-        end = None if plan is None else ending.end_of(self.membership, plan, self.current or plan)
+        if plan is None:
+            return False
+        end = ending.end_of(self.membership, plan, self.current or plan)
+        if isinstance(end, ending.EndsDiffer):
+            self._rollbacks.ends_differ(end, plan)
+            return self.ended
         if end is not None:
             self.end(end.outcome, end.reason, digest=end.digest)
         return end is not None
@@ -308,6 +327,7 @@ _TABLE: dict[type, Callable[[Control, Any], None]] = {
     NodeGone: lambda control, event: control.deaths.node_gone(event),
     RankReady: lambda control, event: control.starting.rank_ready(event),
     RankReported: lambda control, event: control.forming.reported(event),
+    LinksProbed: lambda control, event: control.silent_links.probed(event),
     NodeLeaving: lambda control, event: control.leaving.node_leaves(event),
     RankLeaving: lambda control, event: control.leaving.rank_leaves(event),
     SnapshotProtected: lambda control, event: control.leaving.snapshot_protected(event),

@@ -70,10 +70,15 @@ class Deaths:
         formed, current = self.control.formed, self.control.current
         if formed is None or current is None or formed.generation != current.generation:
             return
-        for member in self.control.membership.strays(current):
-            member.gone = True
-            self.control.membership.changed(member)
-            self._kill(member, f"left out of generation {current.generation}")
+        self.let_go(self.control.membership.strays(current), f"left out of generation {current.generation}")
+
+    def let_go(self, members: list[Member], why: str) -> None:
+        """Nobody needs these any more; no failures of theirs."""
+        for member in members:
+            if not member.gone:
+                member.gone = True
+                self.control.membership.changed(member)
+                self._kill(member, why)
 
     def _count(self, lost: list[Member], why: str) -> None:
         """Not what had died before this controller came, of which it has not heard; nor what was leaving anyway."""

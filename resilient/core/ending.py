@@ -1,16 +1,28 @@
-"""Whether the run is over: every rank has returned with the same state, or some have left the loop too early."""
+"""Whether the run is over: every rank has returned, with the same state or not, or some left the loop too early."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from snapshot.core.digest import put_together
 
+from .difference import odd_ones
 from .instructions import End
+from .lane import NOBODYS
 from .membership import Membership
 from .plan import Plan
 from .standing import Member, Tally
 
 
-def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndsDiffer:
+    """All have returned, with different states. suspects: members that stand against a majority."""
+
+    reason: str
+    suspects: tuple[int, ...] = ()
+
+
+def end_of(membership: Membership, plan: Plan, current: Plan) -> End | EndsDiffer | None:
     """plan: whose members must all return. current: by which a message calls them."""
     seated = membership.tally(plan)
     if not seated.values("left") and not seated.values("digest"):
@@ -21,7 +33,7 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
         return None
     digests = sorted(seated.values("digest"))
     if len(digests) > 1:
-        return End(outcome="failed", reason=_different(membership, plan, digests))
+        return _different(membership, plan, digests)
     digest = digests[0]
     if not plan.stages:
         return End(outcome="finished", reason="every rank has returned", digest=digest)
@@ -34,19 +46,23 @@ def end_of(membership: Membership, plan: Plan, current: Plan) -> End | None:
         except ValueError as error:
             if _state_is_lost(membership, plan):
                 return None  # before anybody told what it was
-            return End(outcome="failed", reason=f"ranks ended with different states: {error}")
+            return EndsDiffer(reason=f"ranks ended with different states: {error}")
     return End(outcome="finished", reason="every rank has returned", digest=digest)
 
 
-def _different(membership: Membership, plan: Plan, digests: list[str]) -> str:
+def _different(membership: Membership, plan: Plan, digests: list[str]) -> EndsDiffer:
     returned = [membership.members[number].objects for number in plan.members]
     pairs = sorted({pair for objects in returned for pair in objects})
     names = sorted({name for name, digest in pairs if any(each == name and other != digest for each, other in pairs)})
     what = f" in {', '.join(names)}" if names else ""
-    return (
+    reason = (
         f"ranks ended with different states{what} (digests {', '.join(digests)}): something that is not equal on all "
         "ranks has found its way into the last step; `resilient check` finds such loops"
     )
+    told = [membership.members[number].digest for number in plan.members]
+    numbers = [NOBODYS if digest is None else digests.index(digest) for digest in told]
+    odd = odd_ones(numbers) if not plan.stages else ()
+    return EndsDiffer(reason=reason, suspects=tuple(plan.members[rank] for rank in odd))
 
 
 def _state_is_lost(membership: Membership, plan: Plan) -> bool:

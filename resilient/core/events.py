@@ -108,6 +108,16 @@ class RankReported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinksProbed:
+    """What a rank has found when it connected to the other members of a generation, as ProbeLinks asks."""
+
+    member: int
+    generation: int
+    unreachable: tuple[int, ...]
+    """Members that have not answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankGone:
     """This incarnation is dead, or has been declared dead and is being killed."""
 
@@ -139,7 +149,8 @@ class RankFailed:
 class RankReturned:
     """The user's function has returned here, with the state of this digest, or with this part of it.
 
-    objects: of each object in the state its name and digest, to say what differs.
+    objects: of each object in the state its name and digest, to say what differs. verified: the newest step at whose
+    start all ranks are known to have held the same state; -1 for none.
     """
 
     member: int
@@ -147,6 +158,7 @@ class RankReturned:
     digest: str
     part: StatePart | None = None
     objects: tuple[tuple[str, str], ...] = ()
+    verified: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +235,7 @@ Event = (
     | NodeDrained
     | RankReady
     | RankReported
+    | LinksProbed
     | RankGone
     | RankCrashed
     | RankFailed

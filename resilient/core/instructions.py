@@ -7,7 +7,7 @@ from typing import Literal
 
 from snapshot.core.election import Elected
 
-from .plan import Plan
+from .plan import Place, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,14 @@ class SendPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeLinks:
+    """Have these members connect to each other, for a moment. Comes back as LinksProbed from each."""
+
+    generation: int
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TakeInventory:
     """Ask all keepers what snapshots they hold, once these members have ended. Comes back as InventoryTaken."""
 
@@ -92,5 +100,15 @@ class End:
 
 
 Instruction = (
-    Spawn | Kill | LetGo | CreateGeneration | SendPlan | TakeInventory | DecodeImages | LookAtStorage | Say | End
+    Spawn
+    | Kill
+    | LetGo
+    | CreateGeneration
+    | SendPlan
+    | ProbeLinks
+    | TakeInventory
+    | DecodeImages
+    | LookAtStorage
+    | Say
+    | End
 )

@@ -27,6 +27,16 @@ class Limits:
         return self.detection_s / 4
 
     @property
+    def stall_s(self) -> float:
+        """How long nothing may come from others until a rank says so."""
+        return 5 * self.detection_s
+
+    @property
+    def reach_s(self) -> float:
+        """How long another may take to answer whether it can be reached."""
+        return 2 * self.detection_s
+
+    @property
     def resend_s(self) -> float:
         return self.detection_s / 4
 

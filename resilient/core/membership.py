@@ -24,6 +24,8 @@ class Membership:
     """Nodes that were asked to leave, and until when each lives, as far as is known: no rank is placed there."""
     avoided: set[str] = field(default_factory=set)
     """Nodes where a rank is placed only if there is no other."""
+    barred: set[str] = field(default_factory=set)
+    """Those of them where none is placed for now."""
     everybody: Tally = field(default_factory=Tally, compare=False)
     _tallies: dict[int, tuple[Plan, Tally]] = field(default_factory=dict, compare=False)
     """Of the plans that are kept, by generation."""
@@ -164,7 +166,8 @@ class Membership:
             heappop(self._room)
         if self._room and self._room[0][0] < 0:
             return self._room[0][1]
-        room = {node: self.nodes[node] - len(self._living.get(node, ())) for node in self.avoided & self.nodes.keys()}
+        spare = (self.avoided - self.barred) & self.nodes.keys()
+        room = {node: self.nodes[node] - len(self._living.get(node, ())) for node in spare}
         best = max(sorted(room.keys() - self.leaving.keys()), key=room.__getitem__, default=None)
         return best if best is not None and room[best] > 0 else None
 

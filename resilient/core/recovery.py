@@ -32,6 +32,8 @@ def decide(now: Situation) -> Decision:
     base = now.membership.tally(now.formed)
     if base.values("gone") and needs_base(now.membership, now.formed, now.current):
         return _after_loss(now, now.formed, f"lost rank {_ranks(now.formed, base.numbers('gone'))}")
+    if now.stands_still:
+        return _after_loss(now, now.formed, "all ranks wait for each other, and nothing comes")
     if broken(now.membership, now.formed, now.current):
         if now.broken_for_s < now.limits.settle_s:
             return Stay(reason="a link broke; waiting to learn whether somebody died")

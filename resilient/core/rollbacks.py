@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .ending import EndsDiffer
 from .plan import Plan
 from .seat import Rollback
 
@@ -17,6 +18,23 @@ class Rollbacks:
     control: Control = field(repr=False, compare=False)
     _asked: tuple[int, Rollback | None] = (0, None)
     """A branch, and what was asked for last by ranks that were on it."""
+    _ends_differed: bool = False
+    """Ranks have ended with different states before."""
+
+    def ends_differ(self, found: EndsDiffer, plan: Plan) -> None:
+        """All have returned, and nobody will ask for anything. What is computed again by others comes out right, if no
+        more than a bit had changed by itself; once must do."""
+        members = [self.control.membership.members[number] for number in plan.members]
+        back_to = max(member.verified for member in members)
+        if self._ends_differed or back_to < 0 or not self.control.limits.snapshots:
+            again = "; it came again when the last steps were computed a second time" if self._ends_differed else ""
+            self.control.fail(f"{found.reason}{again}")
+            return
+        self._ends_differed = True
+        wanted = Rollback(back_to=back_to, skip_from=0, skip_to=-1, why=found.reason, suspects=found.suspects)
+        self._asked = plan.branch, wanted
+        suspected = set(found.suspects)
+        self.control.deaths.let_go([member for member in members if member.number not in suspected], found.reason)
 
     def wanted(self) -> Rollback | None:
         """What seated ranks ask for, or have asked for on this branch. They all do, but one is enough, also if it dies

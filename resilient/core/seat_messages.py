@@ -216,5 +216,7 @@ class SeatReport:
     """In a pipeline, the share of its newest step for which it had nothing to do."""
     bubbles: tuple[Bubble, ...] = field(default=(), compare=False)
     """The same of all steps so far."""
+    stalled: bool = field(default=False, compare=False)
+    """It waits for others of its generation, and nothing has come from them for long."""
     serial: int = field(default=0, compare=False)
     """Grows with everything that happens to the seat: of two reports the greater is the later one."""

@@ -56,9 +56,11 @@ class Situation:
     inherited: bool
     """Whether no generation is newer than those that an earlier controller has made."""
     broken_for_s: float
-    """For how long a link of the current generation has been reported broken."""
+    """For how long a link of the current generation has been reported broken, or it stands still."""
     waited_s: float
     """For how long enough ranks to begin have been ready."""
+    stands_still: bool = False
+    """Whether its members wait for each other, and nothing comes."""
     may_wait_s: float = 0.0
     """How long those who are to leave may still wait for others to take their place."""
     leaf_s: Mapping[int, float] = field(default_factory=dict)
@@ -79,6 +81,19 @@ def broken(membership: Membership, formed: Plan | None, current: Plan) -> bool:
     if formed is None or formed.generation not in membership.tally(formed).values("broken"):
         return False
     return needs_base(membership, formed, current)
+
+
+def stands_still(membership: Membership, formed: Plan | None, current: Plan) -> bool:
+    """Whether all living members wait for each other, and nothing comes."""
+
+    def all_wait(plan: Plan) -> bool:
+        tally = membership.tally(plan)
+        living = plan.size - tally.count("gone")
+        return living > 1 and len(tally.numbers("stalled", groups(current))) == living
+
+    if not all_wait(current):
+        return False
+    return formed is None or not needs_base(membership, formed, current) or all_wait(formed)
 
 
 def needs_base(membership: Membership, formed: Plan, current: Plan) -> bool:

@@ -17,7 +17,18 @@ from .plan import Place
 from .seat import SeatReport
 
 What = Literal[
-    "gone", "leaving", "starting", "ready", "holding", "broken", "left", "returned", "waiting", "rollback", "digest"
+    "gone",
+    "leaving",
+    "starting",
+    "ready",
+    "holding",
+    "broken",
+    "stalled",
+    "left",
+    "returned",
+    "waiting",
+    "rollback",
+    "digest",
 ]
 Fact = tuple[What, Hashable]
 
@@ -41,6 +52,8 @@ class Member:
     """The step that it had come to then; reports may be older."""
     objects: tuple[tuple[str, str], ...] = ()
     """Of each object in the state that it returned with, name and digest."""
+    verified: int = -1
+    """The newest step at whose start it knows that all ranks held the same state."""
     part: StatePart | None = None
     """The same, of a rank that holds a part of the state; then `digest` is that of the state's structure."""
     plan_sent_at: float = float("-inf")
@@ -56,7 +69,8 @@ def standing(member: Member | None) -> tuple[Fact, ...]:
 
     leaving: is to leave; then it is not counted as starting or ready, since it will not be seated any more.
     starting: has not reached its loop. ready: has, and holds no state. holding: has seen a generation formed.
-    broken: the generation that it is in, if a link of that broke. left, waiting: the step at which it has left a loop,
+    broken: the generation that it is in, if a link of that broke. stalled: the same, if it waits and
+    nothing comes. left, waiting: the step at which it has left a loop,
     perhaps to begin another one, or waits for the others. returned: the same step if its function has returned.
     rollback, digest: what it asks for, what it returned with.
     """
@@ -82,6 +96,8 @@ def standing(member: Member | None) -> tuple[Fact, ...]:
 def _reported(report: SeatReport) -> Iterable[Fact]:
     if report.broken and report.broken == report.generation:
         yield "broken", report.broken
+    if report.stalled:
+        yield "stalled", report.generation
     if report.finished:
         yield "left", report.step
     elif report.waiting:

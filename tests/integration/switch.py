@@ -14,6 +14,7 @@ import fcntl
 import heapq
 import json
 import os
+import random
 import select
 import socket
 import struct
@@ -110,6 +111,9 @@ class Switch:
     def __init__(self, ports: list[Port]) -> None:
         self.ports = ports
         self._under_way: list[tuple[float, int, int, bytes]] = []
+        self._losses: dict[tuple[int, int], float] = {}
+        """From one port to another, the share of frames that is dropped."""
+        self._random = random.Random(1)
         self._sequence = 0
 
     def run(self) -> None:
@@ -133,6 +137,10 @@ class Switch:
             self._deliver()
 
     def _change(self, command: dict[str, Any]) -> None:
+        if "losses" in command:
+            self._losses = {(source, target): share for source, target, share in command["losses"]}
+            print(json.dumps({}), flush=True)
+            return
         port = self.ports[command["port"]]
         for name in ("out", "back"):
             if name in command:
@@ -155,7 +163,7 @@ class Switch:
 
     def _send(self, source: int, number: int, frame: bytes) -> None:
         out, back = self.ports[source].out, self.ports[number].back
-        if not (out.cut or back.cut):
+        if not (out.cut or back.cut or self._random.random() < self._losses.get((source, number), 0.0)):
             due = back.arrives_at(out.arrives_at(time.monotonic(), frame), frame)
             self._sequence += 1
             heapq.heappush(self._under_way, (due, self._sequence, number, frame))
@@ -233,9 +241,16 @@ class Network:
     def mend(self, port: int) -> None:
         self._change(port, {"out": {}, "back": {}})
 
+    def lose(self, *losses: tuple[int, int, float]) -> None:
+        """Of what is sent from one port to another this share, and nothing else any more."""
+        self._tell({"losses": losses})
+
     def _change(self, port: int, cables: dict[str, dict[str, Any]]) -> None:
+        self._tell({"port": port, **cables})
+
+    def _tell(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"port": port, **cables}) + "\n")
+        self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         assert self._process.stdout.readline(), "the switch has ended"
 

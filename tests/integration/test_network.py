@@ -27,7 +27,7 @@ pytestmark = pytest.mark.long
 
 LONG = 400
 """Steps; at the pace that `hold` keeps, two minutes."""
-SLOW = 60
+SLOW, FEW = 60, 20
 HEAD = "10.77.0.1"
 WORKERS = ("10.77.0.2", "10.77.0.3", "10.77.0.4")
 PATIENT_HEAD = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 5}
@@ -65,6 +65,7 @@ class Nodes:
 
     def all_there(self) -> None:
         """Add those that are not there."""
+        self.network.lose()
         for port in range(1, len(WORKERS) + 1):
             self.network.mend(port)
             if not self.at(port):
@@ -171,3 +172,24 @@ def test_a_slow_cable_is_no_death(nodes: Nodes, tmp_path: Path) -> None:
     result = run.result()
     assert result.digest == alone.digest
     assert nobody_was_blamed(run, result), (result.recoveries, run.news["messages"])
+
+
+@pytest.mark.parametrize("ways", [2, 1])
+def test_two_nodes_that_do_not_hear_each_other(nodes: Nodes, tmp_path: Path, ways: int) -> None:
+    """Both reach the cluster's head and the third node: nobody falls silent, and all ranks wait."""
+    alone = train("alone").local(steps=SLOW)
+    run = begun(nodes, f"pair-cut-{ways}", tmp_path, SLOW)
+    one, other = nodes.port_of(run, 1), nodes.port_of(run, 2)
+    nodes.network.lose(*[(one, other, 1.0), (other, one, 1.0)][:ways])
+    result = run.result()
+    assert result.digest == alone.digest, run.news["messages"]
+    assert len(why_lost(result)) == 1 and "nothing passes" in why_lost(result)[0], result.recoveries
+
+
+def test_a_link_that_loses_a_third_of_all_packets(nodes: Nodes, tmp_path: Path) -> None:
+    """Whether it is slow or worth nothing is for the run to find out: it ends, with the same bits."""
+    alone = train("alone").local(steps=FEW)
+    run = begun(nodes, "lossy", tmp_path, FEW)
+    one, other = nodes.port_of(run, 1), nodes.port_of(run, 2)
+    nodes.network.lose((one, other, 0.3), (other, one, 0.3))
+    assert run.result().digest == alone.digest, run.news["messages"]

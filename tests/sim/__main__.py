@@ -1,4 +1,4 @@
-"""python -m tests.sim [--seeds N] [--first K] [--seed K] [--loops]"""
+"""python -m tests.sim [--seeds N] [--first K] [--seed K] [--loops] [--silent]"""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="replay this one, with the story of its last events")
     parser.add_argument("--loops", action="store_true", help="runs have two loops, one after the other")
+    parser.add_argument("--silent", action="store_true", help="links between living nodes may fall silent")
     chosen = parser.parse_args()
     if chosen.seed is not None:
-        return replay(chosen.seed, looped=chosen.loops)
+        return replay(chosen.seed, looped=chosen.loops, silenced=chosen.silent)
     began = time.monotonic()
-    outcome = swarm(range(chosen.first, chosen.first + chosen.seeds), keep_going=False, looped=chosen.loops)
+    outcome = swarm(
+        range(chosen.first, chosen.first + chosen.seeds), keep_going=False, looped=chosen.loops, silenced=chosen.silent
+    )
     for name, count in sorted(outcome.seen.items()):
         print(f"{count:9d}  {name}")
     for seed, error in outcome.failures[:10]:

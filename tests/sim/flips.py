@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 SHARE_OF_SEEDS = 0.3
 SHARE_AT_A_MOVE = 0.1
-ON_PURPOSE = "suspect memory or processor"
+ON_PURPOSE = ("suspect memory or processor", "ended with different states")
+
+
+def on_purpose(plan: Plan) -> bool:
+    """Whether it goes back because ranks were found to differ."""
+    return any(text in plan.reason for text in ON_PURPOSE)
 
 
 class Flip(NamedTuple):
@@ -126,14 +131,14 @@ class Flips:
             return
         branch, step = plan.restore.key.branch, plan.restore.key.step
         alike = branch in self._wrong_alike and step >= self._wrong_alike[branch]
-        if alike or (self.excuses(branch, step - 1) and ON_PURPOSE not in plan.reason):
+        if alike or (self.excuses(branch, step - 1) and not on_purpose(plan)):
             self._at[plan.branch] = min(self._at.get(plan.branch, step), step)
             self._are_wrong_alike(plan.branch, step)
 
     def line_looked_on(self, plan: Plan) -> Lineage:
         """By whoever decided on this plan: without the branch that it opens because a stage was lost."""
         branches = plan.branches
-        opens = self._opens(plan) and ON_PURPOSE not in plan.reason
+        opens = self._opens(plan) and not on_purpose(plan)
         return Lineage(branches=branches[:-1] if opens else branches)
 
     def _opens(self, plan: Plan) -> bool:
@@ -148,4 +153,4 @@ class Flips:
 
     def goes_back_on_purpose(self, plan: Plan) -> bool:
         """Whether this plan opens a branch because states differed."""
-        return self._opens(plan) and ON_PURPOSE in plan.reason
+        return self._opens(plan) and on_purpose(plan)

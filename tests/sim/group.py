@@ -81,7 +81,7 @@ class Group:
         def go_on() -> None:
             if not self.whole():
                 self._fail_formation()
-            elif self.paused():
+            elif self.paused() or self.world.silent.within(self.plan):
                 self.world.at(AGAIN_S * 4, go_on)
             else:
                 action()
@@ -221,7 +221,18 @@ class Group:
         if self.broken or any(not self.member_lives(number) for number in self.plan.members):
             self.break_exchange(rank.member, step)
         elif set(here) == set(self.plan.members):
+            self._when_heard(step)
+
+    def _when_heard(self, step: int) -> None:
+        """What is exchanged comes through only where no link is silent."""
+        if not self.world.silent.within(self.plan):
             self._complete(step)
+        elif self.whole():
+            self.world.at(AGAIN_S * 4, lambda: self._when_heard(step))
+        else:
+            for number in self.plan.members:
+                if self.within(number):
+                    self.break_exchange(number, step)
 
     def _row(self, number: int, wish: Wish) -> list[int]:
         return wish.lane(self.plan.stage_number(self.plan.rank_of(number)), max(1, len(self.plan.stages)))

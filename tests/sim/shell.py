@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import assert_never
+
 from resilient.core.control import Control
 from resilient.core.detector import Detector, Verdict, Vital
 from resilient.core.events import (
@@ -29,6 +31,7 @@ from resilient.core.instructions import (
     Kill,
     LetGo,
     LookAtStorage,
+    ProbeLinks,
     Say,
     SendPlan,
     Spawn,
@@ -47,6 +50,7 @@ KEEPER_STARTS_S = 5.0
 NOTED = {
     "in proportion": "dealt in proportion",
     "no rank of stage": "stage lost",
+    "ended with different states": "ends differed",
     "hand over their layers": "handed over",
     "dealt anew after a loss": "stages anew after a loss",
     "by what they were measured to take": "stages by what layers take",
@@ -210,6 +214,8 @@ class Shell:
                 self.questions.decode(asked, elected)
             case LookAtStorage(asked=asked):
                 self._look_at_storage(asked)
+            case ProbeLinks():
+                world.silent.probe(self, instruction)
             case Say(text=text) if "is a straggler" in text:
                 world.tell(f"controller {self.number}: {text}")
                 world.seen["straggler evicted" if "it leaves" in text else "straggler reported"] += 1
@@ -221,6 +227,8 @@ class Shell:
                 self.die()
             case End():
                 world.finish(instruction, self)
+            case _:
+                assert_never(instruction)
 
     def _look_at_storage(self, asked: int) -> None:
         world = self.world

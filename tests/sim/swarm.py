@@ -25,10 +25,10 @@ class Outcome:
 
 
 def run_seed(
-    seed: int, *, drained: bool = True, staged: bool = True, looped: bool = False
+    seed: int, *, drained: bool = True, staged: bool = True, looped: bool = False, silenced: bool = False
 ) -> tuple[int, Counter[str], str]:
     """The seed, what was seen, and what went wrong (empty when nothing did)."""
-    world = World(seed, drained=drained, staged=staged, looped=looped)
+    world = World(seed, drained=drained, staged=staged, looped=looped, silenced=silenced)
     try:
         world.run()
     except Exception as error:  # noqa: BLE001 - a failing seed is a finding, whatever it raises
@@ -40,12 +40,18 @@ def run_seed(
 
 
 def swarm(
-    seeds: Iterable[int], *, keep_going: bool, drained: bool = True, staged: bool = True, looped: bool = False
+    seeds: Iterable[int],
+    *,
+    keep_going: bool,
+    drained: bool = True,
+    staged: bool = True,
+    looped: bool = False,
+    silenced: bool = False,
 ) -> Outcome:
     """drained: nodes and ranks may be asked to leave, or be slow. staged: a third trains a pipeline. looped: the others
-    have two loops."""
+    have two loops. silenced: links between living nodes may fall silent."""
     outcome = Outcome()
-    run = functools.partial(run_seed, drained=drained, staged=staged, looped=looped)
+    run = functools.partial(run_seed, drained=drained, staged=staged, looped=looped, silenced=silenced)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         for seed, seen, error in pool.imap(run, seeds, chunksize=CHUNK):
             outcome.seeds += 1
@@ -57,8 +63,8 @@ def swarm(
     return outcome
 
 
-def replay(seed: int, *, looped: bool = False) -> int:
-    world = World(seed, keep_story=True, looped=looped)
+def replay(seed: int, *, looped: bool = False, silenced: bool = False) -> int:
+    world = World(seed, keep_story=True, looped=looped, silenced=silenced)
     try:
         world.run()
     except Exception:  # noqa: BLE001 - shown in full below its story

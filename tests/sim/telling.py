@@ -22,7 +22,7 @@ class Telling:
         self.rank, self.world = rank, rank.world
 
     def report(self) -> None:
-        report = self.rank.seat.report()
+        report = replace(self.rank.seat.report(), stalled=self.world.silent.stalls(self.rank))
         if self.world.speeds.active and self.world.setting.pipeline:
             report = replace(report, layer_s=self._layer_s())
         elif self.world.speeds.active:
@@ -60,7 +60,9 @@ class Telling:
     def returned(self) -> None:
         rank = self.rank
         digest, part = told_at_the_end(rank.passing.plan, rank.member, rank.state, self.world.setting.layers)
-        self._tell(RankReturned(member=rank.member, step=rank.seat.step, digest=digest, part=part))
+        plan = rank.passing.plan if rank.seat.plan is None else rank.seat.plan
+        verified = rank.capturing.verified_on(plan.branch)
+        self._tell(RankReturned(member=rank.member, step=rank.seat.step, digest=digest, part=part, verified=verified))
 
     def _tell(self, event: RankReported | RankReady | RankReturned) -> None:
         self.world.to_controllers(self.rank.node, lambda shell: shell.take(event))

@@ -51,7 +51,7 @@ def excused_after_going_back_to(world: World, step: int) -> bool:
         leaves=even_runs(4, 1),
         micro_batches=4,
         joiners=(),
-        reason=ON_PURPOSE,
+        reason=ON_PURPOSE[0],
         branches=(Branch(number=0), Branch(number=1, parent=0, at_step=step)),
         restore=Restore(key=SnapshotKey(attempt=1, branch=0, step=step, generation=1)),
     )

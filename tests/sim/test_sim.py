@@ -36,6 +36,7 @@ IMPORTANT = (
     "death while forming",
     "dealt in proportion",
     "drained generation",
+    "ends differed",
     "exchange completed by some members only",
     "formation seen by some members only",
     "found out by what it had to send",
@@ -74,6 +75,15 @@ IMPORTANT = (
     "two controllers",
     "what was computed ahead was dropped",
 )
+
+
+SILENT = ("link silent", "links probed", "run finished")
+
+
+def test_links_that_fall_silent_stop_no_run() -> None:
+    outcome = swarm(range(SEEDS), keep_going=True, silenced=True)
+    assert outcome.failures == []
+    assert [name for name in SILENT if not outcome.seen[name]] == []
 
 
 def test_a_few_hundred_seeds_hold_and_reach_the_delicate_intervals() -> None:

@@ -29,6 +29,7 @@ from .protected import Protected
 from .rank import Rank
 from .setting import Setting
 from .shell import Shell
+from .silent import SilentLinks
 from .speeds import Speeds
 from .stages import teams
 from .storage import Storage
@@ -86,6 +87,8 @@ class World:
     """Whether a third of the seeds train a pipeline; without that older ones keep their stories."""
     looped: bool = False
     """Whether a run without a pipeline has two loops, one after the other."""
+    silenced: bool = False
+    """Whether links between living nodes may fall silent."""
     disturbed: bool = False
     """Whether something has failed, other than controllers and messages."""
 
@@ -100,6 +103,7 @@ class World:
         self.second_loop = more.randint(1, self.setting.steps - 1) if self.looped and not self.setting.pipeline else 0
         """The step with which it begins, if there is one."""
         self.records_rng = random.Random(f"records {self.seed}")
+        self.silent = SilentLinks(self, wanted=self.silenced)
         self.protected = Protected(self)
         self.storage = Storage()
         self.flips = Flips(self)
@@ -128,16 +132,21 @@ class World:
         self.faults.begin()
         self.flips.begin()
         self.drains.begin()
+        self.silent.begin()
         for _ in range(MOST_EVENTS):
             if self.end is not None or not self._heap:
                 break
             self.now, _, action = heapq.heappop(self._heap)
-            if self.healing and self.now > self.setting.fault_phase_s + LIVENESS_S + self.speeds.more_time_s:
+            if self.healing and self.now > self.setting.fault_phase_s + LIVENESS_S + self.more_time_s:
                 raise Violation("liveness", f"not ended after {self.now:.0f} s, the last of them without faults")
             action()
         else:
             raise Violation("liveness", f"{MOST_EVENTS} events without an end")
         self.emit("ended")
+
+    @property
+    def more_time_s(self) -> float:
+        return self.speeds.more_time_s + self.silent.more_time_s
 
     def _heal(self) -> None:
         self.healing = True
@@ -153,7 +162,7 @@ class World:
             self.start_controller()
 
     def _may_hold_ranks(self, name: str) -> bool:
-        return self.nodes[name].alive and name not in self.drains.nodes
+        return self.nodes[name].alive and name not in self.drains.nodes and name not in self.silent.cut_for_good()
 
     # Facts
 

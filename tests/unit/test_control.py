@@ -23,7 +23,18 @@ from resilient.core.events import (
     StopAsked,
     Tick,
 )
-from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, LetGo, Say, SendPlan, Spawn
+from resilient.core.instructions import (
+    CreateGeneration,
+    End,
+    Instruction,
+    Kill,
+    LetGo,
+    ProbeLinks,
+    Say,
+    SendPlan,
+    Spawn,
+    TakeInventory,
+)
 from resilient.core.limits import Limits
 from resilient.core.plan import Address
 from resilient.core.seat import SeatReport
@@ -43,6 +54,10 @@ def in_words(instruction: Instruction) -> str:
             return f"create {plan.generation} {plan.kind} from {plan.base} of {plan.members}"
         case SendPlan(member=member, plan=plan):
             return f"send {plan.generation} to {member}"
+        case TakeInventory():
+            return "take inventory"
+        case ProbeLinks(generation=generation):
+            return f"probe {generation}"
         case Say(text=text):
             return f"say {text}"
         case End(outcome=outcome, reason=reason):
@@ -317,3 +332,31 @@ def test_nodes_are_waited_for_while_nothing_is_starting() -> None:
     assert sum(isinstance(each, Spawn) for each in spawned) == 2 and not control.waits
     control.handle(Tick(), 9.0)
     assert control.chronicle.figures.spent.seconds["waiting"] == 5.0
+
+
+def ended_differently(*, verified: int, snapshots: bool = True) -> tuple[Scenario, list[str]]:
+    """Three ranks, of which the second has returned with another state than the others."""
+    run = Scenario(limits=Limits(min_workers=1, max_workers=3, detection_s=2.0, snapshots=snapshots))
+    run.take(NodeSeen(node="a", capacity=3))
+    for member in (1, 2, 3):
+        run.ready(member)
+    run.take(GenerationCreated(generation=1))
+    said = []
+    for member, digest in ((1, "a"), (2, "b"), (3, "a")):
+        run.report(member, 1, step=3, complete=2, finished=True)
+        said = run.take(RankReturned(member=member, step=3, digest=digest, verified=verified))
+    return run, said
+
+
+def test_ranks_that_end_with_different_states_compute_the_last_steps_again() -> None:
+    run, said = ended_differently(verified=2)
+    spawned = ["spawn 4 on a", "spawn 5 on a", "spawn 6 on a"]
+    assert said == ["kill 1", "kill 3", "kill 2", "take inventory", *spawned]
+    assert run.control.deaths.failures.total == 1, "only the odd one is at fault"
+    assert run.control.restoring.rollback is not None and run.control.restoring.rollback.back_to == 2
+
+
+@pytest.mark.parametrize(("verified", "snapshots"), [(-1, True), (2, False)])
+def test_with_nothing_to_go_back_to_different_ends_end_the_run(verified: int, snapshots: bool) -> None:
+    _, said = ended_differently(verified=verified, snapshots=snapshots)
+    assert len(said) == 1 and said[0].startswith("end failed: ranks ended with different states")
