@@ -66,7 +66,7 @@ class Host:
     """What the actor offers to its body."""
 
     def __init__(self, spec: RankSpec, controller: Any) -> None:
-        from .group import open_store
+        from .group_store import GroupStoreServer
 
         self.key = spec.key
         self.member = spec.member
@@ -76,8 +76,8 @@ class Host:
         self.ip = ray.util.get_node_ip_address()
         self.words = Words(Path(spec.folder) / f"rank-{spec.member}.words")
         self._controller = controller
-        self._store = open_store(self.ip)
-        self.store_port = int(self._store.port)
+        self._store = GroupStoreServer(self.ip, spec.secret)
+        self.store_port = self._store.port
         self._reachable = Reachable(self.ip, self.secret)
         self.reach_port = self._reachable.port
 

@@ -253,12 +253,12 @@ def _rank(pipe: Connection, number: int, task: Task) -> None:
         task.begin(number)
     import torch
 
-    from actors.group import open_store
+    from actors.group_store import GroupStoreServer
 
     from .member import Member
 
     torch.set_num_threads(task.threads)
-    tell, store = teller(pipe), open_store(HOST)
+    tell, store = teller(pipe), GroupStoreServer(HOST, SECRET)
     host: Any = SimpleNamespace(
         key="crew/1",
         member=number,
@@ -267,7 +267,7 @@ def _rank(pipe: Connection, number: int, task: Task) -> None:
         ip=HOST,
         words=SimpleNamespace(moved=lambda *_: None, activity=lambda *_: None),
         store=store,
-        store_port=int(store.port),
+        store_port=store.port,
         reach_port=0,
         tell=tell,
         tell_at_last=tell,
