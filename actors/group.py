@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hmac
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterable, Sequence
@@ -24,17 +26,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .stream import tune
+from .group_store import GroupStore
+from .stream import TransferError, tune
 
 FORM_LIMIT_S = 300.0
 """A formation that takes longer has failed: far beyond what any cluster needs."""
 PIECE_BYTES = 64 << 20
 """Larger moves go piece by piece, so that it is seen whether they go on."""
+PROOF_TAG, PROOF_BYTES = 1 << 24, 32
 NEVER = datetime.timedelta(days=10_000)
 
 # torch's stubs lack these.
 Gloo: Any = dist.ProcessGroupGloo
-TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
 PrefixStore: Any = dist.PrefixStore  # type: ignore[attr-defined]
 MINIMUM: Any = dist.ReduceOp.MIN
 
@@ -99,11 +102,6 @@ class Pending:
             raise LinkBroken(str(error)) from error
 
 
-def open_store(host: str) -> Any:
-    """A store server in this process, on a free port; its `port` goes into the plan."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=FORM_LIMIT_S))
-
-
 class Group:
     """Connections between all ranks of one generation."""
 
@@ -111,6 +109,7 @@ class Group:
         self,
         *,
         store: tuple[str, int],
+        secret: str,
         host: str,
         prefix: str,
         rank: int,
@@ -120,8 +119,8 @@ class Group:
     ) -> None:
         """Connect to all others; blocks until they have come too.
 
-        store: address of the store that the plan names. host: this rank's own address. prefix: unique
-        per run, attempt and generation. waits: shows how long others have been
+        store: address of the store that the plan names (see `group_store`). secret: the run's. host: this rank's own
+        address. prefix: unique per run, attempt and generation. waits: shows how long others have been
         waited for. Raises LinkBroken when the store or a peer cannot be reached.
         """
         self.rank, self.size, self.device = rank, size, device
@@ -129,20 +128,46 @@ class Group:
         before = _sockets()
         try:
             with self._waits:
-                self._connect(store, host, prefix)
-        except RuntimeError as error:  # torch.distributed's errors all derive from it
+                self._connect(store, secret, host, prefix)
+            self._prove(secret, prefix)
+        except (RuntimeError, TransferError) as error:  # torch.distributed's errors all derive from the former
             raise LinkBroken(f"generation's group could not form: {error}") from error
         for descriptor in _sockets() - before:
             _tune(descriptor)
 
-    def _connect(self, store: tuple[str, int], host: str, prefix: str) -> None:
-        limit = datetime.timedelta(seconds=FORM_LIMIT_S)
-        client = TCPStore(store[0], store[1], is_master=False, wait_for_workers=False, timeout=limit)
-        self._store = PrefixStore(prefix, client)
-        self._control = Gloo(self._store, self.rank, self.size, _gloo_options(host))
-        self._data: Any = self._control
-        if self.device.type == "cuda":
-            self._data = _nccl(PrefixStore("nccl", self._store), self.rank, self.size)
+    def _connect(self, store: tuple[str, int], secret: str, host: str, prefix: str) -> None:
+        self._store = GroupStore(store, secret, prefix, FORM_LIMIT_S)
+        try:
+            self._control = Gloo(self._store, self.rank, self.size, _gloo_options(host))
+            self._data: Any = self._control
+            if self.device.type == "cuda":
+                self._data = _nccl(PrefixStore("nccl", self._store), self.rank, self.size)
+        finally:
+            if self.device.type != "cuda":  # gloo has all connections now; NCCL makes some later
+                self._store.close()
+
+    def _prove(self, secret: str, prefix: str) -> None:
+        """gloo takes a connection for a peer's if it brings the right number, which is no secret. So each pair proves
+        over its connection that both ends know the run's."""
+        mine = {peer: secrets.token_bytes(PROOF_BYTES) for peer in range(self.size) if peer != self.rank}
+
+        def proof(sender: int, receiver: int, nonce: bytes) -> bytes:
+            return hmac.digest(secret.encode(), f"{prefix} {sender} {receiver} ".encode() + nonce, "sha256")
+
+        proofs = self._swap({peer: proof(self.rank, peer, nonce) for peer, nonce in self._swap(mine).items()})
+        for peer, found in proofs.items():
+            if not hmac.compare_digest(found, proof(peer, self.rank, mine[peer])):
+                raise LinkBroken(f"what is connected in the place of rank {peer} does not know the run's secret")
+
+    def _swap(self, mine: dict[int, bytes]) -> dict[int, bytes]:
+        """Send something to each peer; what has come from each."""
+        sends = [
+            Move(data=torch.frombuffer(bytearray(data), dtype=torch.uint8), peer=peer, tag=PROOF_TAG)
+            for peer, data in mine.items()
+        ]
+        receives = [Move(data=torch.empty(PROOF_BYTES, dtype=torch.uint8), peer=peer, tag=PROOF_TAG) for peer in mine]
+        self.post_host(sends, receives).wait()
+        return {move.peer: move.data.numpy().tobytes() for move in receives}
 
     def minimum(self, values: Sequence[int]) -> list[int]:
         """The element-wise minimum over all ranks of a few 64-bit integers."""

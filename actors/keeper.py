@@ -22,11 +22,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from .folders import own, process_stat, record_process, recorded_process, still_owned, sweep
+from .folders import own, still_owned, sweep
 from .lease import Lease
 from .lifeline import Lifeline
 from .notice import LeaveAsked, Notice
 from .priority import raise_priority
+from .processes import is_stopped, opened, record_process
 from .remark import Remark
 from .words import read_words
 
@@ -133,7 +134,7 @@ class Keeper:
 
     def watch(self, member: int, pid: int) -> None:
         """Called by a rank as the first thing it does, so the process id is certainly its own."""
-        self._hold(member, pid)
+        self._hold(member, pid, os.pidfd_open(pid))
         record_process(Path(self._spec.folder) / f"rank-{member}.process", pid)
         os.write(self._wake_write, b"w")
 
@@ -141,10 +142,9 @@ class Keeper:
         """Take over the ranks of a keeper that died before this one was started in its place."""
         for record in sorted(Path(self._spec.folder).glob("rank-*.process")):
             member = int(record.stem.partition("-")[2])
-            pid = recorded_process(record)
-            if pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    self._hold(member, pid)
+            with opened(record) as process:
+                if process is not None:
+                    self._hold(member, process.pid, os.dup(process.pidfd))
             self._watched.setdefault(member, _Watched(0, -1, alive=False))
 
     def _keep_snapshots(self, folder: Path) -> Any:
@@ -157,8 +157,7 @@ class Keeper:
             self._controller.hear.remote((Remark(text=text),))
         return keeping
 
-    def _hold(self, member: int, pid: int) -> None:
-        pidfd = os.pidfd_open(pid)
+    def _hold(self, member: int, pid: int, pidfd: int) -> None:
         with self._lock:
             self._watched[member] = _Watched(pid, pidfd)
             self._poll.register(pidfd, select.POLLIN)
@@ -186,7 +185,7 @@ class Keeper:
             if member not in self._watched or self._watched[member].alive:
                 return
             del self._watched[member]
-        for what in ("process", "words"):
+        for what in ("process", "lock", "words"):
             (Path(self._spec.folder) / f"rank-{member}.{what}").unlink(missing_ok=True)
 
     def linger(self) -> None:
@@ -302,9 +301,3 @@ class Keeper:
             work=work,
             longest_s=longest_s,
         )
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether the kernel shows the process as stopped, by a signal or by a debugger."""
-    shown = process_stat(pid)
-    return bool(shown) and shown[0] in "Tt"

@@ -19,17 +19,18 @@ from ray.exceptions import ActorDiedError
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from .folders import home
 from .keeper import Keeper, KeeperSpec
 from .rank import Body, Host, Rank, RankSpec
 
 NAMESPACE = "resilient"
 MEMORY = "/dev/shm"
-FOLDER = f"{MEMORY}/resilient"
+FOLDER = str(home(MEMORY))
 
 
 def folder_of(key: str, node: str, memory: str = MEMORY) -> str:
     """Where a run keeps its files on one node; several nodes may share a machine in tests."""
-    return f"{memory}/resilient/{key.replace('/', '-')}-{node[:12]}"
+    return str(home(memory) / f"{key.replace('/', '-')}-{node[:12]}")
 
 
 def start_rank(

@@ -23,6 +23,7 @@ from .lease import Lease
 from .lifeline import Lifeline
 from .notice import LeaveAsked, Notice
 from .priority import STARTING, raise_priority
+from .processes import hold_lock
 from .reachability import Reachable
 from .words import Words
 
@@ -65,7 +66,7 @@ class Host:
     """What the actor offers to its body."""
 
     def __init__(self, spec: RankSpec, controller: Any) -> None:
-        from .group import open_store
+        from .group_store import GroupStoreServer
 
         self.key = spec.key
         self.member = spec.member
@@ -75,8 +76,8 @@ class Host:
         self.ip = ray.util.get_node_ip_address()
         self.words = Words(Path(spec.folder) / f"rank-{spec.member}.words")
         self._controller = controller
-        self._store = open_store(self.ip)
-        self.store_port = int(self._store.port)
+        self._store = GroupStoreServer(self.ip, spec.secret)
+        self.store_port = self._store.port
         self._reachable = Reachable(self.ip, self.secret)
         self.reach_port = self._reachable.port
 
@@ -99,6 +100,7 @@ class Rank:
         self._lease = Lease(spec.lease_s)
         self._lifeline = Lifeline(f"rank {spec.member} {spec.node}", spec.secret)
         ray.get(keeper.watch.remote(spec.member, os.getpid()))
+        hold_lock(Path(spec.folder) / f"rank-{spec.member}.process")
         self._body = make_body(Host(spec, controller))
         threading.Thread(target=self._body.train, name="training", daemon=True).start()
         threading.Thread(target=self._control, name="control", daemon=True).start()

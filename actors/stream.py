@@ -1,6 +1,6 @@
 """Frames of bytes over one TCP connection between two processes that share a secret.
 
-    greeting    server: magic, nonce; client: nonce, proof; server: proof. Fixed sizes, one deadline for all.
+    greeting    see `actors.greeting`
     frame       16 bytes: length u32, kind u32, xxh3_64 u64 of the bytes (seeded with kind); the bytes
     request     MESSAGE (a JSON object), DATA ..., END
     reply       DATA ..., MESSAGE: the outcome comes last, so that also a failure in the middle can be told
@@ -15,14 +15,11 @@ between the nodes is trusted not to tamper with a connection that has been greet
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
-import secrets
 import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
@@ -37,8 +34,6 @@ SILENCE_LIMIT_S = 15
 DATA, MESSAGE, END = 1, 2, 3
 _LIMITS = {DATA: FRAME_BYTES, MESSAGE: MESSAGE_LIMIT_BYTES, END: 0}
 _HEADER = struct.Struct("<IIQ")
-_MAGIC = b"RSLTRSF1"
-_NONCE_BYTES = _PROOF_BYTES = 32
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 Consumer: TypeAlias = "Callable[[memoryview], object]"
@@ -236,73 +231,14 @@ class Incoming:
         return None
 
 
-def greet_as_server(connected: socket.socket, secret: str, peer: str, limit_s: float) -> None:
-    """Raises NotAuthentic or PeerLost. A stranger costs a thread for `limit_s` at most, and no memory."""
-    deadline, nonce = time.monotonic() + limit_s, secrets.token_bytes(_NONCE_BYTES)
-    with _lost_in_greeting(peer):
-        connected.settimeout(limit_s)
-        connected.sendall(_MAGIC + nonce)
-        theirs = _receive(connected, _NONCE_BYTES, deadline)
-        proof = _receive(connected, _PROOF_BYTES, deadline)
-        if not hmac.compare_digest(proof, _proof(secret, b"client", nonce, theirs)):
-            raise NotAuthentic(f"{peer} does not know the run's secret")
-        connected.sendall(_proof(secret, b"server", nonce, theirs))
-        connected.settimeout(None)
-
-
-def greet_as_client(connected: socket.socket, secret: str, peer: str, limit_s: float) -> None:
-    """Raises NotAuthentic or PeerLost, within `limit_s`."""
-    deadline, nonce = time.monotonic() + limit_s, secrets.token_bytes(_NONCE_BYTES)
-    with _lost_in_greeting(peer):
-        if _receive(connected, len(_MAGIC), deadline) != _MAGIC:
-            raise NotAuthentic(f"{peer} is no keeper of ours: it greets otherwise")
-        theirs = _receive(connected, _NONCE_BYTES, deadline)
-        connected.sendall(nonce + _proof(secret, b"client", theirs, nonce))
-        try:
-            proof = _receive(connected, _PROOF_BYTES, deadline)
-        except (EOFError, ConnectionError) as error:
-            raise NotAuthentic(f"{peer} hung up on our proof: it has another run's secret, or has ended") from error
-        if not hmac.compare_digest(proof, _proof(secret, b"server", theirs, nonce)):
-            raise NotAuthentic(f"{peer} does not know the run's secret")
-        connected.settimeout(None)
-
-
-def tune(connected: socket.socket) -> None:
-    """No waiting for more to send, and a host that vanished is noticed within SILENCE_LIMIT_S."""
+def tune(connected: socket.socket, silence_limit_s: int = SILENCE_LIMIT_S) -> None:
+    """No waiting for more to send, and a host that vanished is noticed within silence_limit_s."""
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_LIMIT_S // 3)
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_LIMIT_S // 3)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, silence_limit_s // 3)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, silence_limit_s // 3)
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_LIMIT_S * 1000)
-
-
-def _receive(connected: socket.socket, count: int, deadline: float) -> bytes:
-    """So many bytes of a greeting, however they trickle in, until the deadline."""
-    received = b""
-    while len(received) < count:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("the greeting took too long")
-        connected.settimeout(left_s)
-        part = connected.recv(count - len(received))
-        if not part:
-            raise EOFError("it closed the connection")
-        received += part
-    return received
-
-
-@contextlib.contextmanager
-def _lost_in_greeting(peer: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError) as error:
-        raise PeerLost(f"{peer} was lost while greeting: {error}") from error
-
-
-def _proof(secret: str, role: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
-    """The role keeps a proof from being sent back as one's own."""
-    return hmac.digest(secret.encode(), _MAGIC + role + server_nonce + client_nonce, "sha256")
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_limit_s * 1000)
 
 
 def _seed(kind: int) -> int:

@@ -15,9 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
+from .greeting import Door, greet_as_client
 from .stream import (
     END,
     MESSAGE,
+    SILENCE_LIMIT_S,
     Buffer,
     Consumer,
     Incoming,
@@ -29,8 +31,6 @@ from .stream import (
     TransferError,
     TransferRefused,
     Wire,
-    greet_as_client,
-    greet_as_server,
     tune,
 )
 
@@ -49,9 +49,6 @@ __all__ = [
 Address: TypeAlias = "tuple[str, int]"
 Fields: TypeAlias = "dict[str, Any]"
 
-GREETING_LIMIT_S = 3.0
-STRANGERS_LIMIT = 32
-"""How many connections may be in their greeting at once; more are hung up on."""
 _REASON_LIMIT = 4000
 
 
@@ -95,31 +92,34 @@ class Server:
     serve(request, stream) -> reply, called in those threads, at the same time for several connections. Requests
         and replies are small JSON objects. A ValueError or KeyError refuses the request, with its text; any
         other exception is a bug: it ends the connection and goes to `threading.excepthook`.
+    left(peer): called where a greeted connection has ended, unless by `close`; peer as in `Stream`.
+    silence_limit_s: how long a peer's host may acknowledge nothing.
     counts: what went wrong so far, by kind: "not greeted", "too many strangers", "broken", "accept failed".
     """
 
-    def __init__(self, ip: str, secret: str, serve: Serve) -> None:
-        self._secret = secret
+    def __init__(
+        self,
+        ip: str,
+        secret: str,
+        serve: Serve,
+        left: Callable[[str], None] = lambda peer: None,
+        silence_limit_s: int = SILENCE_LIMIT_S,
+    ) -> None:
         self._serve = serve
+        self._left = left
+        self._silence_limit_s = silence_limit_s
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._live: dict[threading.Thread, socket.socket] = {}
-        self._strangers = threading.BoundedSemaphore(STRANGERS_LIMIT)
         self.counts: Counter[str] = Counter()
-        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-        self._listener = socket.create_server((ip, 0), family=family, backlog=128)
-        self.address: Address = self._listener.getsockname()[:2]
-        self._thread = threading.Thread(target=self._accept, name="transfer accept", daemon=True)
-        self._thread.start()
+        self._door = Door(ip, secret, self._enter, self._count)
+        self.address: Address = self._door.address
 
     def close(self, limit_s: float = 10.0) -> None:
         """End all connections and threads. Only a `serve` that waits for something else may outlast the limit."""
         deadline = time.monotonic() + limit_s
         self._closing.set()
-        with contextlib.suppress(OSError):  # closed before
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(limit_s)
-        self._listener.close()
+        self._door.close(limit_s)
         with self._lock:
             threads = list(self._live)
             for connected in self._live.values():
@@ -128,51 +128,30 @@ class Server:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _accept(self) -> None:
-        while not self._closing.is_set():
-            try:
-                connected, address = self._listener.accept()
-            except OSError:
-                if not self._closing.wait(0.1):  # out of descriptors, or the like: it may pass
-                    self._count("accept failed")
-                continue
-            if not self._strangers.acquire(blocking=False):
-                self._count("too many strangers")
-                connected.close()
-                continue
-            peer = f"{address[0]}:{address[1]}"
-            thread = threading.Thread(target=self._hold, args=(connected, peer), name=f"transfer {peer}", daemon=True)
-            with self._lock:
-                self._live[thread] = connected
-            try:
-                thread.start()
-            except RuntimeError:  # no more threads; it may pass
-                self._count("accept failed")
-                self._strangers.release()
-                self._forget(thread)
+    def _enter(self, connected: socket.socket, peer: str) -> None:
+        thread = threading.Thread(target=self._hold, args=(connected, peer), name=f"transfer {peer}", daemon=True)
+        with self._lock:
+            self._live[thread] = connected
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads; it may pass
+            self._count("accept failed")
+            self._forget(thread)
 
     def _hold(self, connected: socket.socket, peer: str) -> None:
         try:
-            if self._greet(connected, peer):
-                self._answer_all(Wire(connected, peer))
+            with contextlib.suppress(OSError):  # it has gone already, which shows where it is read
+                tune(connected, self._silence_limit_s)
+            self._answer_all(Wire(connected, peer))
         finally:
             self._forget(threading.current_thread())
+            if not self._closing.is_set():
+                self._left(peer)
 
     def _forget(self, thread: threading.Thread) -> None:
         """Under the lock, so that `close` can't shut down a descriptor that is somebody else's by now."""
         with self._lock:
             self._live.pop(thread).close()
-
-    def _greet(self, connected: socket.socket, peer: str) -> bool:
-        try:
-            greet_as_server(connected, self._secret, peer, GREETING_LIMIT_S)
-            tune(connected)
-        except (TransferError, OSError):
-            self._count("not greeted")
-            return False
-        finally:
-            self._strangers.release()
-        return True
 
     def _answer_all(self, wire: Wire) -> None:
         try:
@@ -207,7 +186,9 @@ class Connection:
         self._turn = threading.Lock()
 
     @classmethod
-    def open(cls, address: Address, secret: str, limit_s: float, peer: str = "") -> Connection:
+    def open(
+        cls, address: Address, secret: str, limit_s: float, peer: str = "", silence_limit_s: int = SILENCE_LIMIT_S
+    ) -> Connection:
         """Connect and greet, within limit_s each.
 
         peer: who is there, for messages, e.g. "the keeper of node a".
@@ -220,7 +201,7 @@ class Connection:
             raise PeerLost(f"{name} can't be reached: {error}") from error
         try:
             greet_as_client(connected, secret, name, limit_s)
-            tune(connected)
+            tune(connected, silence_limit_s)
         except BaseException:
             connected.close()
             raise

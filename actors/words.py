@@ -12,6 +12,8 @@ import struct
 import time
 from pathlib import Path
 
+from .folders import make_private
+
 ACTIVITIES = ("starting", "computing", "waiting", "paused", "ended")
 _LAYOUT = struct.Struct("<qqqqd")
 """Work counter, activity, step, generation, longest time between two movements in seconds."""
@@ -22,8 +24,8 @@ class Words:
     """The rank's side."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        make_private(path.parent)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         os.ftruncate(descriptor, _BYTES)
         self._map = mmap.mmap(descriptor, _BYTES)
         os.close(descriptor)

@@ -21,8 +21,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors import launch
-from actors.folders import process_stat, recorded_process
-from actors.keeper import is_stopped
+from actors.folders import home
+from actors.processes import is_stopped, opened, process_stat, send_signal
 from snapshot.arena import SlotError, SlotView, find_slots
 
 from .cutting import cut_between
@@ -153,6 +153,9 @@ class Victim:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError as error:
             raise NotNow("it has ended meanwhile") from error
+        if not _is_actor(pid, ""):
+            os.close(pidfd)
+            raise NotNow("it has ended meanwhile")
         with self._lock:
             self._stopped[pidfd] = timer = threading.Timer(stop_s, self._continue, (pidfd,))
         _signal(pidfd, signal.SIGSTOP)
@@ -189,7 +192,7 @@ class Victim:
             raise NotNow(f"the parent of the keeper of node {node[:8]} is no raylet")
         victims = [*raylet.children(recursive=True), raylet]
         end_at_once(victims)
-        forget_memory(f"{view['memory']}/resilient", node)
+        forget_memory(str(home(view["memory"])), node)
         return len(victims)
 
 
@@ -215,8 +218,7 @@ def end_at_once(processes: Iterable[psutil.Process]) -> None:
     victims = list(processes)
     for sign in (signal.SIGSTOP, signal.SIGKILL):
         for process in victims:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(sign)
+            send_signal(process, sign)
     psutil.wait_procs(victims, timeout=END_LIMIT_S)
 
 
@@ -256,24 +258,20 @@ def _flip(path: Path, offset: int, bit: int) -> None:
 @contextlib.contextmanager
 def _standing_still(record: Path) -> Iterator[None]:
     """The recorded process does nothing within it."""
-    pid = recorded_process(record)
-    pidfd = None
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid) if pid is not None else None
-    if pid is None or pidfd is None or is_stopped(pid):
-        yield
-        return
-    try:
-        _signal(pidfd, signal.SIGSTOP)
-        deadline = time.monotonic() + STOP_LIMIT_S
-        while not is_stopped(pid) and process_stat(pid):
-            if time.monotonic() > deadline:
-                raise NotNow(f"process {pid} could not be stopped")
-            time.sleep(0.001)
-        yield
-    finally:
-        _signal(pidfd, signal.SIGCONT)
-        os.close(pidfd)
+    with opened(record) as process:
+        if process is None or is_stopped(process.pid):
+            yield
+            return
+        try:
+            process.send(signal.SIGSTOP)
+            deadline = time.monotonic() + STOP_LIMIT_S
+            while not is_stopped(process.pid) and process_stat(process.pid):
+                if time.monotonic() > deadline:
+                    raise NotNow(f"process {process.pid} could not be stopped")
+                time.sleep(0.001)
+            yield
+        finally:
+            process.send(signal.SIGCONT)
 
 
 def _signal(pidfd: int, sign: signal.Signals) -> None:

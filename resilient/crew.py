@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -89,7 +88,7 @@ class Processes:
 
     def kill(self, number: int) -> None:
         if number in self._pipes:
-            os.kill(self.all[number].pid, signal.SIGKILL)
+            self.all[number].kill()
 
     def close(self) -> None:
         for process in self.all.values():
@@ -254,12 +253,12 @@ def _rank(pipe: Connection, number: int, task: Task) -> None:
         task.begin(number)
     import torch
 
-    from actors.group import open_store
+    from actors.group_store import GroupStoreServer
 
     from .member import Member
 
     torch.set_num_threads(task.threads)
-    tell, store = teller(pipe), open_store(HOST)
+    tell, store = teller(pipe), GroupStoreServer(HOST, SECRET)
     host: Any = SimpleNamespace(
         key="crew/1",
         member=number,
@@ -268,7 +267,7 @@ def _rank(pipe: Connection, number: int, task: Task) -> None:
         ip=HOST,
         words=SimpleNamespace(moved=lambda *_: None, activity=lambda *_: None),
         store=store,
-        store_port=int(store.port),
+        store_port=store.port,
         reach_port=0,
         tell=tell,
         tell_at_last=tell,

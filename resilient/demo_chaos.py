@@ -5,7 +5,6 @@ A thread beside the driver watches the run and strikes at a moment drawn from a 
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import threading
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from actors.processes import opened_pid
 
 from .demo_cluster import LocalCluster
 from .demo_result import unanswered
@@ -127,8 +128,10 @@ class Chaos(threading.Thread):
         self._watch.until(lambda news: news["step"] >= 2)
         rank, (member, node) = self._random.choice(list(enumerate(self._seated())))
         pid = self._ask(f"rank/{member}", "process")
-        step = self._within_step(KILL_AT)
-        os.kill(pid, signal.SIGKILL)
+        with opened_pid(pid) as process:
+            step = self._within_step(KILL_AT)
+            if process is not None:
+                process.send(signal.SIGKILL)
         self._done("kill", step, node, f"SIGKILL to rank {rank} (process {pid})", member=member, pid=pid)
 
     def _lose_node(self) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from actors.processes import send_signal
+
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "dashboard_port": 0}
@@ -129,8 +131,7 @@ def with_descendants(processes: Iterable[psutil.Process]) -> list[psutil.Process
 def end(processes: Sequence[psutil.Process]) -> None:
     """Kill them all at once, and wait until they are gone."""
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+        send_signal(process, signal.SIGKILL)
     psutil.wait_procs(processes, timeout=END_LIMIT_S)
 
 

@@ -83,7 +83,7 @@ def facts(node: str, object_store_bytes: int, memory: str = MEMORY, sweep: bool 
 
     from snapshot import codec
 
-    runs = Path(memory) / "resilient"
+    runs = folders.home(memory)
     swept = folders.sweep(runs) if sweep else []
 
     disk = shutil.disk_usage(memory) if Path(memory).is_dir() else None

@@ -372,6 +372,7 @@ class Member:
     def connect(self, plan: Plan, rank: int, waits: Waits) -> Group:
         return Group(
             store=(plan.store.host, plan.store.port),
+            secret=self._host.secret,
             host=self._host.ip,
             prefix=f"{self._host.key}/{plan.generation}",
             rank=rank,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.folders import OWNER, Leftover, own
+from actors.folders import OWNER, Leftover, home, own
 from resilient import doctor
 from resilient.cli_output import in_byte_count
 from resilient.doctor import PACKAGES, Cluster, Finding, NodeFacts, judge
@@ -89,7 +89,7 @@ def test_what_runs_that_are_gone_have_left_in_memory_is_listed() -> None:
 
 
 def test_it_is_swept_when_asked(tmp_path: Path) -> None:
-    folder = tmp_path / "resilient" / "gpt-1-aaaa"
+    folder = home(str(tmp_path)) / "gpt-1-aaaa"
     own(folder, 5.0)
     (folder / "slot").write_bytes(bytes(1 << 20))
     (folder / OWNER).write_text("1 0")

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from actors.group import Group, open_store
+from actors.group import Group
+from actors.group_store import GroupStoreServer
 from resilient.core import planner
 from resilient.core.plan import Address, Place, Plan
 from resilient.core.tree import Node, fold_order, leaf, owned, roots, split
@@ -154,13 +155,19 @@ def test_any_order_of_leaves_gives_the_same_bits(absent: float, frozen_after: in
 
 def run_ranks(leaves: list[list[int]], micro_batches: int, absent: float, fast: bool = False) -> list[Payload]:
     values = [example(n, absent) for n in range(micro_batches)]
-    store = open_store("127.0.0.1")
+    store = GroupStoreServer("127.0.0.1", "secret")
     plan = plan_of(leaves, micro_batches, Address(host="127.0.0.1", port=store.port))
     results: dict[int, Payload] = {}
 
     def one(rank: int) -> None:
         group = Group(
-            store=("127.0.0.1", store.port), host="127.0.0.1", prefix="t", rank=rank, size=plan.size, device=CPU
+            store=("127.0.0.1", store.port),
+            secret="secret",
+            host="127.0.0.1",
+            prefix="t",
+            rank=rank,
+            size=plan.size,
+            device=CPU,
         )
         sums = PartialSums(micro_batches, Pool(LAYOUT, CPU))
         for index in plan.leaves[rank]:
@@ -185,6 +192,7 @@ def run_ranks(leaves: list[list[int]], micro_batches: int, absent: float, fast: 
         thread.start()
     for thread in threads:
         thread.join(60)
+    store.close()
     assert len(results) == plan.size
     if not fast:
         for result in results.values():

@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.folders import record_process
-from actors.keeper import is_stopped
+from actors.processes import is_stopped, record_process
 from resilient.chaos import NotNow, corrupt, end_at_once
 from resilient.cutting import cut_between
 from resilient.faults import KINDS, Kind, Seat, Seen, choose, kinds_from, possible

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import random
 import signal
 import socket
@@ -18,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
+from actors import greeting
 from actors import stream as wires
-from actors import transfer
 from actors.transfer import (
     Connection,
     NotAuthentic,
@@ -297,7 +298,7 @@ def test_a_server_with_a_wrong_secret() -> None:
         def pretend() -> None:
             connected, _ = listener.accept()
             with connected:
-                connected.sendall(wires._MAGIC + bytes(32))
+                connected.sendall(greeting._MAGIC + bytes(32))
                 proof = connected.recv(64, socket.MSG_WAITALL)
                 connected.sendall(proof[32:])  # reflected: it has none of its own
 
@@ -338,7 +339,7 @@ def test_garbage_at_the_port(server: Server, seed: int) -> None:
 
 
 def test_strangers_that_say_nothing_are_hung_up_on(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "GREETING_LIMIT_S", 0.1)
+    monkeypatch.setattr(greeting, "GREETING_LIMIT_S", 0.1)
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(socket.create_connection(server.address)) for _ in range(100)]
         for each in silent:
@@ -350,21 +351,55 @@ def test_strangers_that_say_nothing_are_hung_up_on(server: Server, monkeypatch: 
     assert_serves(server)
 
 
-def test_a_trickling_stranger_has_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = socket.socketpair()
-    stop = threading.Event()
+def test_a_trickling_stranger_has_no_more_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting, "GREETING_LIMIT_S", 0.3)
+    with socket.create_connection(server.address) as stranger, pytest.raises(ConnectionError):
+        for _ in range(60):  # a proof ends at 64
+            stranger.send(b"x")
+            time.sleep(0.1)
+    assert server.counts == {"not greeted": 1}
 
-    def trickle() -> None:
-        with contextlib.suppress(OSError):
-            while not stop.wait(0.02):
-                theirs.send(b"x")
 
-    thread = threading.Thread(target=trickle)
-    thread.start()
-    with ours, theirs, soon(PeerLost, "too long|timed out"):
-        wires.greet_as_server(ours, "secret", "stranger", 0.2)
-    stop.set()
-    thread.join()
+def test_a_greeting_may_come_in_pieces(server: Server) -> None:
+    with socket.create_connection(server.address) as peer:
+        peer.settimeout(LIMIT_S)
+        nonce = peer.recv(40, socket.MSG_WAITALL)[8:]
+        hello = bytes(32) + greeting._proof("secret", b"client", nonce, bytes(32))
+        for start in range(0, 64, 20):
+            peer.send(hello[start : start + 20])
+            time.sleep(0.02)
+        assert peer.recv(32, socket.MSG_WAITALL) == greeting._proof("secret", b"server", nonce, bytes(32))
+
+
+def test_silent_strangers_shut_no_peer_out(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(greeting.STRANGERS_LIMIT + 50):
+            stack.enter_context(socket.create_connection(server.address))
+        threads = threading.active_count()
+        assert_serves(server)
+        assert threading.active_count() <= threads + 1, "strangers have no threads"
+        assert len(server._door._strangers) <= greeting.STRANGERS_LIMIT
+        assert server.counts["too many strangers"] >= 50
+
+
+def test_whoever_knocks_most_often_makes_room(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        rare = socket.create_connection(server.address, source_address=("127.0.0.2", 0))
+        stack.enter_context(rare)
+        for _ in range(greeting.STRANGERS_LIMIT + 50):
+            stack.enter_context(socket.create_connection(server.address))
+        until(lambda: server.counts["too many strangers"] >= 51)
+        assert any(stranger.host == "127.0.0.2" for stranger in server._door._strangers)
+
+
+def test_the_end_of_a_greeted_connection_is_told() -> None:
+    gone: queue.Queue[str] = queue.Queue()
+    server = Server("127.0.0.1", "secret", lambda request, stream: {"you": stream.peer}, gone.put)
+    socket.create_connection(server.address).close()
+    with contextlib.closing(Connection.open(server.address, "secret", LIMIT_S)) as connection:
+        peer = connection.request({})["you"]
+    assert gone.get(timeout=LIMIT_S) == peer and gone.empty()
+    server.close()
 
 
 def test_nobody_there() -> None:
@@ -511,7 +546,7 @@ def test_a_server_closes_whatever_goes_on(keeper: Keeper) -> None:
     stranger = socket.create_connection(server.address)
     for thread in uses:
         thread.start()
-    until(lambda: len(server._live) == 5 and len(opened) == 3)
+    until(lambda: len(server._live) == 4 and len(opened) == 3)
     begun = time.monotonic()
     server.close()
     assert time.monotonic() - begun < SOON_S

@@ -105,7 +105,7 @@ def test_a_keeper_tells_why_it_cannot_begin(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(keeper.ray, "get", lambda answer, timeout: None)
     (tmp_path / "file").touch()
     spec = KeeperSpec(
-        key="gpt/1", node="n", folder=f"{tmp_path}/file/x", secret="s", incarnation=7, beat_s=1.0, lease_s=1.0
+        key="gpt/1", node="n", folder=f"{tmp_path}/file/x/y", secret="s", incarnation=7, beat_s=1.0, lease_s=1.0
     )
     controller: Any = SimpleNamespace(hear=SimpleNamespace(remote=told.extend))
     with pytest.raises(OSError, match="can't be made"):
