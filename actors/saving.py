@@ -100,6 +100,8 @@ class Saving:
         self._tries: dict[SnapshotKey, int] = {}
         self._newest_done: SnapshotKey | None = None
         self._pending: _Pending | None = None
+        self._others: set[str] = set()
+        """Runs that write to the same place, as has been said."""
 
     def turn(self) -> bool:
         """Do what there is to do now. Whether nothing is left to be made durable. Raises GivenUp."""
@@ -145,7 +147,7 @@ class Saving:
         if 0 in slots:
             if self._pending is not None:
                 self._count(f"{self._pending.key}: the next was due before other nodes had written their shards")
-            folder = folder_of(key.attempt, key.branch, key.step, key.generation, self._spec.token)
+            folder = folder_of(self._spec.run, key.attempt, key.branch, key.step, key.generation, self._spec.token)
             self._pending = _Pending(key, Lineage(branches=ring.branches), folder, self._first_seen[key])
         self._finished_writing(key)
 
@@ -192,9 +194,11 @@ class Saving:
             took_s=time.monotonic() - pending.seen_at,
         )
         try:
-            store.prune(
-                self._storage(), self._spec.keep, attempt=pending.key.attempt, token=self._spec.token, verified=None
-            )
+            attempt, token = pending.key.attempt, self._spec.token
+            store.prune(self._storage(), self._spec.keep, run=self._spec.run, attempt=attempt, token=token)
+            for other in sorted(store.other_runs(self._storage(), self._spec.run) - self._others):
+                self._others.add(other)
+                self._count(store.also_there(self._spec.url, other))
         except StorageError as error:
             self._count(f"old checkpoints could not be removed: {error}")
 

@@ -361,7 +361,7 @@ class Controller:
                 self._ask_keepers(instruction)
             case LookAtStorage(asked=asked):
                 assert self._job.settings.checkpoint is not None
-                look(self._job.settings.checkpoint, asked, self._events.put)
+                look(self._job.settings.checkpoint, self._job.settings.name, asked, self._events.put)
             case SendPlan(member=member, plan=plan):
                 if member in self._workers.ranks:
                     self._workers.ranks[member].deliver.remote(plan)

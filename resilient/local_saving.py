@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -21,6 +22,7 @@ from snapshot.manifests import folder_of
 from snapshot.slot import SlotHead, chunk_sums
 from snapshot.table import StateTable
 
+from .checkpoints import first_attempt, to_resume
 from .core.plan import first_branch
 from .core.saves import Saves
 from .errors import RunLost
@@ -34,10 +36,12 @@ class LocalSaving:
     def __init__(self, checkpoint: Checkpoint, run: str) -> None:
         self._checkpoint, self._run = checkpoint, run
         self._files = open_files(checkpoint.url, allow_memory=True)
-        self._attempt = store.newest_attempt(self._files) + 1
+        self._attempt = first_attempt(checkpoint, run, self._files)
         self._token = secrets.token_hex(4)
         self._saves = Saves(every_steps=checkpoint.every_steps, every_s=checkpoint.every_s)
         self._lineage = first_branch()
+        self._others: set[str] = set()
+        """Runs that write to the same place, as has been said."""
         self._newest = 0
         """The step of the newest state that is on storage, or was gone on from."""
         self._whole: tuple[int, StateTable] | None = None
@@ -51,14 +55,16 @@ class LocalSaving:
         if wanted == "never":
             return 0, ()
         step = wanted if isinstance(wanted, int) else None
-        found = store.newest(self._files, step=step)
-        if found is None or found.manifest is None:
+        found = to_resume(self._checkpoint, self._run, self._files, step)
+        if found is None:
             if step is None:
                 return 0, ()
             raise RunLost(f"resume={step}: there is no complete checkpoint of step {step} in {self._checkpoint.url}")
-        load(objects, fetch_stored(self._checkpoint.url, found.folder))
-        self._lineage, self._newest = found.manifest.lineage, found.key.step
-        return found.key.step, self._lineage.skipped
+        url, one = found
+        assert one.manifest is not None
+        load(objects, fetch_stored(url, one.folder))
+        self._lineage, self._newest = one.manifest.lineage, one.key.step
+        return one.key.step, self._lineage.skipped
 
     def boundary(self, step: int, last_step: int | None, objects: Mapping[str, object]) -> None:
         """The state at the start of `step` stands."""
@@ -116,7 +122,10 @@ class LocalSaving:
         view, token = memoryview(self._payload).toreadonly(), self._token
         sums, level = chunk_sums(view, head), self._checkpoint.level
         store.write_shard(self._files, token=token, head=head, payload=view, sums=sums, compression=level)
-        folder = folder_of(head.attempt, head.branch, step, head.generation, token)
+        folder = folder_of(head.run, head.attempt, head.branch, step, head.generation, token)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         store.commit(self._files, folder, lineage=self._lineage, saved_at=now)
-        store.prune(self._files, self._checkpoint.keep, attempt=self._attempt, token=token)
+        store.prune(self._files, self._checkpoint.keep, run=self._run, attempt=self._attempt, token=token)
+        for other in sorted(store.other_runs(self._files, self._run) - self._others):
+            self._others.add(other)
+            print(f"resilient: {store.also_there(self._checkpoint.url, other)}", file=sys.stderr)
