@@ -25,7 +25,7 @@ from snapshot.arena import SlotError, SlotView
 from snapshot.core.branches import Lineage
 from snapshot.core.inventory import SnapshotKey
 from snapshot.core.manifest import Manifest
-from snapshot.files import Files, StorageError, open_files
+from snapshot.files import Files, open_files
 from snapshot.manifests import folder_of
 
 LATE_S = 10.0
@@ -141,7 +141,9 @@ class Saving:
                     compression=self._spec.level,
                     pause=self._pause,
                 )
-        except (StorageError, SlotError) as error:
+        except GivenUp:
+            raise
+        except Exception as error:  # noqa: BLE001  an unforeseen one too: training waits for its slot
             self._failed(key, error)
             return
         if 0 in slots:
@@ -173,7 +175,7 @@ class Saving:
             self._pending = None
             self._count(f"{pending.key} could not be committed: {error}")
             return
-        except StorageError as error:
+        except Exception as error:
             manifest = None
             self._count(f"{pending.key} could not be committed: {error}")
             if self._closing.wait(PAUSE_S):
@@ -199,7 +201,7 @@ class Saving:
             for other in sorted(store.other_runs(self._storage(), self._spec.run) - self._others):
                 self._others.add(other)
                 self._count(store.also_there(self._spec.url, other))
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001  an unforeseen one too: the next tries again
             self._count(f"old checkpoints could not be removed: {error}")
 
     def _count(self, what: str) -> None:

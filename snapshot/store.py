@@ -167,10 +167,9 @@ class Found:
 
 
 def checkpoints(files: Files, run: str | None = None) -> list[Found]:
-    """All folders of checkpoints, or those of one run, the newest last. What is wrong with one is said there; shards are
-    not looked at.
+    """All folders of checkpoints, or those of one run, the newest last. What is wrong with one is said there.
 
-    Raises StorageError if the folders can't be listed.
+    Shards are not looked at. Raises StorageError if the folders can't be listed.
     """
     found = [found for found, _ in _looks(files, _keys(files, run))]
     return found if run is None else [each for each in found if each.run == run]

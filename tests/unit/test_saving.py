@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from actors import saving
+from actors import saver, saving
 from actors.ring import Ring
 from actors.saving import GivenUp, SaveNews, SaveSpec, Saving
 from actors.vault import Vault
@@ -128,8 +130,9 @@ def test_only_so_many_are_kept(saved: Callable[..., Parts]) -> None:
     assert len(store.checkpoints(open_files(str(disk)))) == 2
 
 
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), ZeroDivisionError("full of surprises")])
 def test_storage_that_fails_gives_the_slot_back_and_is_counted(
-    saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+    saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(saving, "PAUSE_S", 0.01)
     training, keeper, _ = saved()
@@ -139,7 +142,7 @@ def test_storage_that_fails_gives_the_slot_back_and_is_counted(
     whole = store.write_shard
 
     def fails(*args: Any, **kwargs: Any) -> None:
-        raise StorageError("the disk is full")
+        raise error
 
     monkeypatch.setattr(store, "write_shard", fails)
     for _ in range(6):
@@ -199,3 +202,28 @@ def test_a_process_of_its_own_does_it_for_a_keeper_and_ends_with_it(tmp_path: Pa
         vault.close()
     assert not psutil.pid_exists(second)
     assert store.newest(open_files(str(tmp_path / "disk"))) is not None
+
+
+def test_a_process_that_dies_in_the_middle_of_a_word_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where none can be started for a while: whoever waits for its checkpoints is answered in the end."""
+    monkeypatch.setattr(saver, "AGAIN_S", 0.2)
+    whole, tries = saver.Saver._start, []
+
+    def start(self: saver.Saver) -> subprocess.Popen[str]:
+        tries.append(1)
+        if len(tries) == 2:
+            raise BlockingIOError("too many processes")
+        if len(tries) > 2:
+            return whole(self)
+        word = (sys.executable, "-c", "print('{\"news\": ', end='')")
+        return subprocess.Popen(word, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(saver.Saver, "_start", start)
+    made = saver.Saver(spec_of(tmp_path / "disk"), tmp_path)
+    try:
+        made.wait_until_done()
+        assert len(tries) == 3 and made.news.failures == 2 and "another is started" in made.news.last_failure
+    finally:
+        made.close(5.0)
