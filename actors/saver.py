@@ -52,6 +52,7 @@ class Saver:
             durable=told.durable or before.durable,
             committed=told.committed + before.committed,
             failures=told.failures + before.failures,
+            unverified=told.unverified + before.unverified,
             last_failure=told.last_failure or before.last_failure,
             stored_bytes=told.stored_bytes or before.stored_bytes,
         )

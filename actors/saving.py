@@ -56,6 +56,8 @@ class SaveNews:
     durable: SnapshotKey | None = None
     committed: int = 0
     failures: int = 0
+    unverified: int = 0
+    """How often storage gave back other bytes than were written: that checkpoint is none, and older ones stay."""
     last_failure: str = ""
     stored_bytes: int = 0
     """Of the newest checkpoint."""
@@ -144,6 +146,7 @@ class Saving:
         except GivenUp:
             raise
         except Exception as error:  # noqa: BLE001  an unforeseen one too: training waits for its slot
+            self.news = replace(self.news, unverified=self.news.unverified + isinstance(error, store.NotAsWritten))
             self._failed(key, error)
             return
         if 0 in slots:

@@ -137,6 +137,7 @@ class Saved:
             "durable": newest.durable.step if newest is not None and newest.durable is not None else -1,
             "committed": sum(news.committed for news in self.news.values()),
             "failures": sum(news.failures for news in self.news.values()),
+            "unverified": sum(news.unverified for news in self.news.values()),
             "last_failure": failed[-1] if failed else "",
             "stored_bytes": newest.stored_bytes if newest is not None else 0,
         }

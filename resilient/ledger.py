@@ -78,15 +78,17 @@ class Ledger:
 
     def has_said(self, keeper: str, news: SaveNews) -> None:
         """What the user has been told of the checkpoints that this keeper writes."""
-        launch.write_key(f"{self._prefix}saved/{keeper}", f"{news.committed} {news.failures}".encode())
+        launch.write_key(
+            f"{self._prefix}saved/{keeper}", f"{news.committed} {news.failures} {news.unverified}".encode()
+        )
 
     def said(self) -> dict[str, SaveNews]:
         """The counts of what the user has been told, by keeper."""
         found = {}
         for key in launch.list_keys(f"{self._prefix}saved/"):
-            committed, failures = (launch.read_key(key) or b"0 0").split()
+            committed, failures, unverified = map(int, [*(launch.read_key(key) or b"0 0").split(), b"0"][:3])
             keeper = key.removeprefix(f"{self._prefix}saved/")
-            found[keeper] = SaveNews(committed=int(committed), failures=int(failures))
+            found[keeper] = SaveNews(committed=committed, failures=failures, unverified=unverified)
         return found
 
     def count(self, record: dict[str, Any]) -> None:

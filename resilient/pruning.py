@@ -60,7 +60,7 @@ class _Untouched:
         self._files = files
         self.url, self.lanes = files.url, files.lanes
         self.names, self.size, self.read, self.read_into = files.names, files.size, files.read, files.read_into
-        self.write, self.path = files.write, files.path
+        self.write, self.path, self.forget = files.write, files.path, files.forget
 
     def settle(self, name: str) -> None:
         pass

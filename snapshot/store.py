@@ -1,6 +1,6 @@
 """Durable checkpoints: how they come to storage, which there are, and which go.
 
-    shard of each rank     .bin, then (rank 0) skeleton.json, then the shard manifest: `write_shard`
+    shard of each rank     .bin, read back, then (rank 0) skeleton.json, then the shard manifest: `write_shard`
     all shards there       manifest.json: `commit`. From here on it is a checkpoint, and no file of it changes
     too many               manifest.json goes first, then the rest: `prune`
 
@@ -33,6 +33,7 @@ from snapshot.core.names import (
 from snapshot.core.spelling import ManifestError
 from snapshot.files import Files, Part, StorageError, in_lanes
 from snapshot.manifests import folder_of, read_manifest, read_shard, read_shards, read_skeleton
+from snapshot.reading import RottenChunk, StoredShard
 from snapshot.share import ShareParts, ahead, check_chunk
 from snapshot.slot import RottenSlot, SlotHead
 
@@ -55,7 +56,10 @@ def write_shard(
     token: of this submission, see `CheckpointKey`. payload, sums: as sealed in the slot; the payload must not change.
     compression: zstd's level, or None to store chunks as they are. pause: called between pieces; it may wait, or
         raise to give up, which leaves nothing behind.
-    Raises RottenSlot if a chunk is not what was sealed (then nothing is written that has a meaning), and StorageError.
+    A shard manifest is written only when the shard was read back as it was written: a checkpoint that is complete was
+    verified once, by those who wrote it.
+    Raises RottenSlot if a chunk is not what was sealed (then nothing is written that has a meaning), NotAsWritten, and
+    StorageError.
     """
     assert len(payload) == head.payload_bytes and len(sums) == len(head.chunks), head
     folder = folder_of(head.run, head.attempt, head.branch, head.step, head.generation, token)
@@ -77,7 +81,27 @@ def write_shard(
         files.write(f"{folder}/{SKELETON}", [skeleton])
     same = {name: getattr(head, name) for name in _SAME}
     shard = ShardManifest(**same, token=token, file=file, file_bytes=file_bytes, chunks=tuple(parts.chunks))
+    _read_back(files, f"{folder}/{file}", shard, pause)
     files.write(f"{folder}/{manifest_name}", [shard.to_bytes()])
+
+
+class NotAsWritten(StorageError):
+    """Storage has taken bytes, and gives back others."""
+
+
+def _read_back(files: Files, file: str, shard: ShardManifest, pause: Callable[[], None]) -> None:
+    stored = StoredShard(files, file, shard)
+    files.forget(file)
+    for run, _ in stored.runs(range(len(shard.chunks)), 0, shard.share_bytes):
+        pause()
+        try:
+            for _, found in stored.read_coded(run):
+                if isinstance(found, RottenChunk):
+                    raise found
+        except RottenChunk as bad:
+            raise NotAsWritten(
+                f"{files.url}/{file}: read back right after it was written, chunk {bad.number} is another: {bad}"
+            ) from bad
 
 
 def _is_written(files: Files, folder: str, head: SlotHead, there: Sequence[str]) -> bool:

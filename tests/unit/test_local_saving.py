@@ -12,8 +12,10 @@ import torch
 import resilient
 from resilient.local_saving import LocalSaving
 from snapshot import store
+from snapshot.disk import Disk
 from snapshot.files import open_files
 from tests.integration.loops import train
+from tests.shards import flip
 
 STEPS = 24
 
@@ -105,6 +107,25 @@ def test_two_that_begin_at_one_url_leave_each_other_alone(tmp_path: Path, capsys
     assert steps_at(tmp_path, "fast") == [101, 102] and steps_at(tmp_path, "slow") == [2, 3]
     assert capsys.readouterr().err.count("the run 'fast' keeps checkpoints at") == 1
     assert LocalSaving(checkpoint, "slow").resume(objects)[0] == 3
+
+
+def test_what_storage_gives_back_changed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local, objects = (
+        LocalSaving(resilient.Checkpoint(str(tmp_path), every=1, keep=1), "run"),
+        {"m": torch.nn.Linear(2, 1)},
+    )
+    local.boundary(1, None, objects)
+    rename = Disk.rename
+
+    def flips(disk: Disk, source: Path, target: Path) -> None:
+        if target.suffix == ".bin":
+            flip(source, 5, 3)
+        rename(disk, source, target)
+
+    monkeypatch.setattr(Disk, "rename", flips)
+    with pytest.raises(store.NotAsWritten, match="read back right after it was written, chunk 0"):
+        local.boundary(2, None, objects)
+    assert steps_at(tmp_path, "run") == [1]
 
 
 def test_where_to_begin_from_is_another_place(tmp_path: Path) -> None:

@@ -26,9 +26,11 @@ from snapshot import store
 from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal
 from snapshot.core.stripes import Group
+from snapshot.disk import Disk
 from snapshot.files import StorageError, open_files
 from snapshot.stored import Stored
 from snapshot.table import StateTable
+from tests.shards import flip
 from tests.unit.test_rank_snapshots import Training, wait_for
 
 
@@ -154,6 +156,38 @@ def test_storage_that_fails_gives_the_slot_back_and_is_counted(
     monkeypatch.setattr(store, "write_shard", whole)
     train_until_durable(training, keeper)
     assert keeper.news.committed > before.committed
+
+
+def test_what_storage_gives_back_changed_is_no_checkpoint_and_the_last_verified_one_stays(
+    saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "PAUSE_S", 0.01)
+    training, keeper, disk = saved(keep=1)
+    train_until_durable(training, keeper)
+    files = open_files(str(disk))
+    (good,) = store.checkpoints(files)
+    rename = Disk.rename
+
+    def flips(disk: Disk, source: Path, target: Path) -> None:
+        if target.suffix == ".bin":
+            flip(source, source.stat().st_size // 2, 3)
+        rename(disk, source, target)
+
+    before = keeper.news
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "rename", flips)
+        for _ in range(6):
+            training.step()
+            training.snapshots.gate()
+            keeper.wait_until_done()
+    assert keeper.news.unverified >= saving.TRIES and keeper.news.failures >= keeper.news.unverified
+    assert "its checksum differs" in keeper.news.last_failure and "chunk" in keeper.news.last_failure
+    assert keeper.news.committed == before.committed and [
+        each for each in store.checkpoints(files) if each.complete
+    ] == [good]
+    train_until_durable(training, keeper)
+    (newer,) = [each for each in store.checkpoints(files) if each.complete]
+    assert newer.key > good.key and Stored.open(files, newer).verify() == []
 
 
 def test_storage_that_stalls_holds_up_nothing_but_the_next_checkpoint(
