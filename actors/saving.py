@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import xxhash
+
 from actors.agenda import in_time, ordinal
 from actors.holdings import Folder
 from actors.ring import Ring
@@ -25,13 +27,16 @@ from snapshot.arena import SlotError, SlotView
 from snapshot.core.branches import Lineage
 from snapshot.core.inventory import SnapshotKey
 from snapshot.core.manifest import Manifest
-from snapshot.files import Files, open_files
+from snapshot.files import Files, StorageError, open_files
 from snapshot.manifests import folder_of
 
 LATE_S = 10.0
 """So long a snapshot may take to be protected before it is written all the same."""
-TRIES = 3
-PAUSE_S = 2.0
+TRIES, FEW_TRIES = 10, 3
+PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+"""Between tries, twice as long each time: about five minutes in all, as a throttling store may take."""
+LASTING = (FileExistsError, FileNotFoundError, NotADirectoryError)
+"""What time alone seldom mends, such as a bucket or a folder that is not there; few tries are made then."""
 COMMIT_LIMIT_S = 1800.0
 """So long the others' shards are waited for."""
 
@@ -73,6 +78,8 @@ class _Pending:
     lineage: Lineage
     folder: str
     seen_at: float
+    tries: int = 0
+    again_at: float = 0.0
 
 
 class GivenUp(Exception):
@@ -100,6 +107,8 @@ class Saving:
         self._files: Files | None = None
         self._first_seen: dict[SnapshotKey, float] = {}
         self._tries: dict[SnapshotKey, int] = {}
+        self._again_at = 0.0
+        """Before, nothing is written."""
         self._newest_done: SnapshotKey | None = None
         self._pending: _Pending | None = None
         self._others: set[str] = set()
@@ -110,9 +119,9 @@ class Saving:
         now, found = time.monotonic(), self._to_write()
         for key in sorted(found, key=in_time):
             seen_at = self._first_seen.setdefault(key, now)
-            if self._is_protected(key) or now - seen_at > LATE_S:
+            if (self._is_protected(key) or now - seen_at > LATE_S) and time.monotonic() >= self._again_at:
                 self._write(key, *found[key])
-        if self._pending is not None:
+        if self._pending is not None and now >= self._pending.again_at:
             self._commit(self._pending)
         return self._pending is None and not self._to_write()
 
@@ -157,17 +166,20 @@ class Saving:
         self._finished_writing(key)
 
     def _failed(self, key: SnapshotKey, error: Exception) -> None:
-        self._tries[key] = self._tries.get(key, 0) + 1
-        self._count(f"{key} could not be written: {error}")
-        if self._tries[key] >= TRIES or isinstance(error, SlotError):
+        tries = self._tries[key] = self._tries.get(key, 0) + 1
+        passing = isinstance(error, StorageError) and not isinstance(error.__cause__, LASTING)
+        over = tries >= (TRIES if passing else FEW_TRIES) or isinstance(error, SlotError)
+        self._count(f"{key} could not be written{', and is given up' if over else ''} (try {tries}): {error}")
+        if over:
             self._finished_writing(key)
-        elif self._closing.wait(PAUSE_S):
-            raise GivenUp
+        else:
+            self._again_at = time.monotonic() + pause_s(tries, self._spec.node)
 
     def _finished_writing(self, key: SnapshotKey) -> None:
         """With success or without."""
         self._newest_done = key
         self._tries.clear()
+        self._again_at = 0.0
         self._first_seen.clear()
         show_settled(self._path, ordinal(key))
 
@@ -178,11 +190,11 @@ class Saving:
             self._pending = None
             self._count(f"{pending.key} could not be committed: {error}")
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  an unforeseen one too: what was written may be committed yet
             manifest = None
             self._count(f"{pending.key} could not be committed: {error}")
-            if self._closing.wait(PAUSE_S):
-                raise GivenUp from error
+            pending.tries += 1
+            pending.again_at = time.monotonic() + pause_s(pending.tries, self._spec.node)
         if manifest is not None:
             self._committed(pending, manifest)
             self._pending = None
@@ -208,6 +220,7 @@ class Saving:
             self._count(f"old checkpoints could not be removed: {error}")
 
     def _count(self, what: str) -> None:
+        self._files = None  # opened anew: there may be other credentials by now
         self.news = replace(self.news, failures=self.news.failures + 1, last_failure=what)
 
     def _storage(self) -> Files:
@@ -218,6 +231,13 @@ class Saving:
     def _pause(self) -> None:
         if self._closing.is_set():
             raise GivenUp
+
+
+def pause_s(tries: int, node: str) -> float:
+    """How long to wait after so many tries have failed; each node a little longer or shorter, so that not all come at
+    once."""
+    spread = 0.75 + xxhash.xxh3_64_intdigest(f"{node} {tries}".encode()) / 2**65
+    return min(PAUSE_S * 2.0 ** (tries - 1), LONGEST_PAUSE_S) * spread
 
 
 def _now() -> str:

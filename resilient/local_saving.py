@@ -11,12 +11,13 @@ from datetime import datetime, timezone
 import torch
 import xxhash
 
+from actors.saving import pause_s
 from snapshot import store
 from snapshot.capture import capture
 from snapshot.core.branches import Branch, Lineage
 from snapshot.core.chunks import ends_within
 from snapshot.core.ranges import merged
-from snapshot.files import open_files
+from snapshot.files import StorageError, open_files
 from snapshot.load import load
 from snapshot.manifests import folder_of
 from snapshot.slot import SlotHead, chunk_sums
@@ -31,7 +32,8 @@ from .restoring import fetch_stored
 
 
 class LocalSaving:
-    """Raises ValueError for a URL that can't be used, and StorageError when storage fails: nobody else could go on."""
+    """Raises ValueError for a URL that is of no use, and StorageError when storage fails at the start or at the end. In
+    between that is said, and tried again at a later step."""
 
     def __init__(self, checkpoint: Checkpoint, run: str) -> None:
         self._checkpoint, self._run = checkpoint, run
@@ -47,6 +49,7 @@ class LocalSaving:
         self._whole: tuple[int, StateTable] | None = None
         """The state at the newest boundary: a copy, since the user's code may stop in the middle of a step."""
         self._payload = bytearray()
+        self._tries, self._again_at = 0, 0.0
 
     def resume(self, objects: Mapping[str, object]) -> tuple[int, tuple[int, ...]]:
         """Give the objects the state to go on from. The step it is of, and what to leave out of the data; 0 and
@@ -70,15 +73,23 @@ class LocalSaving:
         """The state at the start of `step` stands."""
         self._whole = step, self._copied(capture(objects))
         self._saves.last_step = last_step
-        if self._saves.is_due(step, time.monotonic()):
-            self._saves.saved(step, time.monotonic())
-            self.save_newest()
+        now = time.monotonic()
+        if self._saves.is_due(step, now) and now >= self._again_at:
+            try:
+                self.save_newest()
+            except StorageError as error:
+                self._tries += 1
+                self._again_at = time.monotonic() + pause_s(self._tries, self._run)
+                print(f"resilient: the checkpoint of step {step} is not written yet: {error}", file=sys.stderr)
+            else:
+                self._tries = 0
+                self._saves.saved(step, time.monotonic())
 
     def save_newest(self) -> None:
         """The state of the last whole step goes to storage, if it is not there."""
         if self._whole is not None and self._whole[0] > self._newest:
-            self._newest = self._whole[0]
             self._save(*self._whole)
+            self._newest = self._whole[0]
 
     def _copied(self, table: StateTable) -> StateTable:
         """The bytes go into memory that is used again at each step."""

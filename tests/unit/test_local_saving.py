@@ -109,7 +109,10 @@ def test_two_that_begin_at_one_url_leave_each_other_alone(tmp_path: Path, capsys
     assert LocalSaving(checkpoint, "slow").resume(objects)[0] == 3
 
 
-def test_what_storage_gives_back_changed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_storage_gives_back_changed_is_no_checkpoint_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("resilient.local_saving.pause_s", lambda tries, run: 0.0)
     local, objects = (
         LocalSaving(resilient.Checkpoint(str(tmp_path), every=1, keep=1), "run"),
         {"m": torch.nn.Linear(2, 1)},
@@ -123,9 +126,14 @@ def test_what_storage_gives_back_changed_is_no_checkpoint(tmp_path: Path, monkey
         rename(disk, source, target)
 
     monkeypatch.setattr(Disk, "rename", flips)
-    with pytest.raises(store.NotAsWritten, match="read back right after it was written, chunk 0"):
-        local.boundary(2, None, objects)
-    assert steps_at(tmp_path, "run") == [1]
+    local.boundary(2, None, objects)
+    why = "read back right after it was written, chunk 0"
+    assert why in capsys.readouterr().err and steps_at(tmp_path, "run") == [1]
+    with pytest.raises(store.NotAsWritten, match=why):
+        local.save_newest()
+    monkeypatch.undo()
+    local.boundary(3, None, objects)
+    assert steps_at(tmp_path, "run") == [3] and capsys.readouterr().err == ""
 
 
 def test_where_to_begin_from_is_another_place(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_only_so_many_are_kept(saved: Callable[..., Parts]) -> None:
 def test_storage_that_fails_gives_the_slot_back_and_is_counted(
     saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(saving, "PAUSE_S", 0.01)
+    monkeypatch.setattr(saving, "LONGEST_PAUSE_S", 0.01)
     training, keeper, _ = saved()
     train_until_durable(training, keeper)
     keeper.wait_until_done()
@@ -151,7 +151,7 @@ def test_storage_that_fails_gives_the_slot_back_and_is_counted(
         training.step()
         training.snapshots.gate()
         keeper.wait_until_done()
-    assert keeper.news.failures >= before.failures + saving.TRIES and "full" in keeper.news.last_failure
+    assert keeper.news.failures >= before.failures + saving.FEW_TRIES and "full" in keeper.news.last_failure
     assert keeper.news.durable == before.durable
     monkeypatch.setattr(store, "write_shard", whole)
     train_until_durable(training, keeper)
@@ -161,7 +161,7 @@ def test_storage_that_fails_gives_the_slot_back_and_is_counted(
 def test_what_storage_gives_back_changed_is_no_checkpoint_and_the_last_verified_one_stays(
     saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "PAUSE_S", 0.01)
+    monkeypatch.setattr(saving, "LONGEST_PAUSE_S", 0.01)
     training, keeper, disk = saved(keep=1)
     train_until_durable(training, keeper)
     files = open_files(str(disk))
@@ -261,3 +261,9 @@ def test_a_process_that_dies_in_the_middle_of_a_word_is_replaced(
         assert len(tries) == 3 and made.news.failures == 2 and "another is started" in made.news.last_failure
     finally:
         made.close(5.0)
+
+
+def test_pauses_grow_up_to_a_minute_and_nodes_do_not_come_at_once() -> None:
+    pauses = [saving.pause_s(tries, "a") for tries in range(1, saving.TRIES)]
+    assert pauses[0] >= 1.5 and max(pauses) <= 75.0 and 200.0 < sum(pauses) < 450.0
+    assert len({saving.pause_s(3, node) for node in "abcdef"}) == 6
