@@ -372,7 +372,7 @@ class Controller:
                 self._ask_keepers(instruction)
             case LookAtStorage(asked=asked):
                 assert self._job.settings.checkpoint is not None
-                look(self._job.settings.checkpoint, asked, self._events.put)
+                look(self._job.settings.checkpoint, self._job.settings.name, asked, self._events.put)
             case SendPlan(member=member, plan=plan):
                 self._workers.deliver([member], plan)
             case ProbeLinks(places=places):
