@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from .reachability import echo
 from .transfer import Address, Connection, Fields, Server, Stream, TransferError, TransferRefused
 
 CONNECT_LIMIT_S = 15.0
@@ -50,6 +51,8 @@ class GroupStoreServer:
         self._server.close()
 
     def _serve(self, request: Fields, stream: Stream) -> Fields:
+        if request.get("echo"):
+            return echo(stream)
         space, key = str(request["space"]), str(request["key"])
         if "bytes" in request:
             return self._set(space, key, int(request["bytes"]), stream)

@@ -24,7 +24,6 @@ from .lifeline import Lifeline
 from .notice import LeaveAsked, Notice
 from .priority import STARTING, raise_priority
 from .processes import hold_lock
-from .reachability import Reachable
 from .words import Words
 
 REPORT_EVERY_S = 0.5
@@ -78,8 +77,6 @@ class Host:
         self._controller = controller
         self._store = GroupStoreServer(self.ip, spec.secret)
         self.store_port = self._store.port
-        self._reachable = Reachable(self.ip, self.secret)
-        self.reach_port = self._reachable.port
 
     def tell(self, *messages: object) -> None:
         """Send to the controller; may be lost, so whatever matters is repeated."""

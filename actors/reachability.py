@@ -9,24 +9,10 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from .transfer import Address, Connection, Fields, Server, Stream, TransferError
+from .transfer import Address, Connection, Fields, Stream, TransferError
 
 ECHO_BYTES = 64 << 10
 AT_ONCE = 16
-
-
-class Reachable:
-    """Answers whoever tries to reach this process."""
-
-    def __init__(self, ip: str, secret: str) -> None:
-        self._server = Server(ip, secret, _echo)
-
-    @property
-    def port(self) -> int:
-        return self._server.address[1]
-
-    def close(self) -> None:
-        self._server.close()
 
 
 def unreachable(addresses: Mapping[int, Address], secret: str, limit_s: float) -> tuple[int, ...]:
@@ -47,7 +33,7 @@ def _answers(address: Address, secret: str, limit_s: float) -> bool:
     too_late.daemon = True
     too_late.start()
     try:
-        connection.request({}, send=[bytes(ECHO_BYTES)], receive_into=bytearray(ECHO_BYTES))
+        connection.request({"echo": True}, send=[bytes(ECHO_BYTES)], receive_into=bytearray(ECHO_BYTES))
     except TransferError:
         return False
     finally:
@@ -56,7 +42,8 @@ def _answers(address: Address, secret: str, limit_s: float) -> bool:
     return True
 
 
-def _echo(_: Fields, stream: Stream) -> Fields:
+def echo(stream: Stream) -> Fields:
+    """What a server answers whoever tries to reach it."""
     sent = bytearray(ECHO_BYTES)
     stream.receive_into(sent)
     stream.send([sent])

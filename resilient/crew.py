@@ -268,7 +268,6 @@ def _rank(pipe: Connection, number: int, task: Task) -> None:
         words=SimpleNamespace(moved=lambda *_: None, activity=lambda *_: None),
         store=store,
         store_port=store.port,
-        reach_port=0,
         tell=tell,
         tell_at_last=tell,
         folder=task.folder,

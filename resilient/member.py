@@ -351,7 +351,7 @@ class Member:
 
     def _probe_links(self, asked: ProbeLinks) -> None:
         others = {
-            place.member: (place.address.host, place.address.reach)
+            place.member: (place.address.host, place.address.port)
             for place in asked.places
             if place.member != self.number
         }

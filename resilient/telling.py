@@ -49,7 +49,6 @@ class Telling:
                 host=self._host.ip,
                 port=self._host.store_port,
                 post=loop.stage.post_port if loop.stage else 0,
-                reach=self._host.reach_port,
             ),
             micro_batches=loop.sums.micro_batches,
             steps=loop.steps,

@@ -30,8 +30,6 @@ class Address:
     port: int
     post: int = 0
     """Where it takes in what other stages of a pipeline send it; 0 if there are none."""
-    reach: int = 0
-    """Where it answers whoever tries to reach it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,7 +122,7 @@ def test_a_link_that_only_the_leaver_saw_break_counts() -> None:
     run.take(GenerationCreated(generation=2))
     run.report(2, 1, broken=1)
     run.now += 1.0
-    assert run.take(Tick()) == ["create 3 unplanned from 1 of (1, 2)"]
+    assert run.take(Tick()) == ["probe 2", "create 3 unplanned from 1 of (1, 2)"]
     assert run.take(GenerationCreated(generation=3)) == ["send 3 to 1", "send 3 to 2"]
     run.report(2, 3)
     assert run.report(1, 3) == []

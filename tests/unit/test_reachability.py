@@ -6,13 +6,14 @@ import contextlib
 import socket
 import threading
 
-from actors.reachability import Reachable, unreachable
+from actors.group_store import GroupStoreServer
+from actors.reachability import unreachable
 
 SECRET = "s"
 
 
 def test_who_answers_is_reached_and_who_does_not_is_named() -> None:
-    well, silent = Reachable("127.0.0.1", SECRET), socket.create_server(("127.0.0.1", 0))
+    well, silent = GroupStoreServer("127.0.0.1", SECRET), socket.create_server(("127.0.0.1", 0))
     with socket.create_server(("127.0.0.1", 0)) as found:
         closed = found.getsockname()[1]
     addresses = {7: ("127.0.0.1", well.port), 3: ("127.0.0.1", closed), 5: silent.getsockname()}
@@ -24,7 +25,7 @@ def test_who_answers_is_reached_and_who_does_not_is_named() -> None:
 
 def test_a_link_that_drops_all_but_small_packets_is_no_link() -> None:
     """The greeting passes; what is larger never comes back."""
-    well, front = Reachable("127.0.0.1", SECRET), socket.create_server(("127.0.0.1", 0))
+    well, front = GroupStoreServer("127.0.0.1", SECRET), socket.create_server(("127.0.0.1", 0))
 
     def one_way(source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):  # either end may be gone
