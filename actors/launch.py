@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray._private.state import state  # nothing public tells of drains
+from ray._private.state import state  # nothing public tells of drains, nor what is free on each node
 from ray.exceptions import ActorDiedError
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -115,15 +115,18 @@ def wait(calls: list[Any], limit_s: float) -> None:
 
 
 def capacities(resources: dict[str, float]) -> dict[str, int]:
-    """Live nodes, with the number of ranks of these resources that each could hold."""
-    found = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            total = node["Resources"]
-            wanted = {name: amount for name, amount in resources.items() if amount > 0}
-            room = [int(total.get(name, 0.0) // amount) for name, amount in wanted.items()]
-            found[node["NodeID"]] = min(room, default=1)
-    return found
+    """Live nodes, with the number of ranks of these resources that each could hold, if nobody else used it."""
+    return {node["NodeID"]: _fit(resources, node["Resources"]) for node in ray.nodes() if node["Alive"]}
+
+
+def free_now(resources: dict[str, float]) -> dict[str, int]:
+    """Nodes, with the number of ranks of these resources for which there is a place now, a moment ago."""
+    return {node: _fit(resources, free) for node, free in state.available_resources_per_node().items()}
+
+
+def _fit(resources: dict[str, float], there: dict[str, float]) -> int:
+    wanted = {name: amount for name, amount in resources.items() if amount > 0}
+    return min((int((there.get(name, 0.0) + 1e-4) // amount) for name, amount in wanted.items()), default=1)
 
 
 def lacking(resources: dict[str, float]) -> str:

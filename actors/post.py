@@ -148,7 +148,10 @@ class _Peer:
     def _send_all(self) -> None:
         try:
             while (todo := self._waiting.get()) is not None and not self._closed.is_set():
-                self._send_until_there(*todo)
+                try:
+                    self._send_until_there(*todo)
+                except Exception as error:  # noqa: BLE001  the thread's edge: the peer waits for this parcel
+                    self._post._broken(self._name, f"{todo[0]} could not be sent: {error!r}")
         finally:
             if self._connection is not None:
                 self._connection.close()

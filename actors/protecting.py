@@ -10,6 +10,7 @@ few times, with the address that the peer has by then. `actors.agenda` decides; 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from actors.agenda import TRIES, Agenda, pause_s
 from actors.holdings import Holdings, sealed_image
 from actors.links import Address, Fields, Link, Links, Stalled
 from actors.ring import Ring
-from actors.transfer import PeerLost, TransferCancelled, TransferCorrupt, TransferError, TransferRefused
+from actors.transfer import PeerLost, TransferCancelled, TransferCorrupt, TransferRefused
 from snapshot.arena import SlotError, SlotView
 from snapshot.core.inventory import SnapshotKey
 from snapshot.fields import image_fields, key_fields
@@ -122,13 +123,23 @@ class Protecting:
 
     def _turn(self) -> bool:
         """Whether there was anything to do."""
-        complete = self._look()
-        with self._lock:
-            key = self.agenda.next(time.monotonic())
-        if key is None or key not in complete:
+        key = None
+        try:
+            complete = self._look()
+            with self._lock:
+                key = self.agenda.next(time.monotonic())
+            if key is None or key not in complete:
+                return False
+            return self._protect(key, *complete[key])
+        except Exception as error:  # noqa: BLE001  the thread's edge: what comes next is protected all the same
+            self.last_failure = f"unforeseen: {error!r}"
+            if key is not None:
+                with contextlib.suppress(OSError):
+                    self._failed(key, "other", repr(error))
             return False
+
+    def _protect(self, key: SnapshotKey, ring: Ring, slots: dict[int, SlotView]) -> bool:
         self._taken_up(key)
-        ring, slots = complete[key]
         try:
             image = sealed_image(self._holdings.node, slots)
         except SlotError as error:
@@ -203,7 +214,7 @@ class Protecting:
                         attempt.settled.add(peer)
                         return
                 error: Exception = TransferRefused(f"{peer} has lost again and again what was delivered")
-            except (TransferError, SlotError) as failure:
+            except Exception as failure:  # noqa: BLE001  the thread's edge: the attempt must hear of it
                 error = failure
             tries += 1
             with self._lock:

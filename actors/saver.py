@@ -52,6 +52,7 @@ class Saver:
             durable=told.durable or before.durable,
             committed=told.committed + before.committed,
             failures=told.failures + before.failures,
+            unverified=told.unverified + before.unverified,
             last_failure=told.last_failure or before.last_failure,
             stored_bytes=told.stored_bytes or before.stored_bytes,
         )
@@ -101,23 +102,37 @@ class Saver:
     def _listen(self) -> None:
         while True:
             assert self._process.stdout is not None
-            for line in self._process.stdout:
-                self._hear(json.loads(line))
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # killed in the middle of a line
+                for line in self._process.stdout:
+                    self._hear(json.loads(line))
+            self._process.kill()
             self._process.wait()
             _close(self._process.stdout)
             _close(self._process.stdin)
-            for _ in range(int(AGAIN_S / LOOK_S)):
-                if self._closing:
-                    return
-                time.sleep(LOOK_S)
-            with self._changed:
-                if self._closing:
-                    return
-                died = f"the process that writes checkpoints has ended ({self._process.returncode}), another is started"
-                self._before = replace(self.news, failures=self.news.failures + 1, last_failure=died)
-                self._told = SaveNews()
+            died = f"the process that writes checkpoints has ended ({self._process.returncode}), another is started"
+            while not self._closing and not self._replaced(died):
+                pass
+            if self._closing:
+                return
+
+    def _replaced(self, died: str) -> bool:
+        """Whether another process could be started, after a while."""
+        for _ in range(int(AGAIN_S / LOOK_S)):
+            if self._closing:
+                return False
+            time.sleep(LOOK_S)
+        with self._changed:
+            if self._closing:
+                return False
+            self._before = replace(self.news, failures=self.news.failures + 1, last_failure=died)
+            self._told = SaveNews()
+            try:
                 self._process = self._start()
-                self._ask()
+            except OSError as error:  # no memory, or too many processes, for a while
+                self._before = replace(self._before, last_failure=f"{died}; but: {error}")
+                return False
+            self._ask()
+            return True
 
     def _hear(self, told: dict[str, Any]) -> None:
         fields = told["news"]

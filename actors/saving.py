@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import xxhash
+
 from actors.agenda import in_time, ordinal
 from actors.holdings import Folder
 from actors.ring import Ring
@@ -30,8 +32,11 @@ from snapshot.manifests import folder_of
 
 LATE_S = 10.0
 """So long a snapshot may take to be protected before it is written all the same."""
-TRIES = 3
-PAUSE_S = 2.0
+TRIES, FEW_TRIES = 10, 3
+PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+"""Between tries, twice as long each time: about five minutes in all, as a throttling store may take."""
+LASTING = (FileExistsError, FileNotFoundError, NotADirectoryError)
+"""What time alone seldom mends, such as a bucket or a folder that is not there; few tries are made then."""
 COMMIT_LIMIT_S = 1800.0
 """So long the others' shards are waited for."""
 
@@ -56,6 +61,8 @@ class SaveNews:
     durable: SnapshotKey | None = None
     committed: int = 0
     failures: int = 0
+    unverified: int = 0
+    """How often storage gave back other bytes than were written: that checkpoint is none, and older ones stay."""
     last_failure: str = ""
     stored_bytes: int = 0
     """Of the newest checkpoint."""
@@ -71,6 +78,8 @@ class _Pending:
     lineage: Lineage
     folder: str
     seen_at: float
+    tries: int = 0
+    again_at: float = 0.0
 
 
 class GivenUp(Exception):
@@ -98,17 +107,21 @@ class Saving:
         self._files: Files | None = None
         self._first_seen: dict[SnapshotKey, float] = {}
         self._tries: dict[SnapshotKey, int] = {}
+        self._again_at = 0.0
+        """Before, nothing is written."""
         self._newest_done: SnapshotKey | None = None
         self._pending: _Pending | None = None
+        self._others: set[str] = set()
+        """Runs that write to the same place, as has been said."""
 
     def turn(self) -> bool:
         """Do what there is to do now. Whether nothing is left to be made durable. Raises GivenUp."""
         now, found = time.monotonic(), self._to_write()
         for key in sorted(found, key=in_time):
             seen_at = self._first_seen.setdefault(key, now)
-            if self._is_protected(key) or now - seen_at > LATE_S:
+            if (self._is_protected(key) or now - seen_at > LATE_S) and time.monotonic() >= self._again_at:
                 self._write(key, *found[key])
-        if self._pending is not None:
+        if self._pending is not None and now >= self._pending.again_at:
             self._commit(self._pending)
         return self._pending is None and not self._to_write()
 
@@ -139,28 +152,34 @@ class Saving:
                     compression=self._spec.level,
                     pause=self._pause,
                 )
-        except (StorageError, SlotError) as error:
+        except GivenUp:
+            raise
+        except Exception as error:  # noqa: BLE001  an unforeseen one too: training waits for its slot
+            self.news = replace(self.news, unverified=self.news.unverified + isinstance(error, store.NotAsWritten))
             self._failed(key, error)
             return
         if 0 in slots:
             if self._pending is not None:
                 self._count(f"{self._pending.key}: the next was due before other nodes had written their shards")
-            folder = folder_of(key.attempt, key.branch, key.step, key.generation, self._spec.token)
+            folder = folder_of(self._spec.run, key.attempt, key.branch, key.step, key.generation, self._spec.token)
             self._pending = _Pending(key, Lineage(branches=ring.branches), folder, self._first_seen[key])
         self._finished_writing(key)
 
     def _failed(self, key: SnapshotKey, error: Exception) -> None:
-        self._tries[key] = self._tries.get(key, 0) + 1
-        self._count(f"{key} could not be written: {error}")
-        if self._tries[key] >= TRIES or isinstance(error, SlotError):
+        tries = self._tries[key] = self._tries.get(key, 0) + 1
+        passing = isinstance(error, StorageError) and not isinstance(error.__cause__, LASTING)
+        over = tries >= (TRIES if passing else FEW_TRIES) or isinstance(error, SlotError)
+        self._count(f"{key} could not be written{', and is given up' if over else ''} (try {tries}): {error}")
+        if over:
             self._finished_writing(key)
-        elif self._closing.wait(PAUSE_S):
-            raise GivenUp
+        else:
+            self._again_at = time.monotonic() + pause_s(tries, self._spec.node)
 
     def _finished_writing(self, key: SnapshotKey) -> None:
         """With success or without."""
         self._newest_done = key
         self._tries.clear()
+        self._again_at = 0.0
         self._first_seen.clear()
         show_settled(self._path, ordinal(key))
 
@@ -171,11 +190,11 @@ class Saving:
             self._pending = None
             self._count(f"{pending.key} could not be committed: {error}")
             return
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001  an unforeseen one too: what was written may be committed yet
             manifest = None
             self._count(f"{pending.key} could not be committed: {error}")
-            if self._closing.wait(PAUSE_S):
-                raise GivenUp from error
+            pending.tries += 1
+            pending.again_at = time.monotonic() + pause_s(pending.tries, self._spec.node)
         if manifest is not None:
             self._committed(pending, manifest)
             self._pending = None
@@ -192,13 +211,16 @@ class Saving:
             took_s=time.monotonic() - pending.seen_at,
         )
         try:
-            store.prune(
-                self._storage(), self._spec.keep, attempt=pending.key.attempt, token=self._spec.token, verified=None
-            )
-        except StorageError as error:
+            attempt, token = pending.key.attempt, self._spec.token
+            store.prune(self._storage(), self._spec.keep, run=self._spec.run, attempt=attempt, token=token)
+            for other in sorted(store.other_runs(self._storage(), self._spec.run) - self._others):
+                self._others.add(other)
+                self._count(store.also_there(self._spec.url, other))
+        except Exception as error:  # noqa: BLE001  an unforeseen one too: the next tries again
             self._count(f"old checkpoints could not be removed: {error}")
 
     def _count(self, what: str) -> None:
+        self._files = None  # opened anew: there may be other credentials by now
         self.news = replace(self.news, failures=self.news.failures + 1, last_failure=what)
 
     def _storage(self) -> Files:
@@ -209,6 +231,13 @@ class Saving:
     def _pause(self) -> None:
         if self._closing.is_set():
             raise GivenUp
+
+
+def pause_s(tries: int, node: str) -> float:
+    """How long to wait after so many tries have failed; each node a little longer or shorter, so that not all come at
+    once."""
+    spread = 0.75 + xxhash.xxh3_64_intdigest(f"{node} {tries}".encode()) / 2**65
+    return min(PAUSE_S * 2.0 ** (tries - 1), LONGEST_PAUSE_S) * spread
 
 
 def _now() -> str:

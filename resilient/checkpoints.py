@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +12,61 @@ from actors.saving import SaveNews, SaveSpec
 from snapshot import store
 from snapshot.core.inventory import CheckpointFound, SnapshotKey
 from snapshot.core.lifecycle import Ordinal
-from snapshot.files import open_files
+from snapshot.files import Files, open_files
 
 from .core.events import StorageSeen
 from .core.story import Happening
 from .job import Checkpoint
 
 
-def first_attempt(checkpoint: Checkpoint) -> int:
-    """The lowest number that no submission has used which has left something on this storage.
+def first_attempt(checkpoint: Checkpoint, run: str, files: Files | None = None) -> int:
+    """The lowest number that no submission of the run has used which has left something on this storage.
 
-    Raises ValueError for a URL that can't be used, StorageError if it can't be listed.
+    Raises ValueError for a URL that can't be used or is another run's, StorageError if it can't be listed.
     """
-    return store.newest_attempt(open_files(checkpoint.url)) + 1
+    files = files or open_files(checkpoint.url)
+    other = store.other_run(files, run)
+    if other is not None:
+        raise ValueError(
+            f"Checkpoint(url={checkpoint.url!r}): the run {other.run!r} keeps its checkpoints there (the newest: step "
+            f"{other.key.step}), and this run is {run!r}. To begin from its newest state write "
+            f"Checkpoint(<a folder of its own>, resume_from={checkpoint.url!r}); to go on with that run, "
+            f"name={other.run!r}; otherwise give this run another URL"
+        )
+    if checkpoint.resume_from is not None and store.newest(files, run=run) is None:
+        there = open_files(checkpoint.resume_from, allow_memory=True)
+        if store.newest(there, run=source_run(there, run)) is None:
+            raise ValueError(f"Checkpoint(resume_from={checkpoint.resume_from!r}): there is no complete checkpoint")
+    return store.newest_attempt(files, run) + 1
+
+
+def to_resume(
+    checkpoint: Checkpoint, run: str, files: Files, step: int | None = None
+) -> tuple[str, store.Found] | None:
+    """The run's newest complete checkpoint (of a step), or where it has none, that of `resume_from`; with the URL.
+
+    Raises ValueError if there are several runs' to choose from, and StorageError.
+    """
+    found = store.newest(files, step=step, run=run)
+    if found is not None:
+        return checkpoint.url, found
+    if not checkpoint.resume_from or (step is not None and store.newest(files, run=run) is not None):
+        return None
+    there = open_files(checkpoint.resume_from, allow_memory=True)
+    found = store.newest(there, step=step, run=source_run(there, run))
+    return None if found is None else (checkpoint.resume_from, found)
+
+
+def source_run(files: Files, run: str) -> str | None:
+    """Whose checkpoints to begin from: this run's own, or the only other one's."""
+    found = {each.run for each in store.checkpoints(files) if each.complete}
+    if run in found or len(found) < 2:
+        return run if run in found else None
+    names = ", ".join(map(repr, sorted(found)))
+    raise ValueError(
+        f"Checkpoint(resume_from={files.url!r}): there are checkpoints of several runs ({names}): copy the folders "
+        "of the one to begin from to a place of their own, and name that"
+    )
 
 
 def save_spec(checkpoint: Checkpoint, run: str, node: str, secret: str) -> SaveSpec:
@@ -33,27 +75,32 @@ def save_spec(checkpoint: Checkpoint, run: str, node: str, secret: str) -> SaveS
     return SaveSpec(run=run, node=node, url=checkpoint.url, keep=checkpoint.keep, level=checkpoint.level, token=token)
 
 
-def look(checkpoint: Checkpoint, asked: int, answer: Callable[[StorageSeen], object]) -> None:
-    """List what there is, in a thread of its own."""
+def look(checkpoint: Checkpoint, run: str, asked: int, answer: Callable[[StorageSeen], object]) -> None:
+    """List what there is of this run, or to begin it from, in a thread of its own."""
 
     def work() -> None:
         try:
-            found = tuple(map(_found, filter(lambda one: one.complete, store.checkpoints(open_files(checkpoint.url)))))
-            answer(StorageSeen(asked=asked, checkpoints=found))
+            answer(StorageSeen(asked=asked, checkpoints=tuple(_to_go_on_from(checkpoint, run))))
         except Exception as error:  # noqa: BLE001  the thread's edge: the controller must learn of anything
             answer(StorageSeen(asked=asked, error=f"{type(error).__name__}: {error}"))
 
     threading.Thread(target=work, name="looking at storage", daemon=True).start()
 
 
-def _found(one: store.Found) -> CheckpointFound:
+def _to_go_on_from(checkpoint: Checkpoint, run: str) -> Iterator[CheckpointFound]:
+    own = [one for one in store.checkpoints(open_files(checkpoint.url), run) if one.complete]
+    yield from (_found(one, one.key.attempt, one.folder) for one in own)
+    if not own and checkpoint.resume_from is not None:
+        there = open_files(checkpoint.resume_from)
+        for one in store.checkpoints(there, source_run(there, run)):
+            if one.complete:  # older than whatever this run makes itself
+                yield _found(one, 0, f"{checkpoint.resume_from}/{one.folder}")
+
+
+def _found(one: store.Found, attempt: int, folder: str) -> CheckpointFound:
     assert one.manifest is not None
-    key = one.key
-    return CheckpointFound(
-        key=SnapshotKey(attempt=key.attempt, branch=key.branch, step=key.step, generation=key.generation),
-        lineage=one.manifest.lineage,
-        folder=one.folder,
-    )
+    key = SnapshotKey(attempt=attempt, branch=one.key.branch, step=one.key.step, generation=one.key.generation)
+    return CheckpointFound(key=key, lineage=one.manifest.lineage, folder=folder)
 
 
 @dataclass(slots=True)
@@ -77,7 +124,7 @@ class Saved:
             more = {"step": news.durable.step, "stored_bytes": news.stored_bytes, "took_s": news.took_s}
             found.append(Happening(kind="checkpoint durable", reason=reason, more={"node": node, **more}))
         if news.failures > former.failures:
-            reason = f"node {node[:8]}: checkpoint not written: {news.last_failure}"
+            reason = f"node {node[:8]}: checkpoints: {news.last_failure}"
             found.append(Happening(kind="checkpoint failed", reason=reason, more={"node": node}))
         return found
 
@@ -90,6 +137,7 @@ class Saved:
             "durable": newest.durable.step if newest is not None and newest.durable is not None else -1,
             "committed": sum(news.committed for news in self.news.values()),
             "failures": sum(news.failures for news in self.news.values()),
+            "unverified": sum(news.unverified for news in self.news.values()),
             "last_failure": failed[-1] if failed else "",
             "stored_bytes": newest.stored_bytes if newest is not None else 0,
         }

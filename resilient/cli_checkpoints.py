@@ -15,16 +15,17 @@ import click
 import xxhash
 
 from snapshot.state_tree import Place, json_of, places
-from snapshot.store import INCOMPLETE, Found, checkpoints, newest
+from snapshot.store import INCOMPLETE, Found, checkpoints
 from snapshot.stored import BadChunk, RottenCheckpoint, Stored
 
 from .cli_output import Answer, answering, in_bytes, progress_bar, short
-from .loading import files_at, opened, selected, shown_name, whole_tree
+from .loading import files_at, found_at, opened, selected, shown_name, whole_tree
 from .pruning import pruned_at
 
 _AT = re.compile("(.*)@([0-9]{1,19})", re.DOTALL)
 _DIGEST_BYTES = 4 << 20
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+_run_option = click.option("--run", metavar="NAME", help="Whose, should several runs keep theirs at the URL.")
 
 
 @click.group("checkpoints")
@@ -42,14 +43,14 @@ def split(target: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (target, None)
 
 
-def opened_at(target: str) -> Stored:
+def opened_at(target: str, run: str | None) -> Stored:
     url, step = split(target)
-    return opened(url, step)
+    return opened(url, step, run=run)
 
 
 def words_of(found: Found) -> dict[str, Any]:
     key, manifest = found.key, found.manifest
-    words = {"folder": found.folder, "step": key.step, "branch": key.branch, "attempt": key.attempt}
+    words = {"folder": found.folder, "run": found.run, "step": key.step, "branch": key.branch, "attempt": key.attempt}
     state = "complete" if manifest else INCOMPLETE if found.why == INCOMPLETE else "bad"
     return words | {
         "saved_at": manifest.saved_at if manifest else None,
@@ -74,7 +75,9 @@ def list_command(url: str, as_json: bool) -> None:
             answer.say(f"no checkpoints at {url}")
             return
         columns = ("step", "branch", "attempt", "saved", "size", "ratio", "shards", "state")
-        answer.table(columns, map(_list_row, found), right=columns[:3] + columns[4:7])
+        several = len({each["run"] for each in found}) > 1
+        rows = (_list_row(each) + ((each["run"] or "?",) if several else ()) for each in found)
+        answer.table(columns + (("run",) if several else ()), rows, right=columns[:3] + columns[4:7])
 
 
 def _list_row(words: dict[str, Any]) -> tuple[object, ...]:
@@ -88,12 +91,13 @@ def _list_row(words: dict[str, Any]) -> tuple[object, ...]:
 
 @checkpoints_group.command("inspect")
 @click.argument("target", metavar="URL[@STEP]")
+@_run_option
 @click.option("--digests", is_flag=True, help="Also the xxh3_128 of each tensor's bytes as stored; reads all of them.")
 @_json_option
-def inspect_command(target: str, digests: bool, as_json: bool) -> None:
+def inspect_command(target: str, run: str | None, digests: bool, as_json: bool) -> None:
     """Objects, tensors and plain values of a checkpoint, and the run's lineage."""
     with answering(as_json) as answer:
-        stored = opened_at(target)
+        stored = opened_at(target, run)
         all_places = places(whole_tree(stored, everything=True))
         tensors = list(_tensors(stored, all_places))
         if digests:
@@ -178,9 +182,10 @@ def _tensor_row(tensor: dict[str, Any]) -> tuple[object, ...]:
 
 @checkpoints_group.command("verify")
 @click.argument("target", metavar="URL[@STEP]")
+@_run_option
 @click.option("--all", "every", is_flag=True, help="Every checkpoint at the URL.")
 @_json_option
-def verify_command(target: str, every: bool, as_json: bool) -> None:
+def verify_command(target: str, run: str | None, every: bool, as_json: bool) -> None:
     """Read every byte again, and list what is not as it was written."""
     with answering(as_json) as answer:
         url, step = split(target)
@@ -188,12 +193,10 @@ def verify_command(target: str, every: bool, as_json: bool) -> None:
             raise ValueError(f"{target}: --all takes a URL without @STEP")
         files = files_at(url)
         if every:
-            wanted = [each for each in checkpoints(files) if each.why != INCOMPLETE]
+            wanted = [each for each in checkpoints(files, run) if each.why != INCOMPLETE]
         else:
-            one = newest(files, step=step)
-            wanted = [one] if one is not None else []
+            wanted = [found_at(files, url, step, run)]
         if not wanted:
-            opened(url, step, files)  # says what is there instead
             raise ValueError(f"no checkpoint at {url}")
         answer.document = {"url": url, "checkpoints": [_verified(files, found) for found in wanted]}
         answer.good = all(each["ok"] for each in answer.document["checkpoints"])
@@ -237,6 +240,7 @@ def _verified(files: Any, found: Found) -> dict[str, Any]:
 @click.argument("target", metavar="URL[@STEP]")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice(["safetensors", "torch", "dcp"]), required=True)
+@_run_option
 @click.option("--names", multiple=True, metavar="PATTERN", help="Only these; as in inspect, wildcards allowed.")
 @click.option("--force", is_flag=True, help="Replace what an earlier export has left there.")
 @_json_option
@@ -244,13 +248,14 @@ def export_command(
     target: str,
     path: Path,
     form: Literal["safetensors", "torch", "dcp"],
+    run: str | None,
     names: tuple[str, ...],
     force: bool,
     as_json: bool,
 ) -> None:
     """Write a checkpoint as one file for safetensors or torch.load, or a folder for torch.distributed.checkpoint."""
     with answering(as_json) as answer:
-        stored = opened_at(target)
+        stored = opened_at(target, run)
         tree = selected(stored, names or None)
         from snapshot.export import export
 
@@ -267,13 +272,14 @@ def export_command(
 @checkpoints_group.command("diff")
 @click.argument("one", metavar="URL[@STEP]")
 @click.argument("other", metavar="URL[@STEP]")
+@_run_option
 @_json_option
-def diff_command(one: str, other: str, as_json: bool) -> None:
+def diff_command(one: str, other: str, run: str | None, as_json: bool) -> None:
     """In what two checkpoints differ. Exit status 0 if in nothing, else 1."""
     from .cli_diff import differ
 
     with answering(as_json) as answer:
-        differ(answer, opened_at(one), opened_at(other))
+        differ(answer, opened_at(one, run), opened_at(other, run))
 
 
 @checkpoints_group.command("prune")

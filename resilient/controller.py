@@ -54,6 +54,7 @@ from .core.instructions import (
     Spawn,
     TakeInventory,
 )
+from .core.occupancy import Occupancy
 from .core.plan import Plan
 from .core.story import Happening, Story
 from .departures import Departures, drain
@@ -138,6 +139,7 @@ class Controller:
             self._ledger, self._workers, self._errands, saves=saves, put=self._events.put, forget=self._forget_keeper
         )
         self._protection = Protection(settings.snapshot.parity if settings.snapshot else 0)
+        self._occupancy = Occupancy(patience_s=settings.limits.stall_s)
         self._presence = Presence(
             job=job,
             control=self._control,
@@ -148,6 +150,7 @@ class Controller:
             ending=self._ending,
             told=self._told,
             handle=self._handle,
+            occupancy=self._occupancy,
         )
         self._answer_limit_s = ANSWER_LIMIT_DETECTIONS * settings.detection_s
         self._lifelines = Lifelines(ray.util.get_node_ip_address(), job.secret, self._lifeline_lost)
@@ -287,7 +290,7 @@ class Controller:
             case Nodes():
                 for event in self._departures.noticed(fact.draining):
                     self._handle(event)
-                self._presence.listed(fact.capacities, fact.gone, fact.lacking)
+                self._presence.listed(fact, now)
             case Done():
                 fact.finish()
             case _:
@@ -354,6 +357,7 @@ class Controller:
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case Spawn(member=member, node=node):
+                self._occupancy.ordered(member, node, time.monotonic())
                 taken = End(outcome="superseded", reason=f"member {member} was started by another controller")
                 self._workers.spawn(member, node, lambda: self._ending.end(taken), self._control.membership.is_gone)
             case Kill(released=True):
@@ -368,7 +372,7 @@ class Controller:
                 self._ask_keepers(instruction)
             case LookAtStorage(asked=asked):
                 assert self._job.settings.checkpoint is not None
-                look(self._job.settings.checkpoint, asked, self._events.put)
+                look(self._job.settings.checkpoint, self._job.settings.name, asked, self._events.put)
             case SendPlan(member=member, plan=plan):
                 self._workers.deliver([member], plan)
             case ProbeLinks(places=places):
@@ -383,6 +387,7 @@ class Controller:
     def _kill(self, member: int, node: str, what: str) -> None:
         self._told.say(f"member {member} on node {node[:8]} {what}")
         self._detector.forget_rank(member)
+        self._occupancy.ended(member, node)
         self._workers.kill(member, node)
 
     def _release(self, kill: Kill) -> None:
@@ -464,6 +469,9 @@ class Controller:
             self._control.chronicle.take_up(*counted)
         self._events.put(Resumed(plans=plans, spawned=tuple(sorted(spawned.items())), gone=tuple(sorted(gone))))
         self._workers.taken_up()
+        for member, node in spawned.items():
+            if member not in gone:
+                self._occupancy.ordered(member, node, time.monotonic())
         for event in self._departures.on_record():
             self._events.put(event)
         self._told.records.resume(plans)

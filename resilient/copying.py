@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Callable
@@ -47,15 +48,22 @@ class Copy:
         """Whether nothing has written the state since."""
         return list(map(_VERSION, self.watched)) == self._versions
 
-    def run(self) -> str:
-        """Why the copy is of no use; empty if it is whole."""
+    def finish(self) -> str:
+        """Copy, and commit the slot; why the copy is of no use, empty if it is whole."""
         try:
-            if self.ready is not None:
-                self._from_device()
-            else:
-                self._on_host()
-        except RuntimeError as error:  # whatever torch says: training must not wait for this copy for ever
-            return f"copying failed: {error}"
+            why = self._run()
+            self.slot.invalidate() if why else self.slot.commit()
+        except BaseException as error:  # noqa: BLE001  whatever it is: training must not wait for this copy for ever
+            why = f"copying failed: {error!r}"
+            with contextlib.suppress(Exception):  # then it has no commit word either
+                self.slot.invalidate()
+        return why
+
+    def _run(self) -> str:
+        if self.ready is not None:
+            self._from_device()
+        else:
+            self._on_host()
         if not self.is_unchanged:
             return (
                 "the state was written while it was copied: change parameters and optimizer state only in "
@@ -83,7 +91,12 @@ class Copy:
 
     def _from_device(self) -> None:
         """On a stream of its own, beside the next step's kernels."""
-        device = self.sources[0].device
+        # An optimizer may keep some of its state on the host.
+        device = next((source.device for source in self.sources if source.device.type != "cpu"), None)
+        if device is None:
+            self.ready.synchronize()
+            self._on_host()
+            return
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             stream.wait_event(self.ready)

@@ -75,7 +75,7 @@ def _next_attempt(settings: Settings) -> int:
             if controller is not None:
                 launch.end(controller)  # orphaned: what it would still start would be in this attempt's way
     # What earlier ones have left on storage tells their numbers even when the cluster is a new one.
-    attempt = first_attempt(settings.checkpoint) if settings.checkpoint is not None else 1
+    attempt = first_attempt(settings.checkpoint, name) if settings.checkpoint is not None else 1
     while not launch.create_key(f"attempt/{name}/{attempt}", b""):
         attempt += 1
     return attempt

@@ -67,6 +67,8 @@ class Checkpoint:
     compression: zstd level, 1..22, or "none".
     resume: "auto" goes on from the newest snapshot or checkpoint that there is, "never" begins at step 0, a step
         begins with the checkpoint of exactly that step.
+    resume_from: where another run keeps its checkpoints, to begin from the newest of them as long as `url` has none of
+        this run. It is read, never written to.
     """
 
     url: str
@@ -74,12 +76,24 @@ class Checkpoint:
     keep: int = 3
     compression: int | Literal["none"] = 1
     resume: Literal["auto", "never"] | int = "auto"
+    resume_from: str | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.url, str) and self.url):
-            raise ValueError(f"Checkpoint(url={self.url!r}): is a path or a URL, such as s3://bucket/name")
-        if "://" not in self.url:  # other processes work in other folders
-            object.__setattr__(self, "url", os.path.abspath(at_home(self.url)))
+        for field in ("url", "resume_from"):
+            place = getattr(self, field)
+            if place is None and field == "resume_from":
+                continue
+            if not (isinstance(place, str) and place):
+                raise ValueError(f"Checkpoint({field}={place!r}): is a path or a URL, such as s3://bucket/name")
+            if "://" not in place:  # other processes work in other folders
+                object.__setattr__(self, field, os.path.abspath(at_home(place)))
+        if self.resume_from == self.url:
+            raise ValueError(
+                f"Checkpoint(resume_from={self.resume_from!r}): is the url itself, and that is only read: give the run "
+                "a url of its own"
+            )
+        if self.resume_from is not None and self.resume == "never":
+            raise ValueError('Checkpoint(resume="never", resume_from=...): leave out one of them')
         whole = _is_whole(self.every) and isinstance(self.every, int) and self.every >= 1
         if not whole and self.every_s is None:
             raise ValueError(

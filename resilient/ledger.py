@@ -1,7 +1,8 @@
 """What an attempt has on record in the cluster's keys: generations, ranks started, who is to leave, lines of steps.
 
-A key is created once and never overwritten, so that of two controllers only one can rule. The lines of
-steps alone outlive the attempt: the next one goes on with them.
+A key is created once and never overwritten, so that of two controllers only one can rule. The lines of steps alone
+outlive the attempt: the next one goes on with those under the highest key. A controller that was stopped, and continued
+when another one ruled, writes under a lower one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class Ledger:
     def __init__(self, job: Job) -> None:
         self._prefix = f"{job.key}/"
         self._attempt = f"attempt/{job.key}"
-        self._lineage = f"lineage/{job.settings.name}"
+        self._lineages = f"lineage/{job.settings.name}/"
+        self._lineage = f"{self._lineages}{job.attempt:09d}/"
+        self._former = f"lineage/{job.settings.name}"
+        """Where earlier versions have it."""
         self._first_attempt = job.attempt == 1
 
     def is_closed(self) -> bool:
@@ -43,7 +47,9 @@ class Ledger:
         key = self._generation(plan.generation)
         created = launch.create_key(key, plan.to_json().encode(), creator)
         if created and len(plan.branches) > 1:
-            launch.write_key(self._lineage, plan.to_json().encode())
+            newest = f"{self._lineage}{plan.generation:09d}"
+            launch.create_key(newest, plan.to_json().encode(), creator)
+            self._drop_lineages(newest)
         return created
 
     def has_generation(self, number: int) -> bool:
@@ -72,15 +78,17 @@ class Ledger:
 
     def has_said(self, keeper: str, news: SaveNews) -> None:
         """What the user has been told of the checkpoints that this keeper writes."""
-        launch.write_key(f"{self._prefix}saved/{keeper}", f"{news.committed} {news.failures}".encode())
+        launch.write_key(
+            f"{self._prefix}saved/{keeper}", f"{news.committed} {news.failures} {news.unverified}".encode()
+        )
 
     def said(self) -> dict[str, SaveNews]:
         """The counts of what the user has been told, by keeper."""
         found = {}
         for key in launch.list_keys(f"{self._prefix}saved/"):
-            committed, failures = (launch.read_key(key) or b"0 0").split()
+            committed, failures, unverified = map(int, [*(launch.read_key(key) or b"0 0").split(), b"0"][:3])
             keeper = key.removeprefix(f"{self._prefix}saved/")
-            found[keeper] = SaveNews(committed=int(committed), failures=int(failures))
+            found[keeper] = SaveNews(committed=committed, failures=failures, unverified=unverified)
         return found
 
     def count(self, record: dict[str, Any]) -> None:
@@ -106,8 +114,17 @@ class Ledger:
 
     def lineage(self) -> Lineage | None:
         """The lines of steps of earlier attempts, if there is more than one."""
-        recorded = None if self._first_attempt else launch.read_key(self._lineage)
-        return None if recorded is None else Lineage(branches=Plan.from_json(recorded.decode()).branches)
+        if self._first_attempt:
+            return None
+        keys = launch.list_keys(self._lineages) or [self._former]
+        recorded = launch.read_key(keys[-1])
+        return None if not recorded else Lineage(branches=Plan.from_json(recorded.decode()).branches)
+
+    def _drop_lineages(self, before: str) -> None:
+        """Those under lower keys."""
+        for key in launch.list_keys(self._lineages):
+            if key < before:
+                launch.delete_keys(key)
 
     def _generation(self, number: int) -> str:
         return f"{self._prefix}generation/{number:09d}"
@@ -116,4 +133,6 @@ class Ledger:
         launch.write_key(self._attempt, CLOSED)
         launch.delete_keys(self._prefix)
         if not keep_lineage:
-            launch.delete_keys(self._lineage)
+            self._drop_lineages(f"{self._lineage}~")  # not those of a later attempt
+            if launch.read_key(self._former) is not None:
+                launch.write_key(self._former, b"")

@@ -9,7 +9,7 @@ from typing import Any
 from snapshot.core.spelling import ManifestError
 from snapshot.files import Files, open_files
 from snapshot.state_tree import Tree, chosen, places, pruned, tree_of
-from snapshot.store import INCOMPLETE, checkpoints, newest
+from snapshot.store import INCOMPLETE, Found, checkpoints, newest, other_runs
 from snapshot.stored import Stored
 from snapshot.tree import Json
 
@@ -19,7 +19,13 @@ _USERS = "user:"
 """Before the names of what was given to `run.protect`; see `Run`."""
 
 
-def load(url: str, step: int | None = None, names: Iterable[str] | None = None, mapped: bool = False) -> dict[str, Any]:
+def load(
+    url: str,
+    step: int | None = None,
+    names: Iterable[str] | None = None,
+    mapped: bool = False,
+    run: str | None = None,
+) -> dict[str, Any]:
     """A checkpoint's state on CPU, compared with its checksums, as nested plain state dicts.
 
         {"model": {...}, "optimizer": {...}, "run.state": {...}}
@@ -33,12 +39,13 @@ def load(url: str, step: int | None = None, names: Iterable[str] | None = None, 
         asked for is a dict by position.
     mapped: tensors that lie uncompressed, aligned and in one shard of a local file, of a page or more, are maps of that
         file, copied on write, instead of being read into memory. The files must not be truncated meanwhile.
+    run: whose, should several keep theirs there.
     Raises ValueError if there is no such checkpoint or name, its subclass ManifestError for files that are damaged or
         of a newer version, RottenCheckpoint for bytes that are not those that were written, and StorageError.
     """
     from snapshot.state_dict import read_state  # torch
 
-    stored = opened(url, step)
+    stored = opened(url, step, run=run)
     return read_state(stored, selected(stored, names), mapped=mapped)
 
 
@@ -47,17 +54,25 @@ def files_at(url: str) -> Files:
     return open_files(url if "://" in url or not url else os.path.abspath(at_home(url)))
 
 
-def opened(url: str, step: int | None = None, files: Files | None = None) -> Stored:
+def opened(url: str, step: int | None = None, files: Files | None = None, run: str | None = None) -> Stored:
     """The newest complete checkpoint, or that of a step, ready to be read. Raises as `load`."""
     files = files or files_at(url)
-    found = newest(files, step=step)
+    return Stored.open(files, found_at(files, url, step, run))
+
+
+def found_at(files: Files, url: str, step: int | None, run: str | None) -> Found:
+    """The newest complete checkpoint, of these. Raises as `load`."""
+    found = newest(files, step=step, run=run)
     if found is None:
-        raise _missing(files, url, step)
-    return Stored.open(files, found)
+        raise _missing(files, url, step, run)
+    if run is None and (others := other_runs(files, found.run)):
+        names = ", ".join(map(repr, sorted({found.run, *others})))
+        raise ValueError(f"{url} has checkpoints of several runs ({names}): say of which, by run= or --run")
+    return found
 
 
-def _missing(files: Files, url: str, step: int | None) -> ValueError:
-    seen = checkpoints(files)
+def _missing(files: Files, url: str, step: int | None, run: str | None) -> ValueError:
+    seen = checkpoints(files, run)
     wanted = [each for each in seen if step is None or each.key.step == step]
     damaged = [each for each in wanted if not each.complete and each.why != INCOMPLETE]
     if damaged:

@@ -341,6 +341,12 @@ METRICS: tuple[Metric, ...] = (
         samples=_checkpoints("failures"),
     ),
     Metric(
+        name="resilient_checkpoint_unverified_total",
+        kind="counter",
+        about="Shards that storage gave back other than they were written. No checkpoint is made of these.",
+        samples=_checkpoints("unverified"),
+    ),
+    Metric(
         name="resilient_checkpoints_postponed_total",
         kind="counter",
         about="Steps at which a checkpoint was due while the one before was still being written.",

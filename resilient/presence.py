@@ -18,7 +18,8 @@ from actors.saving import SaveNews
 
 from .core.control import Control
 from .core.detector import Detector, Verdict, Vital
-from .core.events import Event, NodeGone, NodeSeen, NoNodeFits, RankGone
+from .core.events import Event, NodeGone, NodeSeen, NoNodeFits, RankGone, RankPending
+from .core.occupancy import Occupancy
 from .departures import Departures
 from .ending import Ending
 from .job import Job
@@ -52,6 +53,9 @@ class Nodes:
     """As the cluster lists them."""
 
     capacities: dict[str, int]
+    """How many ranks each could hold, if nobody else used it."""
+    free: dict[str, int]
+    """For how many more there is a place now."""
     gone: set[str]
     draining: dict[str, float]
     lacking: str = ""
@@ -70,6 +74,7 @@ class Presence:
     told: Told
     handle: Callable[[Event], None]
     """Takes in what follows, in the caller's thread."""
+    occupancy: Occupancy
     nodes_alive: set[str] = field(default_factory=set)
     """As the cluster lists them, which may be late."""
     _unfit: dict[str, str] = field(default_factory=dict)
@@ -80,6 +85,11 @@ class Presence:
     def beaten(self, node: str, pulses: tuple[Pulse, ...], now: float) -> None:
         self.workers.heard(node)
         self.workers.shown(node, pulses, self.control.membership.is_gone)
+        for pulse in pulses:
+            if pulse.alive:
+                self.occupancy.begun(pulse.member, node)
+            else:
+                self.occupancy.ended(pulse.member, node)
         vitals = tuple(
             Vital(
                 member=pulse.member,
@@ -121,6 +131,7 @@ class Presence:
     def _judge(self, verdict: Verdict) -> None:
         if verdict.what == "node":
             self.workers.forget_node(verdict.node)
+            self.occupancy.node_gone(verdict.node)
             self.ending.not_saving(verdict.node)
             self.protection.forget(verdict.node)
             self.handle(NodeGone(node=verdict.node, why=verdict.why, silent_s=verdict.silent_s))
@@ -143,19 +154,23 @@ class Presence:
             try:
                 now = launch.capacities(dict(self.job.settings.resources))
                 lacking = launch.lacking(dict(self.job.settings.resources)) if not any(now.values()) else ""
-                put(Nodes(now, known - set(now), launch.draining(), lacking))
+                free = launch.free_now(dict(self.job.settings.resources))
+                put(Nodes(now, free, known - set(now), launch.draining(), lacking))
                 known = set(now)
             except Exception:  # the cluster's head may be away for a while; asked again
                 log.warning("could not list the cluster's nodes", exc_info=True)
             time.sleep(SCAN_EVERY_S)
 
-    def listed(self, capacities: dict[str, int], gone: set[str], lacking: str = "") -> None:
+    def listed(self, nodes: Nodes, now: float) -> None:
         """Starts a keeper on each new node."""
         if self.ending.outcome is not None:
             return
+        capacities, gone = nodes.capacities, nodes.gone
+        lacking = nodes.lacking or _in_use(capacities, nodes.free)
         if lacking != self._lacking:
             self._lacking = lacking
             self.handle(NoNodeFits(why=lacking))
+        withdrawn = self.occupancy.withdrawn(nodes.free, now)
         drained = self.control.leaving.drained
         self.nodes_alive = {node for node, capacity in capacities.items() if capacity > 0 and node not in drained}
         for node in sorted(gone):
@@ -166,6 +181,15 @@ class Presence:
                 continue
             if node not in self.control.membership.leaving:
                 self.workers.start_keeper(node)
-            news = self.control.membership.nodes.get(node) != capacity
-            if news and node in self.detector.nodes:
-                self.handle(NodeSeen(node=node, capacity=capacity))
+            room = self.occupancy.room(node, capacity, nodes.free.get(node, capacity))
+            if self.control.membership.nodes.get(node) != room and node in self.detector.nodes:
+                self.handle(NodeSeen(node=node, capacity=room))
+        for member, node in withdrawn:
+            self.handle(RankPending(member=member, why=f"node {node[:8]} has no place for it: other jobs use it"))
+
+
+def _in_use(capacities: dict[str, int], free: dict[str, int]) -> str:
+    """Why there is no place for another rank, where nodes are large enough."""
+    if not any(capacities.values()) or any(free.get(node, 1) for node, capacity in capacities.items() if capacity):
+        return ""
+    return "all that nodes have for its ranks is in use, by this or by other jobs"

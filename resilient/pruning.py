@@ -19,20 +19,19 @@ class Fate:
 
 
 def pruned_at(files: Files, keep: int, *, dry_run: bool) -> list[Fate]:
-    """Oldest first. Nothing goes if no checkpoint is complete.
+    """Oldest first; each run's by itself. Nothing of a run goes of which no checkpoint is complete.
 
-    In the name of the run that has completed the newest one, as its keepers prune: what a later attempt, or another
-    submission of the same attempt, may still be writing stays.
+    In the name of the submission that has completed the newest one, as its keepers prune: what a later attempt, or
+    another submission of the same attempt, may still be writing stays.
     Raises ValueError, StorageError.
     """
     found = checkpoints(files)
-    complete = [each for each in found if each.complete]
-    if not complete:
-        return [_fate(each, set(), keep, found) for each in found]
-    newest = complete[-1].key
     target: Files = _Untouched(files) if dry_run else files
-    removed = prune(target, keep, attempt=newest.attempt, token=newest.token)
-    return [_fate(each, set(removed), keep, found) for each in found]
+    removed: set[str] = set()
+    for run in {each.run for each in found if each.complete}:
+        newest = [each.key for each in found if each.complete and each.run == run][-1]
+        removed.update(prune(target, keep, run=run, attempt=newest.attempt, token=newest.token))
+    return [_fate(each, removed, keep, [other for other in found if other.run == each.run]) for each in found]
 
 
 def _fate(each: Found, removed: set[str], keep: int, found: list[Found]) -> Fate:
@@ -61,7 +60,7 @@ class _Untouched:
         self._files = files
         self.url, self.lanes = files.url, files.lanes
         self.names, self.size, self.read, self.read_into = files.names, files.size, files.read, files.read_into
-        self.write, self.path = files.write, files.path
+        self.write, self.path, self.forget = files.write, files.path, files.forget
 
     def settle(self, name: str) -> None:
         pass

@@ -30,7 +30,12 @@ Wanted: TypeAlias = Ranges | Callable[[Skeleton], Ranges] | None
 
 
 def fetch_stored(url: str, folder: str, wanted: Wanted = None) -> StateTable:
-    """The state of this checkpoint. Raises StorageError, RottenCheckpoint or ManifestError."""
+    """The state of this checkpoint, in a folder of `url` or of another one that stands before its name.
+
+    Raises StorageError, RottenCheckpoint or ManifestError.
+    """
+    place, _, folder = folder.rpartition("/")
+    url = place or url
     stored = Stored.open(open_files(url, allow_memory=True), folder)
     table = _empty(stored.skeleton.to_bytes(), wanted)
     places = []

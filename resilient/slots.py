@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from snapshot.arena import NoRoom, Slot
+from snapshot.arena import Slot
 from snapshot.core.lifecycle import Lifecycle, Ordinal
 
 from .pinning import pin, unpin
@@ -81,28 +81,32 @@ class Slots:
         threading.Thread(target=self._prepare, args=(small,), name="preparing slots", daemon=True).start()
 
     def _prepare(self, numbers: list[int]) -> None:
-        for number in numbers:
+        number = numbers[0]
+        try:
+            for number in numbers:
+                self._replace(number)
+        except Exception as error:  # noqa: BLE001  the thread's edge: no memory, or what the driver says
+            self._do_without(number)
+            self._without_room(error)
+        finally:
             with self.lock:
-                if self.lifecycle.slots[number] is not None:
-                    continue
-                former, self._held[number] = self._held[number], None
-                capacity = int(self.needed_bytes * ROOM_TO_GROW) + SKELETON_GROWTH_BYTES
-                self.made += 1
-                path = self._folder / f"rank-{self._member}.slot-{self.made}"
-            if former is not None:
-                self._remove(former)
-            try:
-                slot = Slot.create(path, capacity)
-            except (NoRoom, OSError) as error:
-                self._do_without(number)
-                self._without_room(error)
-                break
-            if self._device.type == "cuda" and not pin(slot.memory):
-                self._say("the CUDA driver does not pin the memory of snapshots: copying into it is slower")
-            with self.lock:
-                self._held[number] = slot
+                self.preparing = False
+
+    def _replace(self, number: int) -> None:
         with self.lock:
-            self.preparing = False
+            if self.lifecycle.slots[number] is not None:
+                return
+            former, self._held[number] = self._held[number], None
+            capacity = int(self.needed_bytes * ROOM_TO_GROW) + SKELETON_GROWTH_BYTES
+            self.made += 1
+            path = self._folder / f"rank-{self._member}.slot-{self.made}"
+        if former is not None:
+            self._remove(former)
+        slot = Slot.create(path, capacity)
+        if self._device.type == "cuda" and not pin(slot.memory):
+            self._say("the CUDA driver does not pin the memory of snapshots: copying into it is slower")
+        with self.lock:
+            self._held[number] = slot
 
     def _do_without(self, number: int) -> None:
         """Another than those there have to be is not waited for: something is given up instead."""

@@ -372,30 +372,32 @@ class Snapshots:
     # The copying thread
 
     def _copying(self) -> None:
+        """Whatever happens to a copy, the gate opens, its slot is free or committed, and the next one is tried."""
         torch.set_num_threads(1)
         while (copy := self._jobs.get()) is not None:
-            why = copy.run()
-            copy.slot.invalidate() if why else copy.slot.commit()
+            why = copy.finish()
             with self._slots.lock:
                 self._slots.lifecycle.give_up() if why else self._slots.lifecycle.commit()
-            if not why:
-                wake_vault(self._folder, self._everywhere)
-                self._digest(copy)
+            unsaid = f"a snapshot was given up, because {why}" if why else self._tell_and_digest(copy)
             copy.done.set()
             if why:
                 self.tally.torn += 1
-                self._say(f"a snapshot was given up, because {why}")
             else:
                 self.tally.captured += 1
                 self.tally.newest = copy.ordinal.step
                 began = self._boundaries.get(copy.ordinal)
                 self.tally.mutable_s = 0.0 if began is None else time.monotonic() - began
+            if unsaid:
+                self._say(unsaid)
 
-    def _digest(self, copy: Copy) -> None:
+    def _tell_and_digest(self, copy: Copy) -> str:
+        """What went wrong with it; empty if nothing did. The snapshot is whole all the same."""
         try:
+            wake_vault(self._folder, self._everywhere)
             copy.finish_digest()
-        except RuntimeError as error:  # the ranks compare what others have
-            self._say(f"the digest of step {copy.ordinal.step} could not be made: {error}")
+        except Exception as error:  # noqa: BLE001  the thread's edge; ranks compare what others have, keepers look too
+            return f"the digest of step {copy.ordinal.step} could not be made: {error}"
+        return ""
 
     def _without_room(self, error: Exception) -> None:
         """At the start that ends the run, which asked for snapshots; a run on its way goes on without some."""

@@ -32,6 +32,11 @@ class Disk:
         """What was written is on the disk when this returns."""
         os.fsync(file)
 
+    def forget(self, file: int) -> None:
+        """What was synced of it leaves the page cache."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self, file: int) -> None:
         os.close(file)
 

@@ -62,6 +62,9 @@ class Files(Protocol):
         at_most_bytes: what it can't exceed, if that is known.
         """
 
+    def forget(self, name: str) -> None:
+        """What is read of it next comes from storage, not from this machine's memory, as far as that can be had."""
+
     def settle(self, name: str) -> None:
         """Make durable that there is a file of this name, whoever wrote it: it may have died just before that."""
 
@@ -138,6 +141,15 @@ class LocalFiles:
                 raise
         self.settle(name)
         return size
+
+    def forget(self, name: str) -> None:
+        path = self.path(name)
+        with _failures(f"{path} can't be read", missing=True):
+            file = self._disk.open(path)
+            try:
+                self._disk.forget(file)
+            finally:
+                self._disk.close(file)
 
     def settle(self, name: str) -> None:
         folder = self.path(name).parent

@@ -21,7 +21,7 @@ def read_manifest(files: Files, folder: str) -> Manifest:
     """Raises ManifestError, StorageError, or FileNotFoundError if the checkpoint isn't complete."""
     name = f"{folder}/{MANIFEST}"
     manifest = Manifest.from_bytes(_read_bounded(files, name), file=name)
-    if manifest.key.folder != folder:
+    if folder not in manifest.key.folders:
         raise ManifestError(f"{name}: it is that of {manifest.key.folder}")
     return manifest
 
@@ -31,7 +31,7 @@ def read_shard(files: Files, folder: str, rank: int, world: int) -> tuple[ShardM
     name = f"{folder}/{shard_manifest(rank, world)}"
     data = _read_bounded(files, name)
     shard = ShardManifest.from_bytes(data, file=name)
-    if (shard.key.folder, shard.rank, shard.world) != (folder, rank, world):
+    if folder not in shard.key.folders or (shard.rank, shard.world) != (rank, world):
         raise ManifestError(f"{name}: it is that of rank {shard.rank} of {shard.world} in {shard.key.folder}")
     found = files.size(f"{folder}/{shard.file}")
     if found != shard.file_bytes:
@@ -80,8 +80,9 @@ def read_skeleton(files: Files, folder: str, shards: Sequence[ShardManifest]) ->
     return skeleton
 
 
-def folder_of(attempt: int, branch: int, step: int, generation: int, token: str) -> str:
-    return CheckpointKey(attempt=attempt, branch=branch, step=step, generation=generation, token=token).folder
+def folder_of(run: str, attempt: int, branch: int, step: int, generation: int, token: str) -> str:
+    key = CheckpointKey(run=run, attempt=attempt, branch=branch, step=step, generation=generation, token=token)
+    return key.folder
 
 
 def _read_bounded(files: Files, name: str) -> bytes:

@@ -103,6 +103,9 @@ class ObjectFiles:
             raise
         return int(file.loc)
 
+    def forget(self, name: str) -> None:
+        """Nothing of it is kept here."""
+
     def settle(self, name: str) -> None:
         """What is there is durable."""
 

@@ -1,6 +1,6 @@
 """Durable checkpoints: how they come to storage, which there are, and which go.
 
-    shard of each rank     .bin, then (rank 0) skeleton.json, then the shard manifest: `write_shard`
+    shard of each rank     .bin, read back, then (rank 0) skeleton.json, then the shard manifest: `write_shard`
     all shards there       manifest.json: `commit`. From here on it is a checkpoint, and no file of it changes
     too many               manifest.json goes first, then the rest: `prune`
 
@@ -10,8 +10,10 @@ other. One that takes over from a dead one writes the same again, under the same
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import xxhash
@@ -29,8 +31,9 @@ from snapshot.core.names import (
     world_of,
 )
 from snapshot.core.spelling import ManifestError
-from snapshot.files import Files, Part, StorageError
+from snapshot.files import Files, Part, StorageError, in_lanes
 from snapshot.manifests import folder_of, read_manifest, read_shard, read_shards, read_skeleton
+from snapshot.reading import RottenChunk, StoredShard
 from snapshot.share import ShareParts, ahead, check_chunk
 from snapshot.slot import RottenSlot, SlotHead
 
@@ -53,10 +56,13 @@ def write_shard(
     token: of this submission, see `CheckpointKey`. payload, sums: as sealed in the slot; the payload must not change.
     compression: zstd's level, or None to store chunks as they are. pause: called between pieces; it may wait, or
         raise to give up, which leaves nothing behind.
-    Raises RottenSlot if a chunk is not what was sealed (then nothing is written that has a meaning), and StorageError.
+    A shard manifest is written only when the shard was read back as it was written: a checkpoint that is complete was
+    verified once, by those who wrote it.
+    Raises RottenSlot if a chunk is not what was sealed (then nothing is written that has a meaning), NotAsWritten, and
+    StorageError.
     """
     assert len(payload) == head.payload_bytes and len(sums) == len(head.chunks), head
-    folder = folder_of(head.attempt, head.branch, head.step, head.generation, token)
+    folder = folder_of(head.run, head.attempt, head.branch, head.step, head.generation, token)
     manifest_name = shard_manifest(head.rank, head.world)
     there = files.names(folder)
     if MANIFEST in there or _is_written(files, folder, head, there):
@@ -75,7 +81,27 @@ def write_shard(
         files.write(f"{folder}/{SKELETON}", [skeleton])
     same = {name: getattr(head, name) for name in _SAME}
     shard = ShardManifest(**same, token=token, file=file, file_bytes=file_bytes, chunks=tuple(parts.chunks))
+    _read_back(files, f"{folder}/{file}", shard, pause)
     files.write(f"{folder}/{manifest_name}", [shard.to_bytes()])
+
+
+class NotAsWritten(StorageError):
+    """Storage has taken bytes, and gives back others."""
+
+
+def _read_back(files: Files, file: str, shard: ShardManifest, pause: Callable[[], None]) -> None:
+    stored = StoredShard(files, file, shard)
+    files.forget(file)
+    for run, _ in stored.runs(range(len(shard.chunks)), 0, shard.share_bytes):
+        pause()
+        try:
+            for _, found in stored.read_coded(run):
+                if isinstance(found, RottenChunk):
+                    raise found
+        except RottenChunk as bad:
+            raise NotAsWritten(
+                f"{files.url}/{file}: read back right after it was written, chunk {bad.number} is another: {bad}"
+            ) from bad
 
 
 def _is_written(files: Files, folder: str, head: SlotHead, there: Sequence[str]) -> bool:
@@ -158,32 +184,40 @@ class Found:
     def complete(self) -> bool:
         return self.manifest is not None
 
+    @property
+    def run(self) -> str:
+        """Whose it is; "" if that can't be told."""
+        return self.key.run or (self.manifest.run if self.manifest is not None else "")
 
-def checkpoints(files: Files) -> list[Found]:
-    """All folders of checkpoints, the newest last. What is wrong with one is said there; the shards are not looked at.
 
-    Raises StorageError if the folders can't be listed.
+def checkpoints(files: Files, run: str | None = None) -> list[Found]:
+    """All folders of checkpoints, or those of one run, the newest last. What is wrong with one is said there.
+
+    Shards are not looked at. Raises StorageError if the folders can't be listed.
     """
-    return [_look(files, key)[0] for key in _keys(files)]
+    found = [found for found, _ in _looks(files, _keys(files, run))]
+    return found if run is None else [each for each in found if each.run == run]
 
 
-def newest_attempt(files: Files) -> int:
-    """The highest that has left a folder here, complete or not; 0 if there is none."""
-    return max((key.attempt for key in _keys(files)), default=0)
+def newest_attempt(files: Files, run: str) -> int:
+    """The highest of this run that has left a folder here, complete or not; 0 if there is none."""
+    return max((key.attempt for key in _keys(files, run)), default=0)
 
 
-def newest(files: Files, lineage: Lineage | None = None, step: int | None = None) -> Found | None:
+def newest(
+    files: Files, lineage: Lineage | None = None, step: int | None = None, run: str | None = None
+) -> Found | None:
     """The newest complete checkpoint; None if there is none.
 
-    lineage: only one on its line. step: only one of exactly this step.
+    lineage: only one on its line. step: only one of exactly this step. run: only one of this run.
     Raises StorageError if there is none, and one could not be looked at.
     """
     failure: StorageError | None = None
-    for key in reversed(_keys(files)):
+    for key in reversed(_keys(files, run)):
         if (step is not None and key.step != step) or (lineage and not lineage.holds(key.branch, key.step)):
             continue
         found, error = _look(files, key)
-        if found.complete:
+        if found.complete and run in (None, found.run):
             return found
         failure = failure or error
     if failure is not None:
@@ -191,8 +225,31 @@ def newest(files: Files, lineage: Lineage | None = None, step: int | None = None
     return None
 
 
-def prune(files: Files, keep: int, *, attempt: int, token: str, verified: str | None = None) -> list[str]:
-    """Remove what is no longer needed; the folders that are gone, oldest first.
+def other_run(files: Files, run: str) -> Found | None:
+    """The newest checkpoint of another run, whole or just begun, where this run has no whole one."""
+    other = None
+    for key in reversed(_keys(files)):
+        if key.run not in ("", run):
+            other = other or Found(folder=key.folder, key=key, manifest=None, why=INCOMPLETE)
+            continue
+        found, _ = _look(files, key)
+        if found.complete and found.run == run:
+            return None
+        other = other or (found if found.run not in ("", run) else None)
+    return other
+
+
+def other_runs(files: Files, run: str) -> set[str]:
+    """Those whose names stand in folders."""
+    return {key.run for key in _keys(files)} - {"", run}
+
+
+def also_there(url: str, other: str) -> str:
+    return f"the run {other!r} keeps checkpoints at {url} as well: each is left alone, but give every run its own URL"
+
+
+def prune(files: Files, keep: int, *, run: str, attempt: int, token: str, verified: str | None = None) -> list[str]:
+    """Remove what the run no longer needs; the folders that are gone, oldest first. Other runs' are not touched.
 
     Complete checkpoints older than the newest `keep` go, and incomplete folders that nobody completes any more: of
     lower attempts, and of this submission if it has completed a newer one. What cannot be read stays, as do those of
@@ -202,8 +259,8 @@ def prune(files: Files, keep: int, *, attempt: int, token: str, verified: str | 
     """
     if keep < 1:
         raise ValueError(f"keep: got {keep}, must be at least 1")
-    looks = [_look(files, key) for key in _keys(files)]
-    found = [each for each, _ in looks]
+    looks = _looks(files, _keys(files, run))
+    found = [each for each, _ in looks if _is_of(files, each, run)]
     complete = [each for each in found if each.complete]
     if not complete:
         for _, failure in looks:
@@ -234,8 +291,26 @@ def _tidy(files: Files, found: Found) -> None:
             files.remove(f"{found.folder}/{name}")
 
 
-def _keys(files: Files) -> list[CheckpointKey]:
-    return sorted(key for name in files.names() if (key := CheckpointKey.of_folder(name)) is not None)
+def _is_of(files: Files, found: Found, run: str) -> bool:
+    """An unfinished folder that an earlier version has written says it in a shard's manifest, if there is one."""
+    if found.run or found.why != INCOMPLETE:
+        return found.run == run
+    for name in files.names(found.folder):
+        if world_of(name) is not None:
+            with contextlib.suppress(ManifestError, FileNotFoundError):
+                file = f"{found.folder}/{name}"
+                return ShardManifest.from_bytes(files.read(file), file=file).run == run
+    return False
+
+
+def _keys(files: Files, run: str | None = None) -> list[CheckpointKey]:
+    """run: without those that another one's name stands in."""
+    found = (key for name in files.names() if (key := CheckpointKey.of_folder(name)) is not None)
+    return sorted(key for key in found if run is None or key.run in ("", run))
+
+
+def _looks(files: Files, keys: Sequence[CheckpointKey]) -> list[tuple[Found, StorageError | None]]:
+    return in_lanes(files, partial(_look, files), keys)
 
 
 def _look(files: Files, key: CheckpointKey) -> tuple[Found, StorageError | None]:

@@ -49,8 +49,10 @@ class BadChunk:
 class Stored:
     """Its manifests agree with each other, and with the lengths of its files; see `open`."""
 
-    def __init__(self, files: Files, manifest: Manifest, skeleton: Skeleton, shards: Sequence[StoredShard]) -> None:
-        self.folder = manifest.key.folder
+    def __init__(
+        self, files: Files, folder: str, manifest: Manifest, skeleton: Skeleton, shards: Sequence[StoredShard]
+    ) -> None:
+        self.folder = folder
         self.manifest = manifest
         self.skeleton = skeleton
         self._files = files
@@ -81,7 +83,7 @@ class Stored:
             if getattr(manifest, name) != getattr(shards[0], name):
                 raise ManifestError(f"{folder}/{MANIFEST}: {name}: it is another one in {entries[0].manifest}")
         stored = [StoredShard(files, f"{folder}/{shard.file}", shard) for shard in shards]
-        return cls(files, manifest, skeleton, stored)
+        return cls(files, folder, manifest, skeleton, stored)
 
     @property
     def state_bytes(self) -> int:

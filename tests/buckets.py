@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Literal
 
-Fault = Literal["error", "cut request", "cut reply", "slow"]
+Fault = Literal["error", "cut request", "cut reply", "slow", "slow down", "expired"]
+
+_REFUSALS: dict[str, tuple[str, str]] = {
+    "error": ("500 Internal Server Error", ""),
+    "slow down": ("503 Slow Down", "SlowDown"),
+    "expired": ("400 Bad Request", "ExpiredToken"),
+}
+"""The status, and the code that S3 gives with it."""
 
 _HEADERS_END = b"\r\n\r\n"
 
@@ -17,8 +24,9 @@ _HEADERS_END = b"\r\n\r\n"
 class Proxy:
     """Hands each request on, but does `fault` to the one numbered `at`, from 1, or if lasting also to all later ones.
 
-    error: 500 instead of asking the server. cut request: the connection breaks before the server has heard of it.
-    cut reply: the server has done it, the client gets half of what it says. slow: later.
+    error: 500 instead of asking the server; slow down: 503; expired: as with credentials that have expired.
+    cut request: the connection breaks before the server has heard of it. cut reply: the server has done it, the client
+    gets half of what it says. slow: later.
     """
 
     def __init__(self, port: int) -> None:
@@ -84,8 +92,8 @@ class Proxy:
             fault = self.fault if due else None
         if fault == "slow":
             time.sleep(0.02)
-        if fault == "error":
-            client.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        if fault in _REFUSALS:
+            client.sendall(_refusal(*_REFUSALS[fault]))
             return False
         if fault == "cut request":
             # Not half of it to the server: this one, unlike S3, would make an object of half a body.
@@ -95,6 +103,12 @@ class Proxy:
             reply = read_message(server, None, bodiless=request.startswith(b"HEAD "))
         client.sendall(reply[: len(reply) // 2] if fault == "cut reply" else reply)
         return fault != "cut reply"
+
+
+def _refusal(status: str, code: str) -> bytes:
+    body = f"<Error><Code>{code}</Code><Message>not now</Message></Error>".encode() if code else b""
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close"
+    return head.encode() + _HEADERS_END + body
 
 
 def with_shutdown(connection: socket.socket) -> None:

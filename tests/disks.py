@@ -117,6 +117,9 @@ class ModelDisk(Disk):
         inode = self._file(file)
         inode.durable, inode.synced = bytes(inode.now), True
 
+    def forget(self, file: int) -> None:
+        self._file(file)
+
     def close(self, file: int) -> None:
         self._living()
         del self.open_files[file]

@@ -24,7 +24,7 @@ def save(
 ) -> None:
     """All shards, the manifest, and the oldest one goes."""
     state_of(step, token=token, attempt=attempt, world=world).save(files, compression)
-    prune(files, keep=2, attempt=attempt, token=token)
+    prune(files, keep=2, run="gpt", attempt=attempt, token=token)
 
 
 def check(files: Files, least_step: int) -> int:

@@ -60,7 +60,7 @@ class State:
 
     @property
     def folder(self) -> str:
-        return folder_of(self.attempt, self.branch, self.step, self.generation, self.token)
+        return folder_of(self.run, self.attempt, self.branch, self.step, self.generation, self.token)
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -20,7 +20,9 @@ def too_few(now: Situation, ready: int) -> NeedNodes | Stay | None:
     if ready < now.limits.min_workers:
         return NeedNodes(reason=f"{ready} of at least {now.limits.min_workers} workers are ready")
     starting = bool(now.membership.everybody.values("starting"))
-    if ready < now.limits.max_workers and starting and now.waited_s < now.limits.start_together_s:
+    # Once it has run, who comes later joins for next to nothing; a standstill costs everything.
+    patience_s = now.limits.start_together_s if now.formed is None else now.limits.detection_s
+    if ready < now.limits.max_workers and starting and now.waited_s < patience_s:
         return Stay(reason="waiting for workers that are starting")
     return None
 

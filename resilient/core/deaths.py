@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .events import NodeGone, RankCrashed, RankGone
+from .events import NodeGone, RankCrashed, RankGone, RankPending
 from .failures import Crash, Failures
 from .instructions import Kill
 from .situation import needs_base
@@ -43,6 +43,11 @@ class Deaths:
         if member is not None and not member.gone:
             self._count([member], f"a rank on node {member.node[:8]}: {event.why}")
             self._declare_gone(member, event.why, event.silent_s, node_lost=False)
+
+    def rank_pending(self, event: RankPending) -> None:
+        member = self.control.membership.members.get(event.member)
+        if member is not None and member.ready is None:
+            self.let_go([member], event.why)
 
     def rank_crashed(self, event: RankCrashed) -> None:
         member = self.control.membership.members.get(event.member)

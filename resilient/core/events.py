@@ -128,6 +128,14 @@ class RankGone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankPending:
+    """The cluster has no place for this rank, which was to be started: another place is looked for."""
+
+    member: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankCrashed:
     """An error of the machine (a device or its driver) was raised: this process ends, and is replaced."""
 
@@ -237,6 +245,7 @@ Event = (
     | RankReported
     | LinksProbed
     | RankGone
+    | RankPending
     | RankCrashed
     | RankFailed
     | RankReturned

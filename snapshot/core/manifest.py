@@ -30,7 +30,7 @@ CHUNK_LIMIT_BYTES = CHUNK_ELEMENTS * MAX_ITEM_BYTES
 _DIGEST = re.compile("[0-9a-f]{32}")
 _SUM = re.compile("[0-9a-f]{16}")
 _TEXT = re.compile(r"[ -~]{1,200}")
-_KEY_FIELDS = ("attempt", "branch", "step", "generation", "token")
+_KEY_FIELDS = ("attempt", "branch", "step", "generation", "token", "run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +273,7 @@ def check_cover(shards: Sequence[ShardManifest]) -> None:
     if [shard.rank for shard in shards] != list(range(first.world)):
         raise ManifestError(f"shards: {len(shards)} are there, must be those of ranks 0..{first.world - 1}")
     for shard in shards:
-        for name in ("run", *_KEY_FIELDS, "world", "state_bytes", "skeleton", "skeleton_bytes"):
+        for name in ("run", *_KEY_FIELDS[:-1], "world", "state_bytes", "skeleton", "skeleton_bytes"):
             if getattr(shard, name) != getattr(first, name):
                 raise ManifestError(
                     f"{shard.file}: {name}: {getattr(shard, name)!r:.80}, but {getattr(first, name)!r:.80} "

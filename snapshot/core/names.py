@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MANIFEST = "manifest.json"
 SKELETON = "skeleton.json"
 
 _LIMIT = 1 << 63
-_FOLDER = re.compile(r"step-([0-9]{9,19})-b([0-9]{1,19})-a([0-9]{1,19})-g([0-9]{1,19})-([0-9a-f]{8})")
+_FOLDER = re.compile(r"step-([0-9]{9,19})-b([0-9]{1,19})-a([0-9]{1,19})-g([0-9]{1,19})-([0-9a-f]{8})(?:-(.+))?")
+_PLAIN = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_CODED = re.compile(r"=[A-Za-z0-9_-]{1,140}")
 _TOKEN = re.compile("[0-9a-f]{8}")
 _SHARD = re.compile(r"shard-([0-9]{5,9})-of-([0-9]{5,9})\.(json|bin)")
 _TEMPORARY = re.compile(r"\.[a-z0-9.-]{1,80}\.[0-9a-f]{8}\.tmp")
@@ -21,6 +24,7 @@ class CheckpointKey:
 
     token: eight hexadecimal digits, drawn anew by each submission of a job, so that two of them never write into
         the same folder, not even those of two clusters that both count attempts from 1.
+    run: the run's name; "" for a folder that an earlier version has written, whose manifests alone say it.
     """
 
     attempt: int
@@ -28,6 +32,7 @@ class CheckpointKey:
     step: int
     generation: int
     token: str
+    run: str = ""
 
     def __post_init__(self) -> None:
         for name in ("attempt", "branch", "step", "generation"):
@@ -39,7 +44,13 @@ class CheckpointKey:
 
     @property
     def folder(self) -> str:
-        return f"step-{self.step:09d}-b{self.branch}-a{self.attempt}-g{self.generation}-{self.token}"
+        front = f"step-{self.step:09d}-b{self.branch}-a{self.attempt}-g{self.generation}-{self.token}"
+        return f"{front}-{_in_folders(self.run)}" if self.run else front
+
+    @property
+    def folders(self) -> tuple[str, str]:
+        """Where it may lie: earlier versions left out the run."""
+        return self.folder, replace(self, run="").folder
 
     @classmethod
     def of_folder(cls, name: str) -> CheckpointKey | None:
@@ -50,8 +61,28 @@ class CheckpointKey:
         step, branch, attempt, generation = map(int, match.groups()[:4])
         if max(step, branch, attempt, generation) >= _LIMIT:
             return None
-        key = cls(attempt=attempt, branch=branch, step=step, generation=generation, token=match[5])
+        run = "" if match[6] is None else _from_folders(match[6])
+        if run is None:
+            return None
+        key = cls(attempt=attempt, branch=branch, step=step, generation=generation, token=match[5], run=run)
         return key if key.folder == name else None
+
+
+def _in_folders(run: str) -> str:
+    """A run's name, in signs that every storage takes as they are: itself, or its UTF-8 in base64."""
+    if _PLAIN.fullmatch(run):
+        return run
+    return "=" + base64.urlsafe_b64encode(run.encode(errors="surrogatepass")).decode().rstrip("=")
+
+
+def _from_folders(name: str) -> str | None:
+    """None if no run is spelled so."""
+    if not _CODED.fullmatch(name):
+        return name if _PLAIN.fullmatch(name) else None
+    try:
+        return base64.urlsafe_b64decode(name[1:] + "=" * (-len(name[1:]) % 4)).decode() or None
+    except ValueError:
+        return None
 
 
 def shard_file(rank: int, world: int) -> str:

@@ -9,11 +9,24 @@ from typing import Any
 
 import pytest
 
+from tests.integration.processes import end_what_goes_on
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ["RESILIENT_DIR"] = str(Path(__file__).parents[2] / "out" / "runs")
 
 NODES = 4
+END_LIMIT_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def no_run_goes_on(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test leaves training on the shared cluster would take the places of all that follow: it is ended, and the
+    test that left it fails."""
+    yield
+    if "cluster" in request.fixturenames:
+        left = end_what_goes_on(END_LIMIT_S)
+        assert not left, f"{request.node.nodeid} has left {', '.join(left)} training"
 
 
 @pytest.fixture(scope="session")

@@ -40,9 +40,9 @@ class Fault:
         if claim(self.marker):
             os.kill(os.getpid(), self.sign)
 
-    def flip(self, run: resilient.Run, parameter: Tensor) -> None:
+    def flip(self, run: resilient.Run, parameter: Tensor, phase: str) -> None:
         """A bit of a parameter changes, as in a broken memory: torch knows nothing of it."""
-        if self.phase == "flip" and (run.rank, run.step) == (self.rank, self.step) and claim(self.marker):
+        if self.phase == phase and (run.rank, run.step) == (self.rank, self.step) and claim(self.marker):
             parameter.detach().numpy().view("uint8").flat[3] ^= 1
 
 
@@ -208,7 +208,7 @@ def body(
     ):
         in_step(run)
         for fault in faults:
-            fault.flip(run, model.body[0].weight)
+            fault.flip(run, model.body[0].weight, "flip")
         loss = loss_of(model(x), y)
         if data_position(run.step, run._team.skipped) == poisoned:
             loss = loss * float("nan")
@@ -219,6 +219,8 @@ def body(
         optimizer.step()
         if run.committing:
             at("stepped")
+            for fault in faults:
+                fault.flip(run, model.body[0].weight, "flip once updated")
         scheduler.step()
         optimizer.zero_grad()
         run.log(accuracy=0.5)

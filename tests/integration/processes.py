@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -141,6 +142,31 @@ def is_training(pid: int) -> bool:
     except psutil.NoSuchProcess:
         return False
     return title.startswith("ray::") and any(name in title for name in ("Rank", "Keeper"))
+
+
+drivers: list[subprocess.Popen[str]] = []
+"""Those that tests have started."""
+
+
+def end_what_goes_on(limit_s: float) -> list[str]:
+    """End drivers, and all processes of runs that still train after the limit; which runs those were."""
+
+    def training() -> set[str]:
+        return {name.partition("/")[0] for name in launch.names("") if "/rank/" in name}
+
+    deadline = time.monotonic() + limit_s
+    while training() and time.monotonic() < deadline:
+        threading.Event().wait(0.1)
+    left = sorted(training())
+    for driver in drivers:
+        driver.kill()
+        driver.communicate()
+    drivers.clear()
+    for run in left:
+        for kind in ("controller", "keeper", "rank"):  # in this order: nobody is to replace what ends
+            for name in (name for name in launch.names(f"{run}/") if f"/{kind}" in name):
+                launch.end(launch.find(name))
+    return left
 
 
 def left_behind(name: str) -> list[str]:

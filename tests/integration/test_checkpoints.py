@@ -107,3 +107,18 @@ def test_training_goes_on_when_storage_fails_and_it_is_told(cluster: Any, undist
     assert result.digest == undisturbed.digest
     assert result.checkpoints["failures"] > 0 and result.checkpoints["last_failure"], result.checkpoints
     assert set(former) <= set(complete(tmp_path / "moved"))
+
+
+@pytest.mark.long
+def test_a_run_begins_from_anothers_checkpoint_only_when_told_and_never_writes_there(
+    cluster: Any, undisturbed: Any, tmp_path: Path
+) -> None:
+    former = tmp_path / "former"
+    train("former", checkpoint=resilient.Checkpoint(str(former), every=40)).local(steps=STEPS)
+    before = sorted(former.iterdir())
+    with pytest.raises(ValueError, match="the run 'former' keeps its checkpoints there"):
+        train("latter", checkpoint=resilient.Checkpoint(str(former)))(steps=STEPS)
+    own = resilient.Checkpoint(str(tmp_path / "own"), every=40, resume=80, resume_from=str(former))
+    result = train("latter", workers=2, snapshot=EVERY_STEP, checkpoint=own)(steps=STEPS)
+    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed)[80:]
+    assert sorted(former.iterdir()) == before and complete(tmp_path / "own")[-1] == STEPS

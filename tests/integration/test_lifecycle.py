@@ -17,7 +17,7 @@ import torch
 
 import resilient
 from tests.integration.loops import body, train
-from tests.integration.processes import Watched, left_behind, until
+from tests.integration.processes import Watched, drivers, end_what_goes_on, left_behind, until
 
 LONG = 150
 
@@ -70,7 +70,8 @@ def test_an_exception_in_the_users_code_stops_the_run_with_its_traceback(cluster
 
 
 DRIVER = """
-    import sys, ray
+    import signal, sys, ray
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run under nohup it is ignored
     ray.init(address=sys.argv[1], log_to_driver=False)
     from tests.integration.loops import train
     try:
@@ -92,6 +93,7 @@ def driver(cluster: Any, name: str, script: str = DRIVER) -> subprocess.Popen[st
         stderr=subprocess.DEVNULL,
         text=True,
     )
+    drivers.append(process)
     until(lambda: len([entry for entry in left_behind(name) if "/rank/" in entry]) == 2, "ranks have started")
     return process
 
@@ -109,6 +111,15 @@ def test_ctrl_c_ends_everything_before_the_driver_ends(cluster: Any) -> None:
     out, _ = process.communicate(timeout=40)
     assert process.returncode == 42 and "interrupted" in out
     assert not left_behind("interrupted")
+
+
+def test_sigterm_ends_everything_also_where_ctrl_c_is_ignored(cluster: Any) -> None:
+    """As under nohup, or in the background of a shell without job control."""
+    process = driver(cluster, "terminated", DRIVER.replace("signal.default_int_handler", "signal.SIG_IGN"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=40)
+    assert process.returncode != 0
+    assert not left_behind("terminated")
 
 
 @pytest.mark.long
@@ -161,3 +172,9 @@ def test_more_failures_than_allowed_end_the_run(cluster: Any, tmp_path: Path) ->
     with pytest.raises(resilient.RunLost, match=r"max_failures=0"):
         run.result()
     assert left_behind("budget") == []
+
+
+def test_what_a_test_leaves_is_ended_and_named(cluster: Any) -> None:
+    driver(cluster, "left")
+    assert end_what_goes_on(0.0) == ["left"]
+    assert not drivers and not [entry for entry in left_behind("left") if "/rank/" in entry]

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import resilient
 from actors import launch
@@ -181,3 +182,32 @@ def test_all_ranks_lost_is_said_and_never_a_silent_restart(cluster: Any, tmp_pat
         psutil.Process(pid).send_signal(signal.SIGKILL)
     with pytest.raises(resilient.RunLost, match="no rank of generation 1 is left"):
         run.result(60)
+
+
+class AnotherJob:
+    """It uses CPUs of nodes that it shares with the run."""
+
+    @staticmethod
+    def takes(node: str, cpus: int) -> Any:
+        place = NodeAffinitySchedulingStrategy(node, soft=False)
+        taken = ray.remote(Watching).options(num_cpus=cpus, scheduling_strategy=place).remote()
+        ray.get(taken.watch.remote(0, 0))
+        return taken
+
+
+def test_ranks_go_where_other_jobs_leave_room_and_come_as_they_free_it(
+    cluster: Any, undisturbed: Any, tmp_path: Path
+) -> None:
+    nodes = sorted(launch.capacities({"CPU": 1}).items())
+    until(lambda: launch.free_now({"CPU": 1}) == dict(nodes), "nobody else uses the cluster", 30)
+    taken = [AnotherJob.takes(node, room) for node, room in nodes[:-1]]
+    taken.append(AnotherJob.takes(nodes[-1][0], 1))
+    run = Watched(train("shared-cluster", workers=(1, 3)), steps=LONG, hold=str(tmp_path / "go"))
+    run.at_step(2, ranks=1)
+    assert [launch.find(f"{run.name}/1/rank/{member}") is not None for member in (1, 2)] == [True, False]
+    for job in taken[:1]:
+        ray.kill(job)
+    run.until(lambda news: news["ranks"] == 3, "the other job has ended on a node of two places")
+    assert run.result().digest == undisturbed.digest
+    for job in taken[1:]:
+        ray.kill(job)

@@ -183,3 +183,12 @@ def test_a_bit_that_flips_in_a_rank_is_found_and_undone(
     assert 50 < record["restored_step"] <= 60, record
     assert [lost["rank"] for lost in record["lost"]] == [1] * blamed
     assert result.snapshots["verified"] >= 50
+
+
+def test_a_bit_that_flips_in_the_last_step_is_found_and_undone(cluster: Any, undisturbed: Any, tmp_path: Path) -> None:
+    """Nobody compares any more what that step makes, but the end of the run."""
+    faults = (fault(tmp_path, 1, STEPS - 1, "flip once updated"),)
+    result = train("flipped-last", workers=(1, 3), snapshot=EVERY_STEP)(steps=STEPS, faults=faults)
+    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed)
+    (record,) = gone_back(result)
+    assert "ended with different states" in record["reason"], record

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import string
 import tracemalloc
 from dataclasses import replace
@@ -86,7 +87,7 @@ def test_a_manifest_is_read_as_it_was_written(value: ShardManifest | Manifest) -
     node = json.loads(data)
     assert next(iter(node)) == "format" and list(node)[-1] == "checksum"
     assert respelled(node) == data
-    assert value.key.folder == "step-000000500-b0-a1-g7-1f2e3d4c"
+    assert value.key.folder == "step-000000500-b0-a1-g7-1f2e3d4c-gpt"
 
 
 def test_version_1_is_spelled_as_it_ever_was() -> None:
@@ -228,14 +229,21 @@ def test_shards_that_do_not_cover_the_state_are_refused(change: dict[str, Any], 
 COUNTS = st.integers(0, (1 << 63) - 1)
 
 
-@given(COUNTS, COUNTS, COUNTS, COUNTS, st.from_regex("[0-9a-f]{8}", fullmatch=True))
-def test_folders_are_named_one_way(attempt: int, branch: int, step: int, generation: int, token: str) -> None:
-    key = CheckpointKey(attempt=attempt, branch=branch, step=step, generation=generation, token=token)
+RUNS = st.text(max_size=100).filter(lambda name: len(name.encode()) <= 100) | st.from_regex(
+    r"[A-Za-z0-9._=/ -]{1,100}", fullmatch=True
+)
+
+
+@given(COUNTS, COUNTS, COUNTS, COUNTS, st.from_regex("[0-9a-f]{8}", fullmatch=True), RUNS)
+def test_folders_are_named_one_way(attempt: int, branch: int, step: int, generation: int, token: str, run: str) -> None:
+    """Whatever the run is called, in signs that every storage takes as they are."""
+    key = CheckpointKey(attempt=attempt, branch=branch, step=step, generation=generation, token=token, run=run)
+    assert re.fullmatch("[A-Za-z0-9._=-]{1,255}", key.folder) and key.folder in key.folders
     assert CheckpointKey.of_folder(key.folder) == key
     assert not is_temporary(key.folder) and is_temporary(temporary("manifest.json", token))
 
 
-@given(st.text(max_size=60) | st.from_regex(r"step-[0-9]+-b[0-9]+-a[0-9]+-g[0-9]+-[0-9a-f]{8}"))
+@given(st.text(max_size=60) | st.from_regex(r"step-[0-9]+-b[0-9]+-a[0-9]+-g[0-9]+-[0-9a-f]{8}(-[a-zé=%]{1,9})?"))
 def test_other_folders_are_none(name: str) -> None:
     key = CheckpointKey.of_folder(name)
     assert key is None or key.folder == name

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from resilient.cli import main
 from resilient.cli_checkpoints import split
+from resilient.loading import load
 from snapshot.compare import STEP_ELEMENTS, differences
 from snapshot.table import DTYPES
 from tests.checkpoints import Parts, build, files_in, save, snapshot_of, train
@@ -331,3 +332,17 @@ for words in (["list", {str(url)!r}], ["inspect", {str(url)!r}], ["verify", {str
 sys.exit("torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=True, capture_output=True)
+
+
+def test_several_runs_at_one_url(url: Path) -> None:
+    """As earlier versions allowed it: each is shown, read and pruned by itself."""
+    snapshot_of({"run.state": {"x": 1}}, 8, run="other", token="00000000").save(files_in(url))
+    assert [each["run"] for each in answer("list", url)["checkpoints"]] == ["gpt", "gpt", "other"]
+    assert "run" in ran("list", url).stdout
+    assert re.search("of several runs.*'gpt', 'other'.*--run", ran("inspect", url).stderr)
+    with pytest.raises(ValueError, match="several runs"):
+        load(str(url))
+    assert answer("inspect", url, "--run", "gpt")["step"] == 5
+    assert load(str(url), run="other")["run.state"] == {"x": 1}
+    fates = {each["folder"]: each["removed"] for each in answer("prune", url, "--keep", 1)["checkpoints"]}
+    assert list(fates.values()) == [True, False, False]

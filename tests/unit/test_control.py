@@ -16,6 +16,7 @@ from resilient.core.events import (
     NodeSeen,
     RankFailed,
     RankGone,
+    RankPending,
     RankReady,
     RankReported,
     RankReturned,
@@ -360,3 +361,14 @@ def test_ranks_that_end_with_different_states_compute_the_last_steps_again() -> 
 def test_with_nothing_to_go_back_to_different_ends_end_the_run(verified: int, snapshots: bool) -> None:
     _, said = ended_differently(verified=verified, snapshots=snapshots)
     assert len(said) == 1 and said[0].startswith("end failed: ranks ended with different states")
+
+
+def test_a_rank_that_gets_no_place_is_tried_elsewhere_and_is_no_failure() -> None:
+    run = Scenario(limits=Limits(min_workers=1, max_workers=2, detection_s=2.0, max_failures=0))
+    assert run.take(NodeSeen(node="a", capacity=2)) == ["spawn 1 on a", "spawn 2 on a"]
+    assert run.take(NodeSeen(node="a", capacity=1)) == []
+    assert run.take(NodeSeen(node="b", capacity=1)) == []
+    assert run.take(RankPending(member=2, why="node a is full")) == ["kill 2", "spawn 3 on b"]
+    assert run.take(RankPending(member=2, why="node a is full")) == []
+    run.ready(1, "a")
+    assert run.take(RankPending(member=1, why="too late")) == [], "it has begun"

@@ -12,9 +12,10 @@ from resilient.core.control import Control
 from resilient.core.events import NodeSeen
 from resilient.core.instructions import End, Kill, Spawn
 from resilient.core.limits import Limits
+from resilient.core.occupancy import Occupancy
 from resilient.core.story import Story
 from resilient.ending import Ending
-from resilient.presence import Presence
+from resilient.presence import Nodes, Presence
 from tests.unit.test_ending import ending
 
 
@@ -39,6 +40,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
         ending=shell._ending,
         told=nobody,
         handle=shell._handle,
+        occupancy=Occupancy(patience_s=10.0),
     )
     monkeypatch.setattr(Ending, "_clean_up", lambda self: None)
     return found
@@ -54,7 +56,7 @@ def test_one_that_lost_its_rule_over_a_rank_decides_nothing_more(
     carried_out.clear()
     controller._ending.end(End(outcome="superseded", reason="member 1 was started by another controller"))
     controller._handle(NodeSeen(node="b", capacity=1))
-    controller._presence.listed({"c": 1}, set())
+    controller._presence.listed(Nodes({"c": 1}, {"c": 1}, set(), {}), 0.0)
     assert not carried_out
 
 
@@ -68,6 +70,7 @@ def test_a_rank_is_released_only_while_no_other_controller_has_made_a_newer_gene
     shell._errands = SimpleNamespace(run=lambda work, then: then(work()))
     shell._ledger = SimpleNamespace(has_generation=lambda number: another_rules and number == 1)
     shell._told.say = lambda text: None
+    shell._occupancy = Occupancy(patience_s=10.0)
     shell._detector = SimpleNamespace(forget_rank=lambda member: None)
     shell._workers = SimpleNamespace(kill=lambda member, node: killed.append((member, node)))
     ended: list[str] = []

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import resilient
+from resilient.local_saving import LocalSaving
 from snapshot import store
+from snapshot.disk import Disk
 from snapshot.files import open_files
 from tests.integration.loops import train
+from tests.shards import flip
 
 STEPS = 24
 
@@ -69,3 +74,72 @@ def test_memory_is_for_this_process_only(undisturbed: Any) -> None:
     assert store.newest(open_files("memory://local-saving", allow_memory=True)) is not None
     with pytest.raises(ValueError, match="memory://"):
         open_files("memory://local-saving")
+
+
+def steps_at(url: Path, run: str) -> list[int]:
+    return [found.key.step for found in store.checkpoints(open_files(str(url)), run) if found.complete]
+
+
+def test_another_runs_checkpoints_are_refused_before_training(undisturbed: Any, tmp_path: Path) -> None:
+    url = tmp_path / "url"
+    train("former", checkpoint=resilient.Checkpoint(str(url), every=8)).local(steps=STEPS)
+    before = sorted(url.iterdir())
+    with pytest.raises(
+        ValueError, match=rf"url='{url}'.*'former'.*step 24.*'later'.*resume_from='{url}'.*name='former'"
+    ):
+        train("later", checkpoint=resilient.Checkpoint(str(url), every=8)).local(steps=STEPS)
+    assert sorted(url.iterdir()) == before
+    own = resilient.Checkpoint(str(tmp_path / "own"), every=8, resume=16, resume_from=str(url))
+    result = train("later", checkpoint=own).local(steps=STEPS)
+    assert result.digest == undisturbed.digest and losses(result) == losses(undisturbed)[16:]
+    assert sorted(url.iterdir()) == before and steps_at(tmp_path / "own", "later") == [STEPS]
+    again = replace(own, resume="auto")
+    assert train("later", checkpoint=again).local(steps=STEPS).metrics == []  # its own counts first
+
+
+def test_two_that_begin_at_one_url_leave_each_other_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = resilient.Checkpoint(str(tmp_path), every=1, keep=2)
+    slow, fast = LocalSaving(checkpoint, "slow"), LocalSaving(checkpoint, "fast")
+    objects = {"m": torch.nn.Linear(2, 1)}
+    for saving, first in ((fast, 100), (slow, 1)):
+        for step in range(first, first + 3):
+            saving.boundary(step, None, objects)
+    assert steps_at(tmp_path, "fast") == [101, 102] and steps_at(tmp_path, "slow") == [2, 3]
+    assert capsys.readouterr().err.count("the run 'fast' keeps checkpoints at") == 1
+    assert LocalSaving(checkpoint, "slow").resume(objects)[0] == 3
+
+
+def test_what_storage_gives_back_changed_is_no_checkpoint_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("resilient.local_saving.pause_s", lambda tries, run: 0.0)
+    local, objects = (
+        LocalSaving(resilient.Checkpoint(str(tmp_path), every=1, keep=1), "run"),
+        {"m": torch.nn.Linear(2, 1)},
+    )
+    local.boundary(1, None, objects)
+    rename = Disk.rename
+
+    def flips(disk: Disk, source: Path, target: Path) -> None:
+        if target.suffix == ".bin":
+            flip(source, 5, 3)
+        rename(disk, source, target)
+
+    monkeypatch.setattr(Disk, "rename", flips)
+    local.boundary(2, None, objects)
+    why = "read back right after it was written, chunk 0"
+    assert why in capsys.readouterr().err and steps_at(tmp_path, "run") == [1]
+    with pytest.raises(store.NotAsWritten, match=why):
+        local.save_newest()
+    monkeypatch.undo()
+    local.boundary(3, None, objects)
+    assert steps_at(tmp_path, "run") == [3] and capsys.readouterr().err == ""
+
+
+def test_where_to_begin_from_is_another_place(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume_from=.*is the url itself"):
+        resilient.Checkpoint(str(tmp_path), resume_from=f"{tmp_path}/")
+    with pytest.raises(ValueError, match='resume="never", resume_from'):
+        resilient.Checkpoint(str(tmp_path), resume="never", resume_from="/other")
+    with pytest.raises(ValueError, match=r"resume_from=7"):
+        resilient.Checkpoint(str(tmp_path), resume_from=7)  # type: ignore[arg-type]

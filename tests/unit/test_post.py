@@ -133,3 +133,11 @@ def test_damaged_requests_are_refused(offices: tuple[Office, Office]) -> None:
     with pytest.raises(TransferRefused, match="bytes"):
         connection.request({"key": [0, 1], "tensors": [{"dtype": "int64", "shape": [1 << 50], "mark": 0}]})
     connection.close()
+
+
+def test_a_parcel_that_cannot_be_sent_is_told_and_the_next_one_goes(offices: tuple[Office, Office]) -> None:
+    here, there = offices
+    here.post.send("there", there.address, (1,), parcel(torch.ones(2, 2).to_sparse()))
+    here.post.send("there", there.address, (2,), parcel(torch.ones(2)))
+    there.until_here((2,))
+    assert [peer for peer, _ in here.broken] == ["there"] and "(1,) could not be sent" in here.broken[0][1]

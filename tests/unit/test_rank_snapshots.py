@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from actors.ring import Ring
 from actors.standing import StandingFile
 from actors.vault import Vault
+from resilient.copying import Copy
 from resilient.core.cadence import Cadence
 from resilient.core.lane import Agreed
 from resilient.core.saves import Saves
 from resilient.snapshots import Seating, Snapshots
 from resilient.verification import Digests
 from snapshot.absent import hold_parts, release
-from snapshot.arena import NoRoom, SlotHead, SlotView, find_slots
+from snapshot.arena import NoRoom, Slot, SlotHead, SlotView, find_slots
 from snapshot.capture import capture
 from snapshot.core.inventory import SnapshotKey
 from snapshot.core.lifecycle import Ordinal
@@ -520,3 +521,86 @@ def test_memory_does_not_grow_over_a_thousand_snapshots(kept: Training) -> None:
     after = used()
     assert after[0] < before[0] + (24 << 20)
     assert after[1] <= before[1] and after[2] <= before[2] + 2
+
+
+class Ended(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("_on_host", ValueError("an odd device")),
+        ("_on_host", Ended("an odd end")),
+        ("slot", ValueError("an odd slot")),
+        ("digest", ValueError("an odd digest")),
+    ],
+)
+def test_whatever_ends_a_copy_opens_the_gate_and_the_next_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
+) -> None:
+    training = Training(tmp_path)
+    training.ready()
+    training.snapshots.gate()
+
+    def fails(*args: Any) -> None:
+        raise error
+
+    owner, name = {"_on_host": (Copy, "_on_host"), "slot": (Slot, "commit"), "digest": (Copy, "finish_digest")}[where]
+    captured, torn = training.snapshots.tally.captured, training.snapshots.tally.torn
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        training.step()
+        training.snapshots.gate()
+        wait_for(lambda: len(training.said) == 1)
+    assert str(error) in training.said[0]
+    lost = int(where != "digest")
+    assert training.snapshots.tally.torn == torn + lost
+    wait_for(lambda: training.snapshots.wish(Ordinal(0, training.steps + 1), 1).room)
+    training.step()
+    training.snapshots.gate()
+    wait_for(lambda: training.snapshots.tally.captured == captured + 2 - lost)
+
+
+def test_the_copying_stream_is_the_devices_where_the_first_source_is_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An Adam's `step` is on the host, also if all else is not."""
+    streams: list[torch.device] = []
+
+    def stream(device: torch.device) -> None:
+        streams.append(device)
+        raise RuntimeError("there is no such device")
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    slot = Slot.create(tmp_path / "slot", 4096)
+    sources = [torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8, device="meta")]
+    copy = Copy(
+        ordinal=Ordinal(0, 1),
+        slot=slot,
+        targets=[torch.zeros(4, dtype=torch.uint8) for _ in sources],
+        sources=sources,
+        watched=[],
+        ready=object(),
+        digesting=None,
+    )
+    assert "no such device" in copy.finish() and streams == [torch.device("meta")]
+
+
+def test_slots_that_could_not_be_prepared_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(tmp_path)
+    whole = Slot.create
+
+    def fails(*args: Any) -> None:
+        raise ValueError("the driver is odd")
+
+    training.step()
+    wait_for(lambda: made_or_full(training.snapshots) and training.snapshots._slots.made >= 3)
+    monkeypatch.setattr(Slot, "create", fails)
+    training.snapshots._slots.needed_bytes *= 4
+    training.snapshots._slots.make_room()
+    wait_for(lambda: made_or_full(training.snapshots))
+    assert any("the driver is odd" in each for each in training.said)
+    monkeypatch.setattr(Slot, "create", whole)
+    training.snapshots._slots.make_room()
+    wait_for(training.snapshots._slots.has_room)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from resilient.core.dealing import too_few
 from resilient.core.events import RankReady
 from resilient.core.limits import Limits
 from resilient.core.membership import Member, Membership
@@ -79,6 +80,14 @@ def test_the_run_begins_with_the_minimum_once_nobody_is_starting() -> None:
     assert made(replace(starting, waited_s=LIMITS.start_together_s)).members == (1, 2)
     plan = made(situation([member(1), member(2)], None, None, 0))
     assert (plan.generation, plan.kind, plan.joiners) == (1, "initial", (2,))
+
+
+def test_once_it_has_run_those_that_are_ready_wait_for_others_a_moment_only() -> None:
+    lost = beginning([member(number, formed=1) for number in (1, 2, 3)])
+    now = situation([member(4), member(5), member(6, ready=False)], lost, lost)
+    assert isinstance(too_few(replace(now, waited_s=LIMITS.detection_s / 2), ready=2), Stay)
+    assert too_few(replace(now, waited_s=LIMITS.detection_s), ready=2) is None
+    assert isinstance(too_few(replace(now, waited_s=LIMITS.detection_s, formed=None), ready=2), Stay)
 
 
 def test_a_lost_rank_leaves_its_leaves_to_the_others() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from actors import saving
+from actors import saver, saving
 from actors.ring import Ring
 from actors.saving import GivenUp, SaveNews, SaveSpec, Saving
 from actors.vault import Vault
@@ -24,9 +26,11 @@ from snapshot import store
 from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal
 from snapshot.core.stripes import Group
+from snapshot.disk import Disk
 from snapshot.files import StorageError, open_files
 from snapshot.stored import Stored
 from snapshot.table import StateTable
+from tests.shards import flip
 from tests.unit.test_rank_snapshots import Training, wait_for
 
 
@@ -128,10 +132,11 @@ def test_only_so_many_are_kept(saved: Callable[..., Parts]) -> None:
     assert len(store.checkpoints(open_files(str(disk)))) == 2
 
 
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), ZeroDivisionError("full of surprises")])
 def test_storage_that_fails_gives_the_slot_back_and_is_counted(
-    saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+    saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(saving, "PAUSE_S", 0.01)
+    monkeypatch.setattr(saving, "LONGEST_PAUSE_S", 0.01)
     training, keeper, _ = saved()
     train_until_durable(training, keeper)
     keeper.wait_until_done()
@@ -139,18 +144,50 @@ def test_storage_that_fails_gives_the_slot_back_and_is_counted(
     whole = store.write_shard
 
     def fails(*args: Any, **kwargs: Any) -> None:
-        raise StorageError("the disk is full")
+        raise error
 
     monkeypatch.setattr(store, "write_shard", fails)
     for _ in range(6):
         training.step()
         training.snapshots.gate()
         keeper.wait_until_done()
-    assert keeper.news.failures >= before.failures + saving.TRIES and "full" in keeper.news.last_failure
+    assert keeper.news.failures >= before.failures + saving.FEW_TRIES and "full" in keeper.news.last_failure
     assert keeper.news.durable == before.durable
     monkeypatch.setattr(store, "write_shard", whole)
     train_until_durable(training, keeper)
     assert keeper.news.committed > before.committed
+
+
+def test_what_storage_gives_back_changed_is_no_checkpoint_and_the_last_verified_one_stays(
+    saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "LONGEST_PAUSE_S", 0.01)
+    training, keeper, disk = saved(keep=1)
+    train_until_durable(training, keeper)
+    files = open_files(str(disk))
+    (good,) = store.checkpoints(files)
+    rename = Disk.rename
+
+    def flips(disk: Disk, source: Path, target: Path) -> None:
+        if target.suffix == ".bin":
+            flip(source, source.stat().st_size // 2, 3)
+        rename(disk, source, target)
+
+    before = keeper.news
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "rename", flips)
+        for _ in range(6):
+            training.step()
+            training.snapshots.gate()
+            keeper.wait_until_done()
+    assert keeper.news.unverified >= saving.TRIES and keeper.news.failures >= keeper.news.unverified
+    assert "its checksum differs" in keeper.news.last_failure and "chunk" in keeper.news.last_failure
+    assert keeper.news.committed == before.committed and [
+        each for each in store.checkpoints(files) if each.complete
+    ] == [good]
+    train_until_durable(training, keeper)
+    (newer,) = [each for each in store.checkpoints(files) if each.complete]
+    assert newer.key > good.key and Stored.open(files, newer).verify() == []
 
 
 def test_storage_that_stalls_holds_up_nothing_but_the_next_checkpoint(
@@ -199,3 +236,34 @@ def test_a_process_of_its_own_does_it_for_a_keeper_and_ends_with_it(tmp_path: Pa
         vault.close()
     assert not psutil.pid_exists(second)
     assert store.newest(open_files(str(tmp_path / "disk"))) is not None
+
+
+def test_a_process_that_dies_in_the_middle_of_a_word_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where none can be started for a while: whoever waits for its checkpoints is answered in the end."""
+    monkeypatch.setattr(saver, "AGAIN_S", 0.2)
+    whole, tries = saver.Saver._start, []
+
+    def start(self: saver.Saver) -> subprocess.Popen[str]:
+        tries.append(1)
+        if len(tries) == 2:
+            raise BlockingIOError("too many processes")
+        if len(tries) > 2:
+            return whole(self)
+        word = (sys.executable, "-c", "print('{\"news\": ', end='')")
+        return subprocess.Popen(word, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(saver.Saver, "_start", start)
+    made = saver.Saver(spec_of(tmp_path / "disk"), tmp_path)
+    try:
+        made.wait_until_done()
+        assert len(tries) == 3 and made.news.failures == 2 and "another is started" in made.news.last_failure
+    finally:
+        made.close(5.0)
+
+
+def test_pauses_grow_up_to_a_minute_and_nodes_do_not_come_at_once() -> None:
+    pauses = [saving.pause_s(tries, "a") for tries in range(1, saving.TRIES)]
+    assert pauses[0] >= 1.5 and max(pauses) <= 75.0 and 200.0 < sum(pauses) < 450.0
+    assert len({saving.pause_s(3, node) for node in "abcdef"}) == 6

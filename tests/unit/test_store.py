@@ -9,8 +9,18 @@ from snapshot.core.branches import Branch, Lineage
 from snapshot.core.spelling import ManifestError
 from snapshot.files import Files, open_files
 from snapshot.slot import RottenSlot, chunk_sums
-from snapshot.store import checkpoints, commit, newest, newest_attempt, prune, write_shard
-from tests.shards import LINEAGE, SAVED_AT, TOKEN, State, state_of
+from snapshot.store import (
+    checkpoints,
+    commit,
+    newest,
+    newest_attempt,
+    other_run,
+    other_runs,
+    prune,
+    write_shard,
+)
+from snapshot.stored import Stored
+from tests.shards import LARGE, LINEAGE, SAVED_AT, TOKEN, State, state_of
 
 OTHER = "00000002"
 
@@ -31,8 +41,8 @@ def begin(files: Files, state: State) -> State:
 
 
 def test_nothing_is_there_at_first(files: Files) -> None:
-    assert checkpoints(files) == [] and newest(files) is None and newest_attempt(files) == 0
-    assert prune(files, 1, attempt=1, token=TOKEN) == []
+    assert checkpoints(files) == [] and newest(files) is None and newest_attempt(files, "gpt") == 0
+    assert prune(files, 1, run="gpt", attempt=1, token=TOKEN) == []
 
 
 def test_a_checkpoint_is_complete_with_its_last_shard(files: Files) -> None:
@@ -54,7 +64,7 @@ def test_the_later_attempt_is_newer_then_the_branch_then_the_step(files: Files) 
         state_of(**fields).save(files)
     begin(files, state_of(20, attempt=3))
     assert seen(files) == [(1, 0, 90, True), (1, 1, 50, True), (1, 1, 70, True), (2, 0, 10, True), (3, 0, 20, False)]
-    assert newest_attempt(files) == 3
+    assert newest_attempt(files, "gpt") == 3
     line = Lineage(branches=(Branch(number=0), Branch(number=1, parent=0, at_step=40)))
     for wanted, lineage, step in (
         ((2, 10), None, None),
@@ -73,7 +83,7 @@ def test_folders_of_others_are_not_touched(files: Files) -> None:
     for name in ("readme/x", "step-5-b0-a1-g1-1f2e3d4c/manifest.json", "step-000000005-b00-a1-g1-1f2e3d4c/x"):
         files.write(name, [b"x"])
     state_of().save(files)
-    assert len(checkpoints(files)) == 1 and prune(files, 1, attempt=9, token=TOKEN) == []
+    assert len(checkpoints(files)) == 1 and prune(files, 1, run="gpt", attempt=9, token=TOKEN) == []
     assert len(files.names()) == 4
 
 
@@ -81,12 +91,12 @@ def test_the_newest_stay(files: Files) -> None:
     states = [state_of(step) for step in (100, 200, 300, 400)]
     for state in states:
         state.save(files)
-    assert prune(files, 2, attempt=1, token=TOKEN, verified=states[0].folder) == [states[1].folder]
+    assert prune(files, 2, run="gpt", attempt=1, token=TOKEN, verified=states[0].folder) == [states[1].folder]
     assert [step for _, _, step, _ in seen(files)] == [100, 300, 400]
-    assert prune(files, 1, attempt=1, token=TOKEN) == [states[0].folder, states[2].folder]
-    assert prune(files, 1, attempt=1, token=TOKEN) == []
+    assert prune(files, 1, run="gpt", attempt=1, token=TOKEN) == [states[0].folder, states[2].folder]
+    assert prune(files, 1, run="gpt", attempt=1, token=TOKEN) == []
     with pytest.raises(ValueError, match="keep: got 0"):
-        prune(files, 0, attempt=1, token=TOKEN)
+        prune(files, 0, run="gpt", attempt=1, token=TOKEN)
 
 
 def test_incomplete_ones_go_when_nobody_completes_them_any_more(files: Files) -> None:
@@ -94,9 +104,9 @@ def test_incomplete_ones_go_when_nobody_completes_them_any_more(files: Files) ->
     gone += [begin(files, state_of(100, attempt=2))]
     stays = [begin(files, state_of(step, attempt=2)) for step in (300,)]
     stays += [begin(files, state_of(50, attempt=2, token=OTHER)), begin(files, state_of(50, attempt=3))]
-    assert prune(files, 1, attempt=2, token=TOKEN) == []  # there is no complete one yet
+    assert prune(files, 1, run="gpt", attempt=2, token=TOKEN) == []  # there is no complete one yet
     state_of(200, attempt=2).save(files)
-    assert sorted(prune(files, 1, attempt=2, token=TOKEN)) == sorted(state.folder for state in gone)
+    assert sorted(prune(files, 1, run="gpt", attempt=2, token=TOKEN)) == sorted(state.folder for state in gone)
     assert {each.folder for each in checkpoints(files) if not each.complete} == {state.folder for state in stays}
 
 
@@ -104,7 +114,7 @@ def test_other_submissions_are_left_alone(files: Files) -> None:
     for fields in ({"attempt": 2, "token": OTHER}, {"attempt": 3}, {"attempt": 1}, {"attempt": 2}):
         for step in (1, 2):
             state_of(step, **fields).save(files)
-    prune(files, 1, attempt=2, token=TOKEN)
+    prune(files, 1, run="gpt", attempt=2, token=TOKEN)
     assert [(each.key.attempt, each.key.token, each.key.step) for each in checkpoints(files)] == [
         (2, OTHER, 1), (2, OTHER, 2), (3, TOKEN, 1), (3, TOKEN, 2)
     ]  # fmt: skip
@@ -120,7 +130,7 @@ def test_what_cannot_be_read_is_said_and_stays(files: Files, tmp_path: Path) -> 
     assert "newer version" in first.why and "manifest.json: format: None" in last.why
     found = newest(files)
     assert found is not None and found.key.step == 200
-    assert prune(files, 1, attempt=9, token=TOKEN) == []
+    assert prune(files, 1, run="gpt", attempt=9, token=TOKEN) == []
 
 
 def test_a_manifest_in_a_folder_of_another_name_is_none(files: Files, tmp_path: Path) -> None:
@@ -177,8 +187,9 @@ def test_memory_that_has_rotted_is_not_saved(files: Files, compression: int | No
 def test_shards_that_do_not_fit_together_are_no_checkpoint(files: Files) -> None:
     state = state_of()
     state.write(files, 0)
-    replace(state, run="another").write(files, 1)
-    with pytest.raises(ManifestError, match="run: 'another', but 'gpt'"):
+    another = replace(state, skeleton=state_of(world=2, shapes=LARGE).skeleton, data=state_of(shapes=LARGE).data)
+    another.write(files, 1)
+    with pytest.raises(ManifestError, match=r"state_bytes: .*, but .* in shard-00000"):
         commit(files, state.folder, lineage=LINEAGE, saved_at=SAVED_AT)
 
 
@@ -196,3 +207,44 @@ def test_cuts_that_are_not_those_of_the_skeleton_are_no_checkpoint(files: Files)
     write_shard(files, token=TOKEN, head=moved, payload=payload, sums=chunk_sums(payload, moved))
     with pytest.raises(ManifestError, match="skeleton's tensors"):
         commit(files, state.folder, lineage=LINEAGE, saved_at=SAVED_AT)
+
+
+def test_each_run_sees_and_prunes_its_own(files: Files) -> None:
+    """Also at one URL, at the same time, and with the same attempts."""
+    for step in (1, 2, 3):
+        state_of(step).save(files)
+    for step in (101, 102, 103):
+        state_of(step, run="other", token=OTHER).save(files)
+    begun = [begin(files, state_of(step, run="other", attempt=step, token=OTHER)) for step in (1, 5)]
+    assert prune(files, 1, run="gpt", attempt=9, token=TOKEN) == [state_of(step).folder for step in (1, 2)]
+    assert [each.key.step for each in checkpoints(files, "gpt")] == [3]
+    assert len(checkpoints(files, "other")) == 3 + len(begun)
+    found = newest(files, run="gpt"), newest(files, run="other"), newest(files)
+    assert [each and each.key.step for each in found] == [3, 103, 103]
+    assert newest(files, run="third") is None
+    assert (newest_attempt(files, "gpt"), newest_attempt(files, "other")) == (1, 5)
+    assert other_runs(files, "gpt") == {"other"} and other_run(files, "gpt") is None
+    other = other_run(files, "third")
+    assert other is not None and other.run == "other" and other.key.attempt == 5
+
+
+def without_run(state: State, path: Path) -> str:
+    """As versions before this one named its folder."""
+    folder = path / state.folder
+    return folder.rename(path / state.folder.removesuffix(f"-{state.run}")).name
+
+
+def test_folders_of_earlier_versions_are_the_runs_that_their_manifests_say(files: Files, tmp_path: Path) -> None:
+    for state in (state_of(1), state_of(2), state_of(7, run="other", token=OTHER)):
+        state.save(files)
+        without_run(state, tmp_path)
+    abandoned = without_run(begin(files, state_of(1, token="00000003")), tmp_path)
+    foreign = without_run(begin(files, state_of(1, run="other", token="00000004")), tmp_path)
+    files.write("step-000000009-b0-a1-g1-deadbeef/shard-00000-of-00002.bin", [b"whose?"])
+    found = newest(files, run="gpt")
+    assert found is not None and found.key.step == 2 and Stored.open(files, found).verify() == []
+    other = other_run(files, "third")
+    assert other is not None and (other.run, other.key.step) == ("other", 7) and other_run(files, "gpt") is None
+    assert len(prune(files, 1, run="gpt", attempt=2, token=TOKEN)) == 2
+    left = files.names()
+    assert abandoned not in left and foreign in left and len(left) == 4

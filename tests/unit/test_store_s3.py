@@ -11,6 +11,7 @@ import pytest
 import s3fs
 
 import snapshot.objects
+from actors import saving
 from actors.ring import Ring
 from actors.saving import SaveSpec
 from actors.vault import Vault
@@ -24,6 +25,7 @@ from tests.buckets import Fault, Proxy, s3
 from tests.saving import FORMER, STEP, check, check_one, former, points, save
 from tests.shards import LARGE, state_of
 from tests.unit.test_rank_snapshots import Training
+from tests.unit.test_saving import InThread
 
 BUCKET = "checkpoints"
 
@@ -222,3 +224,36 @@ def test_a_keepers_saver_writes_into_a_bucket(proxy: Proxy, files: Files, tmp_pa
         vault.close()
     found = newest(files)
     assert found is not None and fetch_stored(spec.url, found.folder).digest() == states[found.key.step]
+
+
+@pytest.mark.parametrize("fault", ["slow down", "expired"])
+def test_a_store_that_refuses_for_a_while_is_caught_up_with(
+    proxy: Proxy, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    """Failures are counted, no request is made in a hurry, and the same checkpoint is written then."""
+    pauses: list[float] = []
+    whole = saving.pause_s
+
+    def pause_s(tries: int, node: str) -> float:
+        pauses.append(whole(tries, node))
+        if len(pauses) == 4:
+            proxy.rest()
+        return 0.05
+
+    monkeypatch.setattr(saving, "pause_s", pause_s)
+    training = Training(tmp_path / "memory", saves=Saves(every_steps=2))
+    keeper = InThread(training, SaveSpec(run="r", node="a", url=files.url, keep=2, level=1, token="0123abcd"))
+    proxy.fail(1, fault, lasting=True)
+    try:
+        training.ready()
+        while training.snapshots._slots.lifecycle.kept is None:
+            training.step()
+            training.snapshots.gate()
+        kept = training.snapshots._slots.lifecycle.kept
+        keeper.wait_until_done()
+        news = keeper.news
+        assert news.durable is not None and news.durable.step == kept.step, "the one that was refused"
+        assert news.failures == 4 and pauses == sorted(pauses) and sum(pauses) > 20.0, (news, pauses)
+    finally:
+        keeper.close()
+    assert newest(files, run="r") is not None

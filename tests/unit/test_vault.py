@@ -586,3 +586,17 @@ def test_keepers_that_come_and_go_while_snapshots_are_taken(tmp_path: Path) -> N
         lose(nodes, "bd")
         nodes.rebuild()
         check_all_slots(nodes, nodes.elect(), key)
+
+
+def test_an_unforeseen_error_while_protecting_is_told_and_the_next_snapshot_is_protected(
+    two: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise ZeroDivisionError("unforeseen")
+
+    monkeypatch.setattr("actors.protecting.sealed_image", fails)
+    two.write(1)
+    wait_for(lambda: two.vaults["a"].tally().failures == {"other": 1})
+    assert "unforeseen" in two.vaults["a"].tally().last_failure
+    monkeypatch.undo()
+    two.write_protected(2)

@@ -1,0 +1,103 @@
+"""Lines of steps on record: of two controllers, the one that was overtaken changes nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors import launch
+from resilient.core.plan import Address, Place, Plan
+from resilient.ledger import Ledger
+from snapshot.core.branches import Branch
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+
+    def create(key: str, value: bytes, creator: str = "") -> bool:
+        return found.setdefault(key, value) is value
+
+    def delete(prefix: str) -> None:
+        for key in [key for key in found if key.startswith(prefix)]:
+            del found[key]
+
+    monkeypatch.setattr(launch, "create_key", create)
+    monkeypatch.setattr(launch, "write_key", found.__setitem__)
+    monkeypatch.setattr(launch, "read_key", found.get)
+    monkeypatch.setattr(launch, "list_keys", lambda prefix: sorted(key for key in found if key.startswith(prefix)))
+    monkeypatch.setattr(launch, "delete_keys", delete)
+    return found
+
+
+def ledger(attempt: int, run: str = "run") -> Ledger:
+    job: Any = SimpleNamespace(key=f"{run}/{attempt}", attempt=attempt, settings=SimpleNamespace(name=run))
+    return Ledger(job)
+
+
+def plan(generation: int, *at_steps: int) -> Plan:
+    """With a branch more for each of these steps."""
+    opened = (Branch(number=number + 1, parent=number, at_step=step) for number, step in enumerate(at_steps))
+    return Plan(
+        generation=generation,
+        base=0,
+        kind="initial",
+        places=(Place(member=1, node="a", address=Address(host="h", port=1)),),
+        leaves=((0,),),
+        micro_batches=1,
+        joiners=(),
+        reason="",
+        branches=(Branch(number=0), *opened),
+    )
+
+
+def steps_on_record(found: Ledger) -> list[int]:
+    lineage = found.lineage()
+    return [] if lineage is None else [branch.at_step for branch in lineage.branches[1:]]
+
+
+def test_a_controller_of_an_earlier_attempt_that_goes_on_overwrites_nothing(keys: dict[str, bytes]) -> None:
+    old, new, next_one = ledger(1), ledger(2), ledger(3)
+    assert old.create(plan(4, 10), "old") and steps_on_record(new) == [10]
+    assert new.create(plan(1, 10, 30), "new")
+    assert old.create(plan(5, 10, 20), "old"), "its own generations are its own"
+    assert steps_on_record(next_one) == [10, 30]
+    old.close(keep_lineage=False)
+    assert steps_on_record(next_one) == [10, 30]
+
+
+def test_nor_does_one_of_the_same_attempt(keys: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was stopped after its generation was created, and before it had written anything else."""
+    stopped, new = ledger(1), ledger(1)
+    create, later = launch.create_key, []
+
+    def stops(key: str, value: bytes, creator: str = "") -> bool:
+        if key.startswith("lineage/"):
+            later.append((key, value))
+            return True
+        return create(key, value, creator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "create_key", stops)
+        assert stopped.create(plan(4, 10), "stopped")
+    assert new.create(plan(5, 10, 20), "new")
+    launch.create_key(*later[0])
+    assert steps_on_record(ledger(2)) == [10, 20]
+
+
+def test_lines_are_dropped_with_their_run_alone(keys: dict[str, bytes]) -> None:
+    ledger(1, "gpt").create(plan(1, 10), "x")
+    ledger(1, "gpt2").create(plan(1, 20), "x")
+    ledger(2, "gpt").create(plan(1, 10, 30), "x")
+    assert len([key for key in keys if key.startswith("lineage/gpt/")]) == 1
+    ledger(2, "gpt").close(keep_lineage=False)
+    assert steps_on_record(ledger(3, "gpt")) == [] and steps_on_record(ledger(2, "gpt2")) == [20]
+
+
+def test_a_line_that_an_earlier_version_has_recorded_is_read(keys: dict[str, bytes]) -> None:
+    keys["lineage/run"] = plan(1, 10).to_json().encode()
+    assert steps_on_record(ledger(2)) == [10]
+    ledger(2).close(keep_lineage=False)
+    assert steps_on_record(ledger(3)) == []
