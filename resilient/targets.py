@@ -2,6 +2,7 @@
 
     DIR/targets/RUN-ATTEMPT.json    [{"targets": ["10.0.0.7:43210"], "labels": {"__meta_resilient_run": "gpt", ...}}]
 
+Prometheus may be another user's, so these may be read by all; a run's folder, DIR/RUN, only by this one.
 DIR is what RESILIENT_DIR says on the controller's node, or /tmp/resilient-runs.
 """
 
@@ -34,6 +35,15 @@ def own_folder() -> Path:
         raise PermissionError(
             f"{folder} is not a folder that belongs to this user alone: set {VARIABLE} to another folder on this node"
         )
+    return folder
+
+
+def run_folder(run: str) -> Path:
+    """The run's, for this user alone. Raises OSError as `own_folder` does."""
+    folder = own_folder() / run
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if stat.S_IMODE(folder.lstat().st_mode) & 0o077:  # of an older version
+        folder.chmod(0o700)
     return folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from resilient import targets
-from resilient.targets import VARIABLE, Target, own_folder
+from resilient.targets import VARIABLE, Target, own_folder, run_folder
 
 
 def test_a_target_as_file_sd_wants_it_there_as_long_as_the_run(tmp_path: Path) -> None:
@@ -60,3 +60,9 @@ def test_a_folder_that_others_may_have_put_there_is_refused(
             folder.chmod(0o777)
     with pytest.raises(PermissionError, match=f"set {VARIABLE} to another folder"):
         own_folder()
+
+
+def test_a_runs_folder_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    (tmp_path / "older").mkdir(0o755)
+    assert [run_folder(name).stat().st_mode & 0o777 for name in ("gpt", "older")] == [0o700, 0o700]
