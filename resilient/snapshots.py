@@ -190,12 +190,13 @@ class Snapshots:
     def _await_settled(self) -> None:
         """The run's final state is to be made durable: the slot for that may still hold the checkpoint before, which
         storage is slow to take."""
-        lifecycle, until = self._slots.lifecycle, time.monotonic() + FINAL_WAIT_S
-        while lifecycle.kept is not None and time.monotonic() < until:
+        until = time.monotonic() + FINAL_WAIT_S
+        while time.monotonic() < until:
+            settled = read_settled(self._folder)
             with self._slots.lock:
-                if (settled := read_settled(self._folder)) is not None:
-                    lifecycle.settled(settled)
-                if lifecycle.kept is None:
+                if settled is not None:
+                    self._slots.lifecycle.settled(settled)
+                if self._slots.lifecycle.kept is None:
                     return
             time.sleep(LOOK_S)
 
