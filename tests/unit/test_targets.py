@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -48,16 +49,23 @@ def test_a_folder_that_others_may_have_put_there_is_refused(
     folder = tmp_path / "resilient"
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(targets, "DEFAULT", str(folder))
+    own = tmp_path / f"resilient-{os.geteuid()}"
+
+    def plant(at: Path) -> None:
+        at.rmdir()
+        match bad:
+            case "a link":
+                at.symlink_to(tmp_path)
+            case "a file":
+                at.touch()
+            case _:
+                at.mkdir()
+                at.chmod(0o777)
+
     assert own_folder() == folder
-    folder.rmdir()
-    match bad:
-        case "a link":
-            folder.symlink_to(tmp_path)
-        case "a file":
-            folder.touch()
-        case _:
-            folder.mkdir()
-            folder.chmod(0o777)
+    plant(folder)
+    assert own_folder() == own
+    plant(own)
     with pytest.raises(PermissionError, match=f"set {VARIABLE} to another folder"):
         own_folder()
 
