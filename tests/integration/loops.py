@@ -232,8 +232,8 @@ def body(
 def train(name: str, carried_bytes: int = 2 << 20, **settings: Any) -> Any:
     """A training function of this name: settings for the decorator, the call's arguments for the body.
 
-    carried_bytes: of data, in whole MiB, that the function brings along, as scripts do that make their dataset at the top. More than
-        Ray sends inline.
+    carried_bytes: of data, in whole MiB, that the function brings along, as scripts do that make their dataset at the
+        top. More than Ray sends inline.
     """
     carried = random.Random(0).randbytes(1 << 20) * (carried_bytes >> 20)
 
