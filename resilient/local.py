@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from ray import cloudpickle
 
 from .job import Settings
 from .local_saving import LocalSaving
@@ -16,7 +17,7 @@ from .team import Alone
 from .worker import call, device_for
 
 
-def run_locally(settings: Settings, function: bytes) -> Result:
+def run_locally(settings: Settings, pack: Callable[[], bytes]) -> Result:
     rows: list[dict[str, float]] = []
     team = Alone(
         on_step=lambda step, values: rows.append({"step": float(step), **values}),
@@ -24,7 +25,7 @@ def run_locally(settings: Settings, function: bytes) -> Result:
         saving=LocalSaving(settings.checkpoint, settings.name) if settings.checkpoint is not None else None,
     )
     with _as_in_a_rank(settings.threads), contextlib.closing(team):
-        value, digest = call(function, team, settings, device_for(settings.resources))
+        value, digest = call(lambda: cloudpickle.loads(pack()), team, settings, device_for(settings.resources))
     return Result(step=team.step, metrics=rows, digest=digest, returned=value)
 
 
