@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.group import LinkBroken
+from actors.pending import LinkBroken
 from resilient.core.difference import odd_ones
 from resilient.core.lane import NOBODYS
 from resilient.core.plan import Address, Place, Plan
