@@ -56,7 +56,7 @@ class NcclLink:
         options = ProcessGroupNCCL.Options()
         options._timeout = NEVER
         backend = ProcessGroupNCCL(store, rank, size, options)
-        # Else the communicator is made by the first transfer, for which all ranks would have to come.
+        # Else the communicator is made by the first transfer, for which all ranks would have to come, and by the store.
         backend.eager_connect_single_device(device)
         return cls(backend, device, waits)
 

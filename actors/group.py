@@ -71,22 +71,16 @@ class Group:
         before, why = _sockets(), "generation's group could not form: "
         try:
             with link_errors(why), self._waits:
-                self._connect(store, secret, host, prefix)
-                self._prove(secret, prefix)
-                if device_name:
-                    self._link = self._device_link(device_name)
+                self._store = GroupStore(store, secret, prefix, FORM_LIMIT_S)
+                with contextlib.closing(self._store):  # all connections are made by then
+                    self._control = Gloo(self._store, self.rank, self.size, _gloo_options(host))
+                    self._prove(secret, prefix)
+                    if device_name:
+                        self._link = self._device_link(device_name)
         except TransferError as error:
             raise LinkBroken(f"{why}{error}") from error
         for descriptor in _sockets() - before:
             _tune(descriptor)
-
-    def _connect(self, store: tuple[str, int], secret: str, host: str, prefix: str) -> None:
-        self._store = GroupStore(store, secret, prefix, FORM_LIMIT_S)
-        try:
-            self._control = Gloo(self._store, self.rank, self.size, _gloo_options(host))
-        finally:
-            if self.device.type != "cuda":  # gloo has all connections now; NCCL makes some later
-                self._store.close()
 
     def _device_link(self, device_name: str) -> DeviceLink:
         """The same kind on all ranks: they all see the same names."""
@@ -95,7 +89,8 @@ class Group:
         if self.is_staged:
             return StagedLink(self._control, self.device, self._waits)
         wait_for_ended()
-        return NcclLink.connect(PrefixStore("nccl", self._store), self.rank, self.size, self.device, self._waits)
+        with self._waits:
+            return NcclLink.connect(PrefixStore("nccl", self._store), self.rank, self.size, self.device, self._waits)
 
     def _prove(self, secret: str, prefix: str) -> None:
         """gloo takes a connection for a peer's if it brings the right number, which is no secret. So each pair proves
