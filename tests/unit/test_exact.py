@@ -7,18 +7,22 @@ import itertools
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from actors.group import Group
+from actors.device_link import NcclLink
+from actors.group import Gloo, Group, _gloo_options
 from actors.group_store import GroupStoreServer
+from actors.pending import Waits
 from resilient.core import planner
 from resilient.core.plan import Address, Place, Plan
 from resilient.core.tree import Node, fold_order, leaf, owned, roots, split
 from resilient.exact import PartialSums
 from resilient.exchange import Scratch, _fold, exchange, exchange_fast
 from resilient.payload import Layout, Means, Payload, Pool
+from tests.nccl import Nccl
 
 CPU = torch.device("cpu")
 
@@ -154,7 +158,10 @@ def test_any_order_of_leaves_gives_the_same_bits(absent: float, frozen_after: in
         check(sums.nodes[Node(0, 11)], leaves, 11)
 
 
-def run_ranks(leaves: list[list[int]], micro_batches: int, absent: float, fast: bool = False) -> list[Payload]:
+def run_ranks(
+    leaves: list[list[int]], micro_batches: int, absent: float, fast: bool = False, device_name: str = ""
+) -> list[Payload]:
+    """device_name: of each rank's device, where {} is its rank."""
     values = [example(n, absent) for n in range(micro_batches)]
     store = GroupStoreServer("127.0.0.1", "secret")
     plan = plan_of(leaves, micro_batches, Address(host="127.0.0.1", port=store.port))
@@ -169,6 +176,7 @@ def run_ranks(leaves: list[list[int]], micro_batches: int, absent: float, fast: 
             rank=rank,
             size=plan.size,
             device=CPU,
+            device_name=device_name.format(rank),
         )
         sums = PartialSums(micro_batches, Pool(LAYOUT, CPU))
         for index in plan.leaves[rank]:
@@ -214,6 +222,27 @@ def counts_of(plan: Plan, values: list[list[torch.Tensor | None]]) -> dict[Node,
 @pytest.mark.parametrize("absent", [0.0, 0.4])
 def test_exchange_gives_every_rank_the_tree_sum(ranks: int, absent: float) -> None:
     run_ranks([list(run) for run in planner.even_runs(8, ranks)], 8, absent)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("device_name", ["one for all", "of rank {}"])
+def test_by_a_devices_link_the_exchange_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, device_name: str, fast: bool
+) -> None:
+    """Through host memory, or in batches that only a stream waits for."""
+
+    def connect(store: Any, rank: int, size: int, device: torch.device, waits: Waits) -> NcclLink:
+        return NcclLink(Nccl(Gloo(store, rank, size, _gloo_options("127.0.0.1"))), device, waits)
+
+    monkeypatch.setattr(NcclLink, "connect", connect)
+    leaves = [list(run) for run in planner.even_runs(8, 3)]
+    plain, by_link = run_ranks(leaves, 8, 0.4, fast), run_ranks(leaves, 8, 0.4, fast, device_name)
+    assert [one.counts for one in plain] == [one.counts for one in by_link]
+    for one, other in zip(plain, by_link, strict=True):
+        for number, count in enumerate(one.counts):
+            if count and not fast:
+                (bits, same) = (each.views[number].reshape(-1).view(torch.uint8) for each in (one, other))
+                assert bits.equal(same)
 
 
 def whole(leaves: list[list[torch.Tensor | None]]) -> Payload:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from actors.group import LinkBroken
+from actors.pending import LinkBroken
 from resilient.core.difference import odd_ones
 from resilient.core.lane import NOBODYS, Wish
 from resilient.core.plan import Address, Place, Plan
