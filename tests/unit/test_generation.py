@@ -45,7 +45,7 @@ def test_a_joiner_is_not_seated_with_a_state_that_was_changed_while_it_was_sent(
 
     def post_host(sends: Any, receives: Any) -> Any:
         current[0] = 3
-        return SimpleNamespace(wait=lambda: None)
+        return SimpleNamespace(wait=lambda: None, follow=lambda: None)
 
     state = capture({"values": {"weights": torch.ones(3)}})
     turns = SimpleNamespace(held_state=lambda generation: state, require_current=require_current)
@@ -133,7 +133,7 @@ class Peers:
     def post(self, sends: Any, receives: Any) -> Any:
         self.sent += [move.data for move in sends]
         self.received += [move.data for move in receives]
-        return SimpleNamespace(wait=self._wait)
+        return SimpleNamespace(wait=self._wait, follow=self._wait)
 
     def _wait(self) -> None:
         if not self.left:
