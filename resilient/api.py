@@ -105,21 +105,21 @@ class TrainFunction:
         from .progress import on_terminal
 
         with on_terminal(self.settings.name) as progress:
-            return run_on_ray(self.settings, self.packed(args, kwargs), progress)
+            return run_on_ray(self.settings, functools.partial(self.packed, args, kwargs), progress)
 
     def watched(self, progress: Callable[[dict[str, Any]], None], *args: Any, **kwargs: Any) -> Result:
         """As a call, but news goes to `progress`: step, generation, ranks, rows, recoveries, messages."""
         check_not_hidden()
         from .driver import run_on_ray
 
-        return run_on_ray(self.settings, self.packed(args, kwargs), progress)
+        return run_on_ray(self.settings, functools.partial(self.packed, args, kwargs), progress)
 
     def local(self, *args: Any, **kwargs: Any) -> Result:
         """Run in this process, without Ray: the same bits as on any number of ranks."""
         check_not_hidden()
         from .local import run_locally
 
-        return run_locally(self.settings, self.packed(args, kwargs))
+        return run_locally(self.settings, functools.partial(self.packed, args, kwargs))
 
     def check(self, *args: Any, steps: int = 6, **kwargs: Any) -> CheckReport:
         """Run the first steps here, without Ray, in each layout that failures may bring, and compare the bits.

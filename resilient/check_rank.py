@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray import cloudpickle
 
 from .check_state import Entry, entries
 from .core.plan import Plan
@@ -290,7 +291,7 @@ def _train(work: Work, tell: Tell, make_team: Callable[[], Any]) -> None:
     team: Any = None
     try:
         team = make_team()
-        call(work.function, team, work.settings, torch.device("cpu"))
+        call(lambda: cloudpickle.loads(work.function), team, work.settings, torch.device("cpu"))
     except _Stop:
         pass
     except BaseException as error:  # noqa: BLE001  the thread's edge: whatever the user's code raises is told

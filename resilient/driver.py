@@ -20,6 +20,7 @@ from .checkpoints import first_attempt
 from .controller import Controller
 from .core.listening import address_of
 from .errors import ResilientError, RunLost, RunStopped, TrainingFailed
+from .function_store import drop_stored, store_function
 from .job import Job, Settings
 from .records import Known
 from .result import Result, loaded
@@ -35,17 +36,18 @@ MAKE_ROOM_LIMIT_S = 10.0
 Progress = Callable[[dict[str, Any]], None]
 
 
-def run_on_ray(settings: Settings, function: bytes, progress: Progress) -> Result:
-    """Start or join Ray, run, and return the result. Raises the errors of `resilient.errors`."""
+def run_on_ray(settings: Settings, pack: Callable[[], bytes], progress: Progress) -> Result:
+    """Start or join Ray, run, and return the result. Raises the errors of `resilient.errors`.
+
+    pack: the training function and its arguments, by cloudpickle.
+    """
+    function = pack()  # what can't be sent is refused before Ray is started
     if not ray.is_initialized():
         ray.init(log_to_driver=os.environ.get("RESILIENT_WORKER_LOGS") == "1")
-    job = Job(
-        settings=settings,
-        attempt=_next_attempt(settings),
-        function=function,
-        secret=secrets.token_hex(16),
-        argv=tuple(sys.argv),
-    )
+    attempt = _next_attempt(settings)
+    stored = store_function(f"{settings.name}/{attempt}", sys.argv, function)
+    del function
+    job = Job(settings=settings, attempt=attempt, function=stored, secret=secrets.token_hex(16))
     controller = _start_controller(job)
     ended = threading.Event()
     threading.Thread(target=_keep_lease, args=(controller, ended, settings), daemon=True).start()
@@ -74,6 +76,7 @@ def _next_attempt(settings: Settings) -> int:
                 )
             if controller is not None:
                 launch.end(controller)  # orphaned: what it would still start would be in this attempt's way
+    drop_stored(name)
     # What earlier ones have left on storage tells their numbers even when the cluster is a new one.
     attempt = first_attempt(settings.checkpoint, name) if settings.checkpoint is not None else 1
     while not launch.create_key(f"attempt/{name}/{attempt}", b""):

@@ -231,16 +231,22 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFunction:
+    """The training function with its arguments, as it is in the cluster's keys: see `function_store`."""
+
+    pieces: int = 0
+    digest: str = ""
+    """xxh3-128 of all pieces."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One attempt of a run."""
 
     settings: Settings
     attempt: int
-    function: bytes
-    """The training function and its arguments, by cloudpickle."""
+    function: StoredFunction
     secret: str
-    argv: tuple[str, ...] = ()
-    """The driver's: what the training function finds as sys.argv."""
 
     @property
     def key(self) -> str:

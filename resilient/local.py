@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from ray import cloudpickle
 
 from .job import Settings
 from .local_saving import LocalSaving
@@ -15,7 +16,7 @@ from .team import Alone
 from .worker import call, device_for
 
 
-def run_locally(settings: Settings, function: bytes) -> Result:
+def run_locally(settings: Settings, pack: Callable[[], bytes]) -> Result:
     rows: list[dict[str, float]] = []
     team = Alone(
         on_step=lambda step, values: rows.append({"step": float(step), **values}),
@@ -24,7 +25,7 @@ def run_locally(settings: Settings, function: bytes) -> Result:
     )
     device = device_for(settings.resources)
     with _as_in_a_rank(settings.threads, device), contextlib.closing(team):
-        value, digest = call(function, team, settings, device)
+        value, digest = call(lambda: cloudpickle.loads(pack()), team, settings, device)
     return Result(step=team.step, metrics=rows, digest=digest, returned=value)
 
 

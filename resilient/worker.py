@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from ray import cloudpickle
@@ -14,6 +15,7 @@ from actors.rank import Host
 from actors.remark import Remark
 
 from .core.events import RankFailed
+from .function_store import opened
 from .job import Job, Settings
 from .last_output import LastOutput
 from .packing import packed_value
@@ -70,7 +72,6 @@ class RankBody:
         )
 
     def train(self) -> None:
-        sys.argv = list(self._job.argv)
         output = LastOutput()
         try:
             with output.kept():
@@ -102,8 +103,13 @@ class RankBody:
         # While a process waits for a place, Ray has all others collect garbage every 10 s. With torch's objects among
         # what is looked through that takes 0.1 to 0.5 s, in which the rank stands still; so they are left out.
         gc.freeze()
-        value, digest = call(self._job.function, self._member, self._job.settings, self._member.device)
+        value, digest = call(self._function, self._member, self._job.settings, self._member.device)
         return packed_value(value), digest
+
+    def _function(self) -> Any:
+        with opened(self._job.key, self._job.function, self._host.folder) as (argv, file):
+            sys.argv = argv
+            return cloudpickle.load(file)
 
     def deliver(self, message: object) -> None:
         self._member.deliver(message)
@@ -118,13 +124,16 @@ class RankBody:
         self._member.telling.repeat_records()
 
 
-def call(function: bytes, team: Any, settings: Settings, device: Any) -> tuple[Any, Any]:
-    """Run the user's function on this team; its value, and the digest of the state it ended with."""
+def call(load: Callable[[], Any], team: Any, settings: Settings, device: Any) -> tuple[Any, Any]:
+    """Run the user's function on this team; its value, and the digest of the state it ended with.
+
+    load: gives the function and its arguments, as `packed_call` has packed them.
+    """
     from .run import Run
 
     same_bits = not settings.allow_different_bits
     run = Run(team, seed=settings.seed, device=device, on_nonfinite=settings.on_nonfinite, same_bits=same_bits)
-    user, args, kwargs = cloudpickle.loads(function)
+    user, args, kwargs = load()
     value = user(run, *args, **kwargs)
     run.check_left_in_order()
     return value, run.digest()

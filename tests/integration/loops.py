@@ -229,10 +229,16 @@ def body(
     return {"step": run.step, "rank": run.rank, "generation": run.generation}
 
 
-def train(name: str, **settings: Any) -> Any:
-    """A training function of this name: settings for the decorator, the call's arguments for the body."""
+def train(name: str, carried_bytes: int = 2 << 20, **settings: Any) -> Any:
+    """A training function of this name: settings for the decorator, the call's arguments for the body.
+
+    carried_bytes: of data, in whole MiB, that the function brings along, as scripts do that make their dataset at the
+        top. More than Ray sends inline.
+    """
+    carried = random.Random(0).randbytes(1 << 20) * (carried_bytes >> 20)
 
     def main(run: resilient.Run, **kwargs: Any) -> dict[str, Any]:
+        assert len(carried) == carried_bytes
         return body(run, **kwargs)
 
     settings = {"resources": {"CPU": 1}, "seed": 3, **settings}

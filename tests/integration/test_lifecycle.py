@@ -16,6 +16,7 @@ import ray
 import torch
 
 import resilient
+from actors import launch
 from tests.integration.loops import body, train
 from tests.integration.processes import Watched, drivers, end_what_goes_on, left_behind, until
 
@@ -34,6 +35,21 @@ def test_controller_killed_in_mid_step_and_a_rank_after_that(cluster: Any, tmp_p
     result = run.result()
     assert result.digest == undisturbed.digest
     assert [row["loss"] for row in result.metrics] == [row["loss"] for row in undisturbed.metrics]
+
+
+@pytest.mark.long
+def test_a_function_that_carries_300_mb_outlives_controller_rank_and_node(cluster: Any, tmp_path: Path) -> None:
+    undisturbed = train("alone").local(steps=LONG)
+    run = Watched(train("heavy", 300 << 20, workers=2), steps=LONG, hold=str(tmp_path / "go"))
+    run.at_step(4, ranks=2)
+    for rank in range(2):
+        pid = run.pid_of_rank(rank)
+        run.kill_controller()
+        os.kill(pid, signal.SIGKILL)
+        run.until_recovered(rank + 1, ranks=2)
+    assert run.result().digest == undisturbed.digest
+    assert until(lambda: not left_behind("heavy"), "nothing is left", 15)
+    assert not launch.list_keys("heavy/")
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import resilient
 from actors import launch
@@ -145,22 +146,25 @@ DRIVER = """
 """
 
 
-def test_a_killed_job_submitted_again_goes_on_from_memory(cluster: Any, undisturbed: Any) -> None:
+@pytest.mark.parametrize("also", ["", "controller"])
+def test_a_killed_job_submitted_again_goes_on_from_memory(cluster: Any, undisturbed: Any, also: str) -> None:
+    """also: what dies with the driver, as on a host that both were on."""
     from tests.integration.test_lifecycle import driver
 
     process = driver(cluster, "again", DRIVER)
     (name,) = (name for name in launch.names("again/1/") if name.endswith("/controller"))
 
     def news() -> dict[str, Any]:
-        import ray
-
         found: dict[str, Any] = ray.get(launch.find(name).look.remote(), timeout=30)
         return found
 
     until(lambda: news()["snapshots"].get("protected", -1) >= 4, "some steps are protected")
     with pytest.raises(resilient.ResilientError, match="'again' is going on"):
         train("again", workers=2)(steps=1)
+    controller = ray.get(launch.find(name).process.remote(), timeout=30)
     process.kill()
+    if also:
+        os.kill(controller, signal.SIGKILL)
     process.communicate(timeout=10)
     until(lambda: launch.find(name) is None, "the first attempt's controller has ended", 60)
     result = train("again", workers=2, detection_s=1.0, snapshot=EVERY_STEP)(steps=STEPS)

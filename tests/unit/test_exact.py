@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from resilient.core import planner
 from resilient.core.plan import Address, Place, Plan
 from resilient.core.tree import Node, fold_order, leaf, owned, roots, split
 from resilient.exact import PartialSums
-from resilient.exchange import Scratch, exchange, exchange_fast
+from resilient.exchange import Scratch, _fold, exchange, exchange_fast
 from resilient.payload import Layout, Means, Payload, Pool
 from tests.nccl import Nccl
 
@@ -291,6 +292,30 @@ def test_the_memory_of_means_that_somebody_holds_is_not(hold: Callable[[torch.Te
 
 def test_exchange_of_scattered_leaves() -> None:
     run_ranks([[0, 3, 7], [1, 2, 9, 10], [4, 5, 6, 8]], 11, 0.3)
+
+
+@pytest.mark.parametrize("own", [own for count in range(5) for own in itertools.combinations(range(4), count)])
+@pytest.mark.parametrize("absent", [0.0, 0.4])
+def test_folding_writes_into_what_was_received_and_never_into_a_partial_sum(
+    own: tuple[int, ...], absent: float
+) -> None:
+    """A partial sum that has been written into would be sent again, as if it were one, after another rank's death."""
+    leaves = [example(n, absent) for n in range(4)]
+    payloads = {leaf(n): Payload(LAYOUT, CPU) for n in range(4)}
+    for (node, payload), values in zip(payloads.items(), leaves, strict=True):
+        for view, value in zip(payload.views, ordered(values), strict=True):
+            view.fill_(1) if value is None else view.copy_(value)
+        payload.counts = [int(value is not None) for value in ordered(values)]
+        assert node.size == 1
+    sums = {leaf(n): payloads[leaf(n)] for n in own}
+    received = {node: payload.flat.clone() for node, payload in payloads.items() if node not in sums}
+    kept = {node: payload.flat.clone() for node, payload in sums.items()}
+    result = Payload(LAYOUT, CPU)
+    counts = {node: payload.counts for node, payload in payloads.items()} if absent else None
+    _fold(LAYOUT, sums, received, fold_order(4, payloads), result.flat, 0, LAYOUT.nbytes, counts)
+    assert all(torch.equal(sums[node].flat, copy) for node, copy in kept.items())
+    result.counts = [sum(payload.counts[entry] for payload in payloads.values()) for entry in range(len(result.counts))]
+    check(result, leaves, 4)
 
 
 def test_fast_reduction_agrees_on_all_ranks() -> None:

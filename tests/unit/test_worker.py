@@ -14,8 +14,10 @@ import torch
 
 from actors.rank import Host
 from resilient.core.events import RankFailed
+from resilient.function_store import store_function
 from resilient.packing import packed_call
 from resilient.worker import RankBody
+from tests.cluster_keys import keys_in_memory
 from tests.jobs import job
 
 
@@ -44,8 +46,8 @@ def told(function: Callable[..., Any], *argv: str, broken: str = "") -> Told:
     """What a rank that runs this function tells."""
     found = Told(broken)
     body = RankBody.__new__(RankBody)
-    body._job = replace(job("gpt", observe=None), function=packed_call(function, (), {}), argv=argv)
-    host: Any = SimpleNamespace(member=7, tell_at_last=found.tell_at_last)
+    body._job = replace(job("gpt", observe=None), function=store_function("gpt/1", argv, packed_call(function, (), {})))
+    host: Any = SimpleNamespace(member=7, folder=None, tell_at_last=found.tell_at_last)
     assert hasattr(Host, "tell_at_last")
     body._host, body._member = host, found.member  # type: ignore[assignment]
     body.train()
@@ -54,6 +56,7 @@ def told(function: Callable[..., Any], *argv: str, broken: str = "") -> Told:
 
 @pytest.fixture(autouse=True)
 def own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys_in_memory(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["default_worker.py", "--node-ip-address=10.0.0.7"])
 
 
