@@ -140,7 +140,7 @@ class Peers:
             raise LinkBroken("rank 1 has gone")
         self.left -= 1
 
-    def abandon(self) -> None:
+    def abandon(self, held: object = None) -> None:
         pass
 
 
