@@ -116,6 +116,7 @@ class GenerationThread(threading.Thread):
                 self._exchange(self.group, step)
         except (LinkBroken, TransferError) as error:
             self._member.link_broken(self.plan, str(error))
+            Mark(self._member.device).wait()  # until then kernels may write what this thread holds
         except HoldersDiffer as error:
             self._member.wants_back(self.plan, error.wanted)
         except Superseded:

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from actors import launch
 from actors.device import NCCL_SETTINGS, is_device_error, is_out_of_memory, survive_peers
 from actors.pending import Move, link_errors
-from resilient import generation, member
+from resilient import generation, member, verification
 from resilient.buffers import Buffers
 from resilient.clipping import clip
+from resilient.copying import Copy
 from resilient.exchange import Scratch
 from resilient.generation import GenerationThread, Holding
 from resilient.local import _as_in_a_rank
@@ -253,6 +254,36 @@ def test_the_device_is_waited_for_once_however_many_tensors_there_are() -> None:
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)
     assert waits_of(lambda: clip(named, None, 1.0)) == 0, "one tolist, which asks the host's copy"
+
+
+def test_a_digest_asks_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    place: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(verification, "weighted_sum", lambda data: torch.tensor(-2))
+    taken: list[bytes] = []
+    running, here = SimpleNamespace(update=taken.append), torch.ones(2, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "stack", once := Once(torch.stack))
+    verification._update(running, [place, here, place])
+    assert list(map(bytes, taken)) == [b"\xfe" + b"\xff" * 7, b"\1\1", b"\xfe" + b"\xff" * 7] and once.calls == 1
+
+
+class Once:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self.function(*args)
+
+
+def test_a_digest_beside_the_copy_comes_after_what_still_writes_the_state() -> None:
+    order: list[str] = []
+    copy: Any = SimpleNamespace(
+        ready=SimpleNamespace(synchronize=lambda: order.append("ready")),
+        digesting=SimpleNamespace(finish=lambda: order.append("digested") or 5),  # type: ignore[func-returns-value]
+        is_unchanged=True,
+    )
+    Copy.finish_digest(copy)
+    assert order == ["ready", "digested"] and copy.digest == 5
 
 
 # Parts of a GPU
