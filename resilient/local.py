@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 from collections.abc import Callable, Iterator
 
@@ -18,6 +19,13 @@ from .worker import call, device_for
 
 
 def run_locally(settings: Settings, pack: Callable[[], bytes]) -> Result:
+    try:
+        return _run(settings, pack)
+    finally:
+        gc.collect()  # models and optimizers that are gated refer to each other: their memory would stay for long
+
+
+def _run(settings: Settings, pack: Callable[[], bytes]) -> Result:
     rows: list[dict[str, float]] = []
     team = Alone(
         on_step=lambda step, values: rows.append({"step": float(step), **values}),

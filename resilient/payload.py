@@ -267,7 +267,7 @@ class Pool:
         self.layout = layout
         self.device = device
         self._free: list[Payload] = []
-        self._given_up: list[Payload] = []
+        self._given_up: list[Tensor] = []
 
     def take(self) -> Payload:
         payload = self._free.pop() if self._free else Payload(self.layout, self.device)
@@ -282,7 +282,7 @@ class Pool:
     def give_up(self, payload: Payload) -> None:
         """Never use it again: an abandoned exchange may still write into it."""
         release_pages(payload.flat)
-        self._given_up.append(payload)
+        self._given_up.append(payload.flat)
 
     def widen(self, layout: Layout) -> None:
         self.layout = layout
