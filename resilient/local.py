@@ -14,6 +14,7 @@ from ray import cloudpickle
 from .job import Settings
 from .local_saving import LocalSaving
 from .result import Result
+from .spilled import Spilled
 from .team import Alone
 from .worker import call, device_for
 
@@ -26,7 +27,7 @@ def run_locally(settings: Settings, pack: Callable[[], bytes]) -> Result:
 
 
 def _run(settings: Settings, pack: Callable[[], bytes]) -> Result:
-    rows: list[dict[str, float]] = []
+    rows = Spilled[dict[str, float]]()
     team = Alone(
         on_step=lambda step, values: rows.append({"step": float(step), **values}),
         workers=settings.workers,
