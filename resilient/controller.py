@@ -67,7 +67,7 @@ from .notes import Notes
 from .presence import Beat, LifelineLost, Nodes, Presence
 from .protection import Protection
 from .ray_metrics import RayMetrics
-from .records import Known, ReturnValue, StepValues
+from .records import Former, Known, ReturnValue, StepValues
 from .showing import Showing
 from .told import Told, warn_on_stderr
 from .workers import Workers
@@ -407,18 +407,18 @@ class Controller:
 
         creator = launch.new_creator()
 
-        def create() -> tuple[bool, dict[str, str], list[dict[str, float]]]:
+        def create() -> tuple[bool, dict[str, str], Former | None]:
             domains = launch.domains() if self._job.settings.snapshot else {}
             return self._ledger.create(plan, creator), domains, self._former_rows(plan)
 
         self._errands.run(create, lambda done: self._created(plan, *done))
 
-    def _former_rows(self, plan: Plan) -> list[dict[str, float]]:
+    def _former_rows(self, plan: Plan) -> Former | None:
         if plan.restore is None or plan.restore.key.attempt == self._job.attempt:
-            return []
+            return None
         return self._showing.former_rows(plan.restore.key.attempt, plan.restore.key.step)
 
-    def _created(self, plan: Plan, created: bool, domains: dict[str, str], former: list[dict[str, float]]) -> None:
+    def _created(self, plan: Plan, created: bool, domains: dict[str, str], former: Former | None) -> None:
         if not created:
             self._handle(GenerationTaken(generation=plan.generation))
             return

@@ -61,12 +61,12 @@ def run_demo(*, out: Path, steps: int, seed: int, screen: Screen, pipeline: bool
         digest_undisturbed=alone["digest"],
         parameters=alone["parameters"],
         events=chaos.events,
-        recoveries=result.recoveries,
+        recoveries=list(result.recoveries),
         seed=seed,
         seconds=round(time.monotonic() - began_at, 1),
         versions=versions(),
         bubbles=result.bubbles,
-        metrics=result.metrics,
+        metrics=list(result.metrics),
         metrics_undisturbed=alone["metrics"],
     )
     (out / "result.json").write_text(json.dumps(outcome.to_json(), indent=1) + "\n")

@@ -21,7 +21,7 @@ def main(steps: int, parent: int, pipeline: bool) -> None:
     from .demo import model
 
     result = model(pipeline).local(steps, tell_step)
-    tell(digest=result.digest, metrics=result.metrics, parameters=result.value)
+    tell(digest=result.digest, metrics=list(result.metrics), parameters=result.value)
 
 
 def tell_step(step: int, loss: float) -> None:

@@ -7,7 +7,8 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -24,6 +25,7 @@ from .function_store import drop_stored, store_function
 from .job import Job, Settings
 from .records import Known
 from .result import Result, loaded
+from .spilled import Spilled
 
 POLL_EVERY_S = 0.1
 CONTROLLER_LIMIT_S = 60.0
@@ -126,8 +128,8 @@ def _keep_lease(controller: Any, ended: threading.Event, settings: Settings) -> 
 
 
 def _follow(controller: Any, progress: Progress) -> Result:
-    rows: list[dict[str, float]] = []
-    recoveries: list[dict[str, Any]] = []
+    rows = Spilled[dict[str, float]]()
+    recoveries = Spilled[dict[str, Any]]()
     known = Known()
     answered_at, limit_s = time.monotonic(), CONTROLLER_START_LIMIT_S
     while True:
@@ -143,11 +145,11 @@ def _follow(controller: Any, progress: Progress) -> Result:
             continue
         answered_at, limit_s = time.monotonic(), CONTROLLER_LIMIT_S
         if news["back_to"] is not None:
-            rows = [row for row in rows if row["step"] < news["back_to"]]
+            rows.truncate(bisect_left(rows, news["back_to"], key=lambda row: row["step"]))
         for row in news["rows"]:
             if int(row["step"]) > _last_step(rows):
                 rows.append(row)
-        recoveries += news["recoveries"]
+        recoveries.extend(news["recoveries"])
         known = news["known"]
         news["rows"], news["recoveries"] = rows, recoveries
         progress(news)
@@ -156,7 +158,7 @@ def _follow(controller: Any, progress: Progress) -> Result:
         time.sleep(POLL_EVERY_S)
 
 
-def _last_step(rows: list[dict[str, float]]) -> int:
+def _last_step(rows: Sequence[dict[str, float]]) -> int:
     return int(rows[-1]["step"]) if rows else -1
 
 

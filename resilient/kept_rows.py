@@ -10,7 +10,8 @@ origin says what connects attempts, the checkpoints' URL or the cluster: another
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ class KeptRows:
         for row in rows:
             self._file.add(row, allow_nan=True)
 
-    def go_on_from(self, attempt: int, before: int) -> list[Row]:
-        """This attempt begins at step `before` of that one. The rows up to there, as far as they were kept."""
+    def go_on_from(self, attempt: int, before: int) -> Callable[[], list[Row]]:
+        """This attempt begins at step `before` of that one. Reads the rows up to there, as far as they were kept."""
         self._file.add({"from": attempt, "before": before})
-        return self._read(attempt, before)
+        return partial(self._read, attempt, before)
 
     def close(self) -> None:
         self._file.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,12 +13,20 @@ from .job import Settings
 from .local_saving import LocalSaving
 from .randomness import kept_generators
 from .result import Result
+from .spilled import Spilled
 from .team import Alone
 from .worker import call, device_for
 
 
 def run_locally(settings: Settings, pack: Callable[[], bytes]) -> Result:
-    rows: list[dict[str, float]] = []
+    try:
+        return _run(settings, pack)
+    finally:
+        gc.collect()  # models and optimizers that are gated refer to each other: their memory would stay for long
+
+
+def _run(settings: Settings, pack: Callable[[], bytes]) -> Result:
+    rows = Spilled[dict[str, float]]()
     team = Alone(
         on_step=lambda step, values: rows.append({"step": float(step), **values}),
         workers=settings.workers,

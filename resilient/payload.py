@@ -271,7 +271,7 @@ class Pool:
         self.layout = layout
         self.device = device
         self._free: list[Payload] = []
-        self._given_up: list[Payload] = []
+        self._given_up: list[Tensor] = []
 
     def take(self) -> Payload:
         payload = self._free.pop() if self._free else Payload(self.layout, self.device)
@@ -290,7 +290,7 @@ class Pool:
         nothing writes there any more."""
         if self.device.type == "cpu":
             release_pages(payload.flat)
-            self._given_up.append(payload)
+            self._given_up.append(payload.flat)
 
     def widen(self, layout: Layout) -> None:
         self.layout = layout

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from .core.plan import Plan
 
@@ -22,6 +22,8 @@ class StepValues:
     snapshots: Mapping[str, float] = field(default_factory=dict)
     """What the rank's snapshots did and cost so far (rank 0's account only)."""
 
+
+Former: TypeAlias = "Callable[[], list[dict[str, float]]]"
 
 REMEMBERED_STEPS = 64
 MOST_AT_ONCE = 256
@@ -75,17 +77,23 @@ class Records:
     rewinds: dict[int, int] = field(default_factory=dict)
     """Steps that the run has gone back to, by the generation that did: rows from there on are to be had anew."""
     branch: int = 0
-    former: list[dict[str, float]] = field(default_factory=list)
-    """Rows of the attempts before this one, for a run that had ended with them."""
+    former: Former | None = None
+    """Reads the rows of the attempts before this one, for a run that had ended with them."""
     _recent: RecentLosses = field(default_factory=RecentLosses)
 
     def rewind(
-        self, generation: int, step: int, branch: int, *, anew: bool, former: Sequence[dict[str, float]] = ()
+        self,
+        generation: int,
+        step: int,
+        branch: int,
+        *,
+        anew: bool,
+        former: Former | None = None,
     ) -> None:
         """The run goes on from the start of this step; if anew, it has no rows before it, but for `former` ones."""
         for later in [other for other in self._losses if other >= step]:
             del self._losses[later], self._values[later]
-        self.former = list(former)
+        self.former = former
         self.fetched = step - 1 if anew else min(self.fetched, step - 1)
         self.newest, self.branch = step - 1, branch
         self._recent.means = {other: mean for other, mean in self._recent.means.items() if other < step}
@@ -107,6 +115,11 @@ class Records:
         not know."""
         return min((step for generation, step in self.rewinds.items() if generation > heard), default=None)
 
+    @property
+    def nothing_was_left(self) -> bool:
+        """Whether all steps had been trained already where this attempt began."""
+        return self.former is not None and self.newest < self.rewinds[self.last_rewind]
+
     def add(self, account: StepValues) -> bool:
         """False if it is nothing new, or of another line of steps."""
         if account.step <= self.fetched or account.branch != self.branch:
@@ -120,8 +133,8 @@ class Records:
 
     def after(self, fetched: int, *, all_of_them: bool) -> list[dict[str, float]]:
         """Rows after step `fetched`, as far as they are final; without gaps, but for what died with all ranks."""
-        if self.former and all_of_them and self.newest < self.rewinds[self.last_rewind]:  # nothing was left to train
-            return [row for row in self.former if row["step"] > fetched]
+        if all_of_them and self.former is not None and self.nothing_was_left:
+            return [row for row in self.former() if row["step"] > fetched]
         self.fetched = max(self.fetched, fetched)
         for step in [step for step in self._losses if step <= self.fetched]:
             del self._losses[step], self._values[step]

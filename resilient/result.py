@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +33,12 @@ class Result:
 
     step: int
     """Steps committed."""
-    metrics: list[dict[str, float]]
+    metrics: Sequence[dict[str, float]]
     """One row per step: step, loss (mean over its micro-batches), and what was logged; of the steps that this
     attempt trained. If a finished run was submitted again, those of the attempts before it, as far as the head node of
-    the cluster still has them in its folder of runs; none with `local`."""
-    recoveries: list[dict[str, Any]] = field(default_factory=list)
+    the cluster still has them in its folder of runs; none with `local`. However many there are, memory holds a few
+    thousand: the others are read from a temporary file. `list(result.metrics)` makes a list, which JSON takes too."""
+    recoveries: Sequence[dict[str, Any]] = field(default_factory=list)
     """One per change of generation: kind, step, generation, ranks, reason, what was lost, and the seconds
     of each phase (detect_s, decide_s, form_s, redo_s, total_s). Where the state was restored from a snapshot:
     source ("memory", "parity" or "storage"; otherwise "live ranks"), restored_step, and how many steps were

@@ -23,6 +23,7 @@ from .job import Job
 from .journal import Journal, remembered
 from .kept_rows import KeptRows
 from .metrics import Seen
+from .records import Former
 from .report import KEPT
 from .targets import Target, own_folder, run_folder
 
@@ -83,9 +84,9 @@ class Showing:
         if self._rows is not None:
             self._rows.add(rows)
 
-    def former_rows(self, attempt: int, before: int) -> list[dict[str, float]]:
+    def former_rows(self, attempt: int, before: int) -> Former | None:
         """Of the steps that this attempt need not train, since it goes on from that one."""
-        return [] if self._rows is None else self._rows.go_on_from(attempt, before)
+        return None if self._rows is None else self._rows.go_on_from(attempt, before)
 
     def serve(self, port: int | None) -> None:
         """From now on `seen` may be asked. port: the one that a controller before this one has bound. Nobody waits for

@@ -234,7 +234,9 @@ class Alone:
         self._seat.handle(Applied(step=step))
         self._recent.add(step, mean(self._losses))
         self.on_step(step, {"loss": mean(self._losses), **mean_values(values)})
-        if self.saving is not None and self._loop is not None:
+        assert self._loop is not None
+        self._loop.sums.forget()  # nobody will ask for the result
+        if self.saving is not None:
             self.saving.boundary(step + 1, self._loop.steps, self._objects())
 
     def finished(self) -> bool:

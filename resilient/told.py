@@ -109,7 +109,7 @@ class Told:
         if back_to is not None:
             fetched = min(fetched, back_to - 1)
         rows = self.records.after(fetched, all_of_them=outcome is not None)
-        if not (self.records.former and rows[:1] and rows[0]["step"] <= self.records.former[-1]["step"]):
+        if outcome is None or not self.records.nothing_was_left:  # else they are kept already
             self.keep(rows)
         return {
             "rows": rows,

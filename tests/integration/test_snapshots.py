@@ -151,27 +151,28 @@ def test_a_killed_job_submitted_again_goes_on_from_memory(cluster: Any, undistur
     """also: what dies with the driver, as on a host that both were on."""
     from tests.integration.test_lifecycle import driver
 
-    process = driver(cluster, "again", DRIVER)
-    (name,) = (name for name in launch.names("again/1/") if name.endswith("/controller"))
+    run = f"again-{also}" if also else "again"
+    process = driver(cluster, run, DRIVER)
+    (name,) = (name for name in launch.names(f"{run}/1/") if name.endswith("/controller"))
 
     def news() -> dict[str, Any]:
         found: dict[str, Any] = ray.get(launch.find(name).look.remote(), timeout=30)
         return found
 
     until(lambda: news()["snapshots"].get("protected", -1) >= 4, "some steps are protected")
-    with pytest.raises(resilient.ResilientError, match="'again' is going on"):
-        train("again", workers=2)(steps=1)
+    with pytest.raises(resilient.ResilientError, match=f"'{run}' is going on"):
+        train(run, workers=2)(steps=1)
     controller = ray.get(launch.find(name).process.remote(), timeout=30)
     process.kill()
     if also:
         os.kill(controller, signal.SIGKILL)
     process.communicate(timeout=10)
     until(lambda: launch.find(name) is None, "the first attempt's controller has ended", 60)
-    result = train("again", workers=2, detection_s=1.0, snapshot=EVERY_STEP)(steps=STEPS)
+    result = train(run, workers=2, detection_s=1.0, snapshot=EVERY_STEP)(steps=STEPS)
     assert result.digest == undisturbed.digest
     assert result.metrics[0]["step"] >= 4 and losses(result) == losses(undisturbed)[-len(result.metrics) :]
     assert gone_back(result)[0]["kind"] == "resumed"
-    until(lambda: not list(Path(launch.FOLDER).glob("again-*")), "nothing is left", 30)
+    until(lambda: not list(Path(launch.FOLDER).glob(f"{run}-*")), "nothing is left", 30)
 
 
 @pytest.mark.parametrize(("workers", "blamed"), [(3, 1), pytest.param(2, 0, marks=pytest.mark.long)])

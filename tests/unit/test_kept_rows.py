@@ -28,9 +28,9 @@ def test_an_attempt_has_the_rows_of_all_before_it(tmp_path: Path) -> None:
     attempt(tmp_path, 2, rows(2, 3, 4, loss=2.0), attempt=1, before=2)
     attempt(tmp_path, 4, [], attempt=2, before=5)
     third = KeptRows(tmp_path, 5, "s3://b", anew=True)
-    assert third.go_on_from(4, 5) == [*rows(0, 1), *rows(2, 3, 4, loss=2.0)]
-    assert third.go_on_from(4, 1) == rows(0)
-    assert third.go_on_from(3, 5) == [], "it has kept nothing"
+    assert third.go_on_from(4, 5)() == [*rows(0, 1), *rows(2, 3, 4, loss=2.0)]
+    assert third.go_on_from(4, 1)() == rows(0)
+    assert third.go_on_from(3, 5)() == [], "it has kept nothing"
     third.close()
 
 
@@ -42,7 +42,7 @@ def test_after_a_rollback_the_later_row_counts(tmp_path: Path) -> None:
 def test_another_runs_rows_count_for_nothing(tmp_path: Path) -> None:
     attempt(tmp_path, 1, rows(0, 1), origin="s3://other")
     second = KeptRows(tmp_path, 2, "s3://b", anew=True)
-    assert second.go_on_from(1, 2) == []
+    assert second.go_on_from(1, 2)() == []
     second.close()
     attempt(tmp_path, 1, rows(5))
     assert second._read(1, 9) == rows(5), "those of another cluster's run of this name are gone"
@@ -61,7 +61,7 @@ def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
 
 def test_a_finished_run_that_is_submitted_again_has_them() -> None:
     records = Records()
-    records.rewind(1, 3, 0, anew=True, former=rows(0, 1, 2))
+    records.rewind(1, 3, 0, anew=True, former=lambda: rows(0, 1, 2))
     assert records.after(-1, all_of_them=False) == []
     assert records.after(-1, all_of_them=True) == rows(0, 1, 2)
     assert records.after(2, all_of_them=True) == []
@@ -69,7 +69,7 @@ def test_a_finished_run_that_is_submitted_again_has_them() -> None:
 
 def test_one_that_goes_on_has_its_own() -> None:
     records = Records()
-    records.rewind(1, 3, 0, anew=True, former=rows(0, 1, 2))
+    records.rewind(1, 3, 0, anew=True, former=lambda: rows(0, 1, 2))
     for step in range(3, 6):
         records.add(StepValues(step=step, losses=(2.0,), values={}))
     assert [row["step"] for row in records.after(-1, all_of_them=True)] == [3.0, 4.0, 5.0]

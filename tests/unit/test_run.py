@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 
 import resilient
 from resilient.core.order import Batching, derive_seed, sample_indices
+from resilient.payload import Payload
 
 GLOBAL, MICRO, STEPS = 12, 2, 5
 LEAVES = GLOBAL // MICRO
@@ -392,3 +394,31 @@ def test_pause() -> None:
                 raise KeyError
 
     assert local(main).step == 1
+
+
+@pytest.mark.parametrize(("leaves", "most"), [(1, 1), (4, 2), (16, 4)])
+def test_a_run_in_one_process_holds_few_sums_and_nothing_of_it_stays(
+    leaves: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In units of all gradients. Sums of complete subtrees that wait for each other: no copy of the result."""
+    made: list[weakref.ref[Any]] = []
+    begin = Payload.__init__
+
+    def counted(self: Payload, *args: Any) -> None:
+        begin(self, *args)
+        made.append(weakref.ref(self.flat))
+
+    monkeypatch.setattr(Payload, "__init__", counted)
+
+    def main(run: resilient.Run) -> None:
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters())
+        run.protect(model=model, optimizer=optimizer)
+        for x, y in run.batches(Samples(), global_batch=16, micro_batch=16 // leaves, steps=3):
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    local(main)
+    assert len(made) == most
+    assert [ref() for ref in made] == [None] * most
