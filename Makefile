@@ -71,8 +71,8 @@ LONG_STAMPS := $(VENV)/.redis-stamp $(VENV)/.chromium-stamp $(VENV)/.prometheus-
 test-long: $(LONG_STAMPS) ## tests that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m "long and not gpu" $(NONE_IS_FINE)
 
-test-gpu: $(VENV)/.test-stamp ## tests that need an NVIDIA GPU
-	$(TEST_ENV) $(BIN)/python -m pytest -m gpu $(NONE_IS_FINE)
+test-gpu: $(VENV)/.test-stamp ## tests that need one NVIDIA GPU, with its figures, within six minutes
+	$(TEST_ENV) timeout 360 $(BIN)/python -m pytest -m gpu tests/gpu -s --durations=0
 
 lint: $(VENV)/.lint-stamp ## style, format and types
 	$(BIN)/ruff check .

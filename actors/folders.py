@@ -15,10 +15,10 @@ import os
 import re
 import shutil
 import stat
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from .moments import boot_s, since_stamp_s
 from .processes import end_process, hold_lock, lives_elsewhere, record_process, recorded_process, still_runs
 
 OWNER = "keeper.process"
@@ -88,12 +88,13 @@ def own(folder: Path, linger_s: float) -> None:
     hold_lock(folder / OWNER)
     (folder / LINGERS).write_text(str(linger_s))
     record_process(folder / OWNER, os.getpid())
+    still_owned(folder)
 
 
 def still_owned(folder: Path) -> None:
     """From time to time: how long the folder lingers counts from its keeper's end, not from its beginning."""
     with contextlib.suppress(FileNotFoundError):  # a host that is taken for dead has had its memory cleared
-        os.utime(folder / OWNER)
+        os.utime(folder / OWNER, (boot_s(), boot_s()))
 
 
 def earlier_attempts(folder: Path, run: str, attempt: int, node: str) -> tuple[Path, ...]:
@@ -144,7 +145,7 @@ def leftovers(folders: Path, keep: tuple[Path, ...] = ()) -> list[Leftover]:
             left = Leftover(
                 folder=owner.parent,
                 nbytes=sum(512 * file.stat().st_blocks for file in owner.parent.rglob("*")),
-                ended_s=time.time() - owner.stat().st_mtime,
+                ended_s=since_stamp_s(owner.stat().st_mtime),
                 lingers_s=float((owner.parent / LINGERS).read_text()),
             )
             found.append(left)

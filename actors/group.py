@@ -12,29 +12,25 @@ What gloo does and does not do, which shapes this file:
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hmac
 import os
 import secrets
 import socket
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .device_link import NEVER, DeviceLink, NcclLink, StagedLink, wait_for_ended
 from .group_store import GroupStore
+from .pending import LinkBroken, Move, Pending, Waits, link_errors, post_moves
 from .stream import TransferError, tune
 
 FORM_LIMIT_S = 300.0
 """A formation that takes longer has failed: far beyond what any cluster needs."""
-PIECE_BYTES = 64 << 20
-"""Larger moves go piece by piece, so that it is seen whether they go on."""
 PROOF_TAG, PROOF_BYTES = 1 << 24, 32
-NEVER = datetime.timedelta(days=10_000)
 
 # torch's stubs lack these.
 Gloo: Any = dist.ProcessGroupGloo
@@ -42,64 +38,6 @@ PrefixStore: Any = dist.PrefixStore  # type: ignore[attr-defined]
 MINIMUM: Any = dist.ReduceOp.MIN
 
 _abandoned: list[Group] = []
-
-
-class LinkBroken(RuntimeError):
-    """A connection of the group failed: a peer has died, or the network between the two has.
-
-    Nobody's mistake. It is a hint only: who is dead is for the controller to say.
-    """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
-    """Bytes to or from a peer: a contiguous uint8 tensor of shape (bytes,)."""
-
-    data: Tensor
-    peer: int
-    tag: int
-
-
-class Waits:
-    """How long one thread has waited for its peers, to be read by others."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def __enter__(self) -> None:
-        self.moved()
-
-    def __exit__(self, *_: object) -> None:
-        self._since = None
-
-    def moved(self) -> None:
-        """Something has come, or gone."""
-        self._since = time.monotonic()
-
-    def lasted_s(self) -> float:
-        """Since anything came or went; 0 if nobody is waited for."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
-
-
-class Pending:
-    """Transfers under way. `wait` returns when they are complete, or raises LinkBroken."""
-
-    __slots__ = ("_held", "_waits", "_works")
-
-    def __init__(self, works: list[Any], held: object, waits: Waits) -> None:
-        self._works = works
-        self._held = held
-        self._waits = waits
-
-    def wait(self) -> None:
-        try:
-            with self._waits:
-                for work in self._works:
-                    work.wait()
-                    self._waits.moved()
-        except RuntimeError as error:
-            raise LinkBroken(str(error)) from error
 
 
 class Group:
@@ -115,36 +53,44 @@ class Group:
         rank: int,
         size: int,
         device: torch.device,
+        device_name: str = "",
         waits: Waits | None = None,
     ) -> None:
         """Connect to all others; blocks until they have come too.
 
         store: address of the store that the plan names (see `group_store`). secret: the run's. host: this rank's own
-        address. prefix: unique per run, attempt and generation. waits: shows how long others have been
-        waited for. Raises LinkBroken when the store or a peer cannot be reached.
+        address. prefix: unique per run, attempt and generation. device_name: the same for ranks that share the device;
+        "" if its memory is the host's. waits: shows how long others have been waited for. Raises LinkBroken when the
+        store or a peer cannot be reached.
         """
         self.rank, self.size, self.device = rank, size, device
         self._waits = Waits() if waits is None else waits
-        before = _sockets()
+        self.is_staged = False
+        """Whether ranks share a device, so that its bytes go through host memory."""
+        self._link: DeviceLink | None = None
+        before, why = _sockets(), "generation's group could not form: "
         try:
-            with self._waits:
-                self._connect(store, secret, host, prefix)
-            self._prove(secret, prefix)
-        except (RuntimeError, TransferError) as error:  # torch.distributed's errors all derive from the former
-            raise LinkBroken(f"generation's group could not form: {error}") from error
+            with link_errors(why), self._waits:
+                self._store = GroupStore(store, secret, prefix, FORM_LIMIT_S)
+                with contextlib.closing(self._store):  # all connections are made by then
+                    self._control = Gloo(self._store, self.rank, self.size, _gloo_options(host))
+                    self._prove(secret, prefix)
+                    if device_name:
+                        self._link = self._device_link(device_name)
+        except TransferError as error:
+            raise LinkBroken(f"{why}{error}") from error
         for descriptor in _sockets() - before:
             _tune(descriptor)
 
-    def _connect(self, store: tuple[str, int], secret: str, host: str, prefix: str) -> None:
-        self._store = GroupStore(store, secret, prefix, FORM_LIMIT_S)
-        try:
-            self._control = Gloo(self._store, self.rank, self.size, _gloo_options(host))
-            self._data: Any = self._control
-            if self.device.type == "cuda":
-                self._data = _nccl(PrefixStore("nccl", self._store), self.rank, self.size)
-        finally:
-            if self.device.type != "cuda":  # gloo has all connections now; NCCL makes some later
-                self._store.close()
+    def _device_link(self, device_name: str) -> DeviceLink:
+        """The same kind on all ranks: they all see the same names."""
+        names = self.gather_bytes(device_name.encode())
+        self.is_staged = len(set(names)) < len(names)
+        if self.is_staged:
+            return StagedLink(self._control, self.device, self._waits)
+        wait_for_ended()
+        with self._waits:
+            return NcclLink.connect(PrefixStore("nccl", self._store), self.rank, self.size, self.device, self._waits)
 
     def _prove(self, secret: str, prefix: str) -> None:
         """gloo takes a connection for a peer's if it brings the right number, which is no secret. So each pair proves
@@ -196,7 +142,10 @@ class Group:
 
     def sum(self, data: Tensor) -> None:
         """Plain all-reduce in place: fast, and in whatever order the library likes."""
-        Pending([self._data.allreduce([data], dist.AllreduceOptions())], data, self._waits).wait()
+        if self._link is not None:
+            self._link.sum(data)
+        else:
+            Pending([self._control.allreduce([data], dist.AllreduceOptions())], data, self._waits).wait()
 
     def post(self, sends: Iterable[Move], receives: Iterable[Move]) -> Pending:
         """Begin transfers on the group's device. Pairs match by peer and tag, in order.
@@ -204,34 +153,22 @@ class Group:
         On CPU every move goes its own way at once; on CUDA they are one batch, and all ranks must
         post their batches in the same order.
         """
-        if self._data is self._control:
-            return self.post_host(sends, receives)
-        self._data._start_coalescing(self.device)
-        _, held = _post(self._data, sends, receives)
-        return Pending([self._data._end_coalescing(self.device)], held, self._waits)
+        return self.post_host(sends, receives) if self._link is None else self._link.post(sends, receives)
 
     def post_host(self, sends: Iterable[Move], receives: Iterable[Move]) -> Pending:
         """The same for data in host memory, whatever the group's device."""
-        return Pending(*_post(self._control, sends, receives), self._waits)
+        return Pending(*post_moves(self._control, sends, receives), self._waits)
 
-    def abandon(self) -> None:
-        """Never use it again. Its thread may still be in it."""
+    def abandon(self, held: object = None) -> None:
+        """Never use it again. Its thread may still be in it. held: what that may still write into on the device. Takes
+        no time."""
         _abandoned.append(self)
-        if self._data is not self._control:
-            self._data.abort()
+        self.close(held)
 
-
-def _post(group: Any, sends: Iterable[Move], receives: Iterable[Move]) -> tuple[list[Any], list[Tensor]]:
-    """What is under way, and what must stay referenced."""
-    works, held = [], []
-    try:
-        for move, begin in [(move, group.recv) for move in receives] + [(move, group.send) for move in sends]:
-            for piece in torch.split(move.data, PIECE_BYTES):
-                works.append(begin([piece], move.peer, move.tag))
-                held.append(piece)
-    except RuntimeError as error:
-        raise LinkBroken(str(error)) from error
-    return works, held
+    def close(self, held: object = None) -> None:
+        """Nobody is in it any more, and the next has formed: give back what it has of the device."""
+        if self._link is not None:
+            self._link.give_up(held)
 
 
 def _sockets() -> set[int]:
@@ -258,11 +195,3 @@ def _gloo_options(host: str) -> Any:
     options._devices = [Gloo.create_device(hostname=host)]
     options._threads = 2
     return options
-
-
-def _nccl(store: Any, rank: int, size: int) -> Any:
-    from torch.distributed import ProcessGroupNCCL
-
-    options = ProcessGroupNCCL.Options()
-    options._timeout = NEVER
-    return ProcessGroupNCCL(store, rank, size, options)

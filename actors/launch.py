@@ -126,7 +126,15 @@ def free_now(resources: dict[str, float]) -> dict[str, int]:
 
 def _fit(resources: dict[str, float], there: dict[str, float]) -> int:
     wanted = {name: amount for name, amount in resources.items() if amount > 0}
-    return min((int((there.get(name, 0.0) + 1e-4) // amount) for name, amount in wanted.items()), default=1)
+    return min((_times(name, amount, there.get(name, 0.0)) for name, amount in wanted.items()), default=1)
+
+
+def _times(name: str, amount: float, there: float) -> int:
+    """How often this amount is there. Ray counts in steps of 1e-4, and takes a part of a GPU from a single one."""
+    if name == "GPU" and amount < 1:
+        whole, rest = divmod(there + _STEP, 1.0)
+        return int(whole) * int((1 + _STEP) // amount) + int((rest + _STEP) // amount)
+    return int((there + _STEP) // amount)
 
 
 def lacking(resources: dict[str, float]) -> str:
@@ -195,6 +203,7 @@ def delete_keys(prefix: str) -> None:
     internal_kv._internal_kv_del(_full(prefix), del_by_prefix=True, namespace=_NAMESPACE)
 
 
+_STEP = 1e-4
 _NAMESPACE = b"resilient"
 _END = b"\n"
 """Of a key's value; what follows says who has created it."""

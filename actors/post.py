@@ -20,6 +20,7 @@ from torch import Tensor
 
 from actors.transfer import Address, Connection, Fields, NotAuthentic, Server, Stream, TransferError
 from snapshot.front import bytes_of
+from snapshot.memory import dtype_named
 
 Key: TypeAlias = "tuple[int, ...]"
 """The first number is its age: parcels of an age that is over are refused."""
@@ -196,8 +197,8 @@ class _Kind:
 
 def _kind(spec: dict[str, Any]) -> _Kind:
     """Raises ValueError or KeyError."""
-    dtype, shape = getattr(torch, str(spec["dtype"]), None), [int(size) for size in spec["shape"]]
-    if not isinstance(dtype, torch.dtype) or any(size < 0 for size in shape):
+    dtype, shape = dtype_named(spec["dtype"]), [int(size) for size in spec["shape"]]
+    if any(size < 0 for size in shape):
         raise ValueError(f"a parcel with a tensor of {spec!r:.200}")
     kind = _Kind(dtype, torch.Size(shape))
     if kind.nbytes > LARGEST_BYTES:

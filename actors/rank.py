@@ -11,6 +11,7 @@ import contextlib
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,13 @@ class Rank:
         self._controller.hear.remote((ask,))
 
     def _control(self) -> None:
-        while True:
-            time.sleep(REPORT_EVERY_S)
-            if self._lease.expired():
-                os._exit(0)
-            self._body.report()
+        """Ends with the process: without it the rank would not be heard, and would outlive its controller."""
+        try:
+            while True:
+                time.sleep(REPORT_EVERY_S)
+                if self._lease.expired():
+                    os._exit(0)
+                self._body.report()
+        except Exception:  # noqa: BLE001  the thread's edge: another rank takes its place
+            traceback.print_exc()
+            os._exit(1)

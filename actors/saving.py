@@ -111,6 +111,7 @@ class Saving:
         """Before, nothing is written."""
         self._newest_done: SnapshotKey | None = None
         self._pending: _Pending | None = None
+        self._known: store.Known = {}
         self._others: set[str] = set()
         """Runs that write to the same place, as has been said."""
 
@@ -212,7 +213,9 @@ class Saving:
         )
         try:
             attempt, token = pending.key.attempt, self._spec.token
-            store.prune(self._storage(), self._spec.keep, run=self._spec.run, attempt=attempt, token=token)
+            store.prune(
+                self._storage(), self._spec.keep, run=self._spec.run, attempt=attempt, token=token, known=self._known
+            )
             for other in sorted(store.other_runs(self._storage(), self._spec.run) - self._others):
                 self._others.add(other)
                 self._count(store.also_there(self._spec.url, other))

@@ -54,8 +54,8 @@ def train(
         leaves because it was told to doesn't count.
     evict_stragglers: a rank that takes three times as long as the others for long leaves, and another one is started
         on another node. Without it that is only said. Micro-batches are dealt by speed in any case.
-    observe: where metrics and a live page are served, to be read by whoever reaches it: "auto" is a free port at the
-        address of the cluster's head node, "HOST:PORT" or ":PORT" what you say, None nowhere.
+    observe: where metrics and a live page are served, to be read by whoever reaches it: "auto" is a free port of the
+        cluster's head node that only that node reaches, "HOST:PORT" or ":PORT" what you say, None nowhere.
     ray_metrics: metrics also appear among Ray's own, seconds late and all as gauges.
 
     Raises ValueError or TypeError naming field, value and what is allowed.

@@ -125,8 +125,9 @@ class Buffers:
     def take_changes(self) -> dict[str, Tensor]:
         """What the micro-batch changed, by name, as copies; the step's values are put back."""
         changed: dict[str, Tensor] = {}
-        for name, buffer, current, value in self._suspects():
-            same = _equal_bits(name, current, value)
+        suspects = list(self._suspects())
+        same_bits = _equal_bits((name, current, value) for name, _, current, value in suspects)
+        for (name, buffer, current, value), same in zip(suspects, same_bits, strict=True):
             if not same:
                 changed[name] = current.detach().clone()
             if not same or current is not buffer.tensor:
@@ -156,8 +157,8 @@ class Buffers:
 
     def changed(self) -> str | None:
         """The first buffer, by name, that does not hold the step's value."""
-        differ = (name for name, _, current, value in self._suspects() if not _equal_bits(name, current, value))
-        return next(differ, None)
+        suspects = [(name, current, value) for name, _, current, value in self._suspects()]
+        return next((name for (name, *_), same in zip(suspects, _equal_bits(suspects), strict=True) if not same), None)
 
     def put(self, name: str, value: Tensor) -> None:
         """Set a buffer to the step's new value, which `begin_step` will find."""
@@ -175,16 +176,16 @@ class Buffers:
         """What forward has changed in these copies, by name; the buffers themselves are back in their places. Raises
         LoopError if buffers have come or gone."""
         self.check_places(prefix)
-        changed: dict[str, Tensor] = {}
+        suspects: list[tuple[str, Tensor, Tensor]] = []
         for name, buffer in self._below(prefix).items():
             lent, value = buffer.current, buffer.value
             if lent is None or value is None:
                 continue
             assert buffer.tensor is not None, name
             buffer.hold(buffer.tensor)
-            if not _equal_bits(name, lent, value):
-                changed[name] = lent.detach()
-        return changed
+            suspects.append((name, lent, value))
+        pairs = zip(suspects, _equal_bits(suspects), strict=True)
+        return {name: lent.detach() for (name, lent, _), same in pairs if not same}
 
     def _below(self, prefix: str) -> dict[str, _Buffer]:
         if not prefix:
@@ -209,11 +210,17 @@ def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        for (part, key, tensor), value in zip(kept, values, strict=True):
-            if tensor is not None and value is not None and not _equal_bits(key, tensor, value):
-                with torch.no_grad():
+        held = [
+            (key, tensor, value)
+            for (_, key, tensor), value in zip(kept, values, strict=True)
+            if tensor is not None and value is not None
+        ]
+        with torch.no_grad():
+            for (_, tensor, value), same in zip(held, _equal_bits(held), strict=True):
+                if not same:
                     tensor.copy_(value)
-            part._buffers[key] = tensor
+        for part, key, own in kept:
+            part._buffers[key] = own
 
 
 def _structure(module: nn.Module) -> tuple[nn.Module, dict[str, nn.Module | None], tuple[str, ...]]:
@@ -239,14 +246,24 @@ def _unrestorable(name: str, what: str) -> LoopError:
     )
 
 
-def _equal_bits(name: str, one: Tensor, other: Tensor) -> bool:
-    """Compared as bytes: not all types can be compared by torch, and -0.0 and NaN are bits too."""
+def _equal_bits(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> list[bool]:
+    """Of each named pair, whether they are the same. A device is waited for once, whatever their number."""
+    found = [_compared(*pair) for pair in pairs]
+    asked = [each for each in found if isinstance(each, Tensor)]
+    told = iter(torch.stack(asked).tolist() if asked else ())
+    return [bool(next(told)) if isinstance(each, Tensor) else each for each in found]
+
+
+def _compared(name: str, one: Tensor, other: Tensor) -> bool | Tensor:
+    """As bytes: not all types can be compared by torch, and -0.0 and NaN are bits too."""
     if not _alike(one, other):
         raise ValueError(
             f"buffer {name} changed from {other.dtype} {tuple(other.shape)} to {one.dtype} {tuple(one.shape)} "
             "in forward: buffers must keep type and shape; hold growing state outside the module"
         )
-    return _bytes(one).equal(_bytes(other))
+    if one.device.type == "cpu" or one.device != other.device:
+        return _bytes(one).equal(_bytes(other))
+    return torch.eq(_bytes(one), _bytes(other)).all()
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -110,6 +110,7 @@ class Saved:
     news: dict[str, SaveNews] = field(default_factory=dict)
     """By keeper, as node/incarnation: what one that died alone has counted stays counted. After a restart of the
     controller it begins with what is on record as said."""
+    _missed: str = ""
 
     def heard(self, keeper: str, news: SaveNews) -> list[Happening]:
         """What has happened, with sentences for the user; it is then to be put on record."""
@@ -128,6 +129,18 @@ class Saved:
             found.append(Happening(kind="checkpoint failed", reason=reason, more={"node": node}))
         return found
 
+    def missed(self, step: int) -> str:
+        """That the run's final state is on no storage, and why; empty if it is."""
+        told = self.summary()
+        if told["durable"] >= step:
+            return ""
+        newest = (
+            "there is no checkpoint" if told["durable"] < 0 else f"the newest checkpoint is of step {told['durable']}"
+        )
+        why = told["last_failure"] or "no slot was free for it"
+        self._missed = f"the final state, of step {step}, is not on storage; {newest}: {why}"
+        return self._missed
+
     def summary(self) -> dict[str, Any]:
         """For `Result.checkpoints`."""
         durable = [news for news in self.news.values() if news.durable is not None]
@@ -139,6 +152,7 @@ class Saved:
             "failures": sum(news.failures for news in self.news.values()),
             "unverified": sum(news.unverified for news in self.news.values()),
             "last_failure": failed[-1] if failed else "",
+            "missed": self._missed,
             "stored_bytes": newest.stored_bytes if newest is not None else 0,
         }
 

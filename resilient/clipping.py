@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoopError
-from .stage_exchange import norm_of
+from .stage_exchange import norms_of
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -24,7 +24,7 @@ def clip(named: Named, known: dict[str, float] | None, max_norm: float) -> Tenso
     """
     gradients = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
     if known is None:
-        known = {name: norm_of(gradient) for name, gradient in gradients}
+        known = norms_of(dict(gradients))
     norms = [torch.tensor(known[name], dtype=parameter.dtype) for name, parameter in named if name in known]
     if not norms:
         return torch.tensor(0.0)

@@ -75,6 +75,8 @@ class Copy:
         """Of the same state that was copied: none if it has been written meanwhile. Raises RuntimeError if it can't be
         made: there is no memory on the device, say."""
         if self.digesting is not None:
+            if self.ready is not None:
+                self.ready.synchronize()  # this thread has another stream than the one that writes the state, perhaps
             digest = self.digesting.finish()
             self.digest = digest if self.is_unchanged else None
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -37,7 +38,7 @@ from .core.instructions import CreateGeneration, End, Kill, Say, SendPlan, Spawn
 from .core.limits import Limits
 from .core.plan import Plan
 
-NODE, SECRET, HOST = "node", "secret", "127.0.0.1"
+NODE, HOST = "node", "127.0.0.1"
 TRAINING = "training"
 """The thread in which a rank runs the training function."""
 TICK_S = 0.1
@@ -125,6 +126,8 @@ class Task:
     threads: int = 1
     begin: Callable[[int], None] | None = None
     folder: Path | None = None
+    secret: str = field(default_factory=lambda: secrets.token_hex(16))
+    """That they know each other by: other users of the machine reach their ports, too."""
 
 
 class Keeper(Protocol):
@@ -258,12 +261,12 @@ def _rank(pipe: Connection, number: int, task: Task) -> None:
     from .member import Member
 
     torch.set_num_threads(task.threads)
-    tell, store = teller(pipe), GroupStoreServer(HOST, SECRET)
+    tell, store = teller(pipe), GroupStoreServer(HOST, task.secret)
     host: Any = SimpleNamespace(
         key="crew/1",
         member=number,
         node=NODE,
-        secret=SECRET,
+        secret=task.secret,
         ip=HOST,
         words=SimpleNamespace(moved=lambda *_: None, activity=lambda *_: None),
         store=store,

@@ -173,7 +173,7 @@ class Feed:
             raise ValueError(
                 f"the state to go on from was trained on other data: {', '.join(words)}. A position in the data is a "
                 "number of steps, so samples would be left out or seen twice without a word. Use the former values, "
-                'begin anew with Checkpoint(..., resume="never") or another name of the run, or pass '
+                'begin anew with Checkpoint(..., resume="never") or another name and URL of the run, or pass '
                 "allow_other_data=True to run.steps or run.batches to go on with the same number of steps"
             )
 

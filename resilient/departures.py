@@ -46,12 +46,10 @@ class Departures:
     # Who is to leave
 
     def asked(self, ask: LeaveAsked) -> None:
-        by = time.time() + ask.left_s
-        self._errands.run(lambda: self._ledger.leaves(ask, by), lambda _: self._put(_event(ask)))
+        self._errands.run(lambda: self._ledger.leaves(ask), lambda _: self._put(_event(ask)))
 
     def on_record(self) -> list[Event]:
-        now = time.time()
-        return [_event(ask) for ask in self._ledger.leaving(now)]
+        return [_event(ask) for ask in self._ledger.leaving()]
 
     def noticed(self, draining: Mapping[str, float]) -> list[Event]:
         """The cluster's notices, of which some may be new. draining: by node, when it ends; infinite if not known."""

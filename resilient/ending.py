@@ -97,6 +97,8 @@ class Ending:
         if late:
             self.told.say(f"the last checkpoint is given up: not written within {FINISH_LIMIT_S:.0f} s")
         if late or not self._still_saving or self.driver.expired():
+            if missed := self.told.saved.missed(self.told.records.newest + 1):
+                self.told.say(missed)
             self._conclude(self._finishing)
 
     # The outcome

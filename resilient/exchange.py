@@ -19,7 +19,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from actors.group import Group, Move
+from actors.group import Group
+from actors.pending import Move
 
 from .core.plan import Plan
 from .core.tree import Fold, Node, owned
@@ -68,9 +69,11 @@ class Scratch:
         return self._route
 
     def give_up(self) -> None:
-        """An abandoned exchange may still write here: keep the addresses, give the pages back."""
-        release_pages(self.flat)
-        _given_up.append(self.flat)
+        """An abandoned exchange may still write here: keep the addresses, give the pages back. A device's memory the
+        group keeps until nothing writes there any more."""
+        if self.flat.device.type == "cpu":
+            release_pages(self.flat)
+            _given_up.append(self.flat)
 
     def rows(self, count: int, nbytes: int, device: torch.device) -> list[Tensor]:
         if self.flat.numel() < count * nbytes or self.flat.device != device:
@@ -161,7 +164,7 @@ def _run(
     coming = [group.post(*there(turn)) for turn in range(rounds)]
     returning = []
     for turn in range(rounds):
-        coming[turn].wait()
+        coming[turn].follow()
         for low, high in mine[turn : turn + 1]:
             target = result.flat[low:high]
             received = {root: row[low - start : high - start] for root, row in rows.items()}

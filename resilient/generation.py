@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actors.group import Group, LinkBroken, Move, Waits
+from actors.device import Mark
+from actors.group import Group
+from actors.pending import LinkBroken, Move, Waits
 from actors.stream import TransferError
 from snapshot.capture import capture
 from snapshot.core.lifecycle import Ordinal
@@ -69,16 +71,17 @@ class GenerationThread(threading.Thread):
         self.rank = plan.rank_of(member.number)
         self._member = member
         self._holding = holding
-        self._steps: queue.Queue[int | None] = queue.Queue()
+        self._steps: queue.Queue[tuple[int, Mark] | None] = queue.Queue()
         self._scratch = Scratch()
         self._in_flight: Payload | None = None
         self.waits = Waits()
         self.reduced = holding.reduced
         self.group: Group | None = None
+        self._left = False
 
     def submit(self, step: int) -> None:
         """Exchange the sums of this step; the training thread keeps its hands off them until told."""
-        self._steps.put(step)
+        self._steps.put((step, Mark(self._member.device)))
 
     def retire(self) -> None:
         """All members have moved on in agreement: end after what is under way."""
@@ -86,22 +89,34 @@ class GenerationThread(threading.Thread):
 
     def abandon(self) -> None:
         """Leave it behind. Whatever it may still write into is never used again."""
+        self._left = True
         if self.group is not None:
-            self.group.abandon()
+            self.group.abandon((self._in_flight, self._scratch.flat))
         if self._in_flight is not None:
             self._member.sums.pool.give_up(self._in_flight)
         self._scratch.give_up()
         self.retire()
 
+    def close(self) -> None:
+        """It has retired, and the next has formed."""
+        if self.group is not None:
+            self.group.close()
+
     def run(self) -> None:
         torch.set_num_threads(self._member.threads)
         try:
             self.group = self._member.connect(self.plan, self.rank, self.waits)
+            if self._left:  # while it formed, when there was nothing to give up yet
+                self.group.abandon()
+                return
             self._member.formed(self.plan, *self._level(self.group))
-            while (step := self._steps.get()) is not None:
+            while (asked := self._steps.get()) is not None:
+                step, folded = asked
+                folded.precede()
                 self._exchange(self.group, step)
         except (LinkBroken, TransferError) as error:
             self._member.link_broken(self.plan, str(error))
+            Mark(self._member.device).wait()  # until then kernels may write what this thread holds
         except HoldersDiffer as error:
             self._member.wants_back(self.plan, error.wanted)
         except Superseded:
@@ -177,10 +192,12 @@ class GenerationThread(threading.Thread):
         if self.rank in behind:
             result = self._in_flight = self._member.sums.pool.take()
             counts = torch.zeros(len(result.counts), dtype=torch.int64)
-            moves = [Move(data=counts.view(torch.uint8), peer=holders[0], tag=KEPT_TAG)]
+            moves: list[Move] = []
             for part, holder in zip(_parts(result.flat.numel(), len(holders)), holders, strict=True):
                 moves += [Move(data=result.flat[a:b], peer=holder, tag=KEPT_TAG + 1) for a, b in part]
-            group.post([], moves).wait()
+            coming = group.post([], moves)
+            group.post_host([], [Move(data=counts.view(torch.uint8), peer=holders[0], tag=KEPT_TAG)]).wait()
+            coming.wait()
             result.counts = [int(count) for count in counts.tolist()]
             self._in_flight = None
             return result
@@ -189,9 +206,11 @@ class GenerationThread(threading.Thread):
             place = holders.index(self.rank)
             counts = torch.tensor(held.kept.counts, dtype=torch.int64)
             mine = _parts(held.kept.flat.numel(), len(holders))[place]
-            sends = [Move(data=counts.view(torch.uint8), peer=peer, tag=KEPT_TAG) for peer in behind if place == 0]
-            sends += [Move(data=held.kept.flat[a:b], peer=peer, tag=KEPT_TAG + 1) for peer in behind for a, b in mine]
-            group.post(sends, []).wait()
+            told = [Move(data=counts.view(torch.uint8), peer=peer, tag=KEPT_TAG) for peer in behind if place == 0]
+            sends = [Move(data=held.kept.flat[a:b], peer=peer, tag=KEPT_TAG + 1) for peer in behind for a, b in mine]
+            leaving = group.post(sends, [])
+            group.post_host(told, []).wait()
+            leaving.wait()
         return None
 
     def _welcome(self, group: Group, holders: Sequence[int], joiners: Sequence[int]) -> None:

@@ -193,6 +193,11 @@ class Settings:
         for resource, amount in self.resources.items():
             if not (_is_number(amount) and amount >= 0):
                 raise ValueError(f"resources[{resource!r}]={amount!r}: needs a number of 0 or more")
+        if (gpus := self.resources.get("GPU", 0)) > 1:
+            raise ValueError(
+                f"resources['GPU']={gpus!r}: a rank trains on one GPU, or on a part of one that it shares with others; "
+                "give 1, or a fraction such as 0.5, and more workers"
+            )
         _check_name(self.name)
 
     @property

@@ -1,4 +1,5 @@
-"""What happened to a run, as lines of JSON in a file: one for each thing, for programs to read.
+"""What happened to a run, as lines of JSON in a file: one for each thing, for programs to read. It holds
+users' tracebacks, so nobody but this user may.
 
 Written by a thread of its own, so that no disk is ever waited for. If it can't keep up, or the disk is full, lines are
 left out and counted.
@@ -29,9 +30,10 @@ class Journal:
         self.path = path
         self.left_out = 0
         """Lines that were not written."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._file = os.open(path, flags, 0o644)
+        self._file = os.open(path, flags, 0o600)
+        os.fchmod(self._file, 0o600)  # an older version let everybody read it
         if not _ends_well(path):  # a controller was killed in the middle of a line
             os.write(self._file, b"\n")
         self._lines: queue.Queue[bytes | None] = queue.Queue(MOST_WAITING)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from typing import Any
 
 from actors import launch
+from actors.moments import moment, since_s
 from actors.notice import LeaveAsked
 from actors.saving import SaveNews
 from snapshot.core.branches import Lineage
@@ -76,20 +76,21 @@ class Ledger:
         self._on_record = {plan.generation: plan.restore is not None for plan in plans}
         return plans
 
-    def leaves(self, ask: LeaveAsked, by: float) -> None:
-        """by: when its grace is over, in seconds of the wall clock. What is on record already stays."""
+    def leaves(self, ask: LeaveAsked) -> None:
+        """What is on record already stays."""
         who = f"rank/{ask.member}" if ask.member else f"node/{ask.node}"
-        record = {"node": ask.node, "member": ask.member, "why": ask.why, "by": None if math.isinf(by) else by}
-        launch.create_key(f"{self._prefix}leaving/{who}", json.dumps(record).encode())
+        left_s = None if math.isinf(ask.left_s) else ask.left_s
+        record = {"node": ask.node, "member": ask.member, "why": ask.why, "left_s": left_s}
+        launch.create_key(f"{self._prefix}leaving/{who}", json.dumps({**record, "asked": moment()}).encode())
 
-    def leaving(self, now: float) -> list[LeaveAsked]:
-        """All that was asked for, with what is left of the time at `now`."""
+    def leaving(self) -> list[LeaveAsked]:
+        """All that was asked for, with what is left of the time."""
         found = [launch.read_key(key) for key in launch.list_keys(f"{self._prefix}leaving/")]
         records = [json.loads(text) for text in found if text is not None]
         return [
-            LeaveAsked(**record, left_s=math.inf if by is None else max(0.0, by - now))
+            LeaveAsked(**record, left_s=math.inf if left_s is None else max(0.0, left_s - since_s(asked)))
             for record in records
-            for by in (record.pop("by"),)
+            for asked, left_s in ((record.pop("asked"), record.pop("left_s")),)
         ]
 
     def has_said(self, keeper: str, news: SaveNews) -> None:
@@ -109,7 +110,7 @@ class Ledger:
 
     def count(self, record: dict[str, Any]) -> None:
         """What has been counted so far, for the controller that comes after this one."""
-        launch.write_key(f"{self._prefix}counted", json.dumps({**record, "at": time.time()}).encode())
+        launch.write_key(f"{self._prefix}counted", json.dumps({**record, **moment()}).encode())
 
     def counted(self) -> tuple[dict[str, Any], float] | None:
         """What the controller before has counted, and how long ago it said so last, in seconds."""
@@ -117,7 +118,7 @@ class Ledger:
         if text is None:
             return None
         record = json.loads(text)
-        return record, max(0.0, time.time() - record["at"])
+        return record, since_s(record)
 
     def serves(self, port: int) -> None:
         """The port at which the run can be looked at."""

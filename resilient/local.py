@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import random
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from ray import cloudpickle
 
 from .job import Settings
 from .local_saving import LocalSaving
+from .randomness import kept_generators
 from .result import Result
 from .spilled import Spilled
 from .team import Alone
@@ -33,21 +32,19 @@ def _run(settings: Settings, pack: Callable[[], bytes]) -> Result:
         workers=settings.workers,
         saving=LocalSaving(settings.checkpoint, settings.name) if settings.checkpoint is not None else None,
     )
-    with _as_in_a_rank(settings.threads), contextlib.closing(team):
-        value, digest = call(lambda: cloudpickle.loads(pack()), team, settings, device_for(settings.resources))
+    device = device_for(settings.resources)
+    with _as_in_a_rank(settings.threads, device), contextlib.closing(team):
+        value, digest = call(lambda: cloudpickle.loads(pack()), team, settings, device)
     return Result(step=team.step, metrics=rows, digest=digest, returned=value)
 
 
 @contextlib.contextmanager
-def _as_in_a_rank(threads: int) -> Iterator[None]:
+def _as_in_a_rank(threads: int, device: torch.device) -> Iterator[None]:
     """The thread count of the run's ranks; the caller's generators and thread count come back afterwards."""
     before = torch.get_num_threads()
-    python, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
     torch.set_num_threads(threads)
     try:
-        yield
+        with kept_generators(device):
+            yield
     finally:
         torch.set_num_threads(before)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(host)

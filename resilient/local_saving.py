@@ -42,6 +42,7 @@ class LocalSaving:
         self._token = secrets.token_hex(4)
         self._saves = Saves(every_steps=checkpoint.every_steps, every_s=checkpoint.every_s)
         self._lineage = first_branch()
+        self._known: store.Known = {}
         self._others: set[str] = set()
         """Runs that write to the same place, as has been said."""
         self._newest = 0
@@ -136,7 +137,9 @@ class LocalSaving:
         folder = folder_of(head.run, head.attempt, head.branch, step, head.generation, token)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         store.commit(self._files, folder, lineage=self._lineage, saved_at=now)
-        store.prune(self._files, self._checkpoint.keep, run=self._run, attempt=self._attempt, token=token)
+        store.prune(
+            self._files, self._checkpoint.keep, run=self._run, attempt=self._attempt, token=token, known=self._known
+        )
         for other in sorted(store.other_runs(self._files, self._run) - self._others):
             self._others.add(other)
             print(f"resilient: {store.also_there(self._checkpoint.url, other)}", file=sys.stderr)

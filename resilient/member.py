@@ -18,7 +18,9 @@ from typing import Literal
 import torch
 from typing_extensions import assert_never
 
-from actors.group import Group, Waits
+from actors.device import is_device_error, is_out_of_memory, name_of
+from actors.group import Group
+from actors.pending import Waits
 from actors.post import Post
 from actors.priority import raise_priority
 from actors.rank import Host
@@ -73,6 +75,11 @@ from .team import Loop
 from .telling import Telling
 from .turns import WAKE_S, Turns
 
+STAGED = (
+    "ranks share a GPU, which NCCL refuses: gradients go through the host's memory. The bits are the same, but it is "
+    'slower than a GPU for each rank, which resources={"GPU": 1} gives'
+)
+
 
 class Member:
     """Implements `Team` over other processes."""
@@ -118,6 +125,7 @@ class Member:
         """The partial sums, that leaf's too, are dropped as soon as it is folded."""
         self._in_user_code = True
         """The training thread is not in here."""
+        self._said_staged = False
         self._storage = storage
         self._control_digest = 0
 
@@ -149,7 +157,7 @@ class Member:
         return self._loop.sums
 
     def enter(self, loop: Loop) -> None:
-        digest, fields = probe(self.threads)
+        digest, fields = probe(self.threads, self.device)
         raise_priority()
         with self._changed:
             self._loop = loop
@@ -370,7 +378,7 @@ class Member:
     # Brought by a generation's thread
 
     def connect(self, plan: Plan, rank: int, waits: Waits) -> Group:
-        return Group(
+        group = Group(
             store=(plan.store.host, plan.store.port),
             secret=self._host.secret,
             host=self._host.ip,
@@ -378,8 +386,13 @@ class Member:
             rank=rank,
             size=plan.size,
             device=self.device,
+            device_name=name_of(self.device),
             waits=waits,
         )
+        if group.is_staged and not self._said_staged:
+            self._said_staged = True
+            self._host.tell(Remark(text=f"member {self.number}: {STAGED}"))
+        return group
 
     def state_received(self, plan: Plan, complete: int) -> None:
         with self._changed:
@@ -401,7 +414,9 @@ class Member:
                 self._changed.wait(WAKE_S)  # it has been told to do nothing more of the change that failed
             if not self._is_current(plan):
                 return
-            self._retired, self.turns.held = None, None
+            retired, self._retired, self.turns.held = self._retired, None, None
+            if retired is not None:
+                retired.close()
             if caught_up is not None:
                 self.sums.accept(caught_up)
             if self.has_stages:
@@ -460,10 +475,14 @@ class Member:
             self._changed.notify_all()
 
     def crashed(self, plan: Plan, error: BaseException) -> None:
+        text = "".join(traceback.format_exception(error))
+        if is_device_error(error) or is_out_of_memory(error):  # what is allocated in here is no decision of the user's
+            self.telling.crashed_here(text)
+            os._exit(1)
         with self._changed:
             if not self._is_current(plan):
                 return
-        self.telling.failed(self._seat.step, "".join(traceback.format_exception(error)))
+        self.telling.failed(self._seat.step, text)
 
     def fetch(self, restore: Restore, plan: Plan) -> StateTable:
         wanted = self.stage.wanted(plan, plan.rank_of(self.number)) if self.has_stages else None

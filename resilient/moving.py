@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 import xxhash
 
-from actors.group import Group, LinkBroken, Move
+from actors.group import Group
+from actors.pending import LinkBroken, Move
 from snapshot.capture import capture
 from snapshot.core.ranges import Ranges, holds, merged
 from snapshot.skeleton import Skeleton, TensorSpec

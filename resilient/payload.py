@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack
 
+from actors.device import Mark
+
 from .core.outcome import Outcome
 
 ALIGN_BYTES = 64
@@ -147,7 +149,7 @@ class Payload:
     `flat` is a uint8 tensor of shape (layout.nbytes,); `views[i]` is entry i in its own type and shape.
     """
 
-    __slots__ = ("counts", "flat", "foreign", "layout", "outcome", "views")
+    __slots__ = ("counts", "flat", "foreign", "layout", "outcome", "released", "views")
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout = layout
@@ -156,6 +158,8 @@ class Payload:
             self.flat[entry.start : entry.stop].view(entry.dtype).view(entry.shape) for entry in layout.entries
         ]
         self.counts = [0] * len(layout.entries)
+        self.released = Mark(device)
+        """What may still read or write it as it goes back into its pool: threads may have streams of their own."""
         self.foreign: dict[str, Tensor] = {}
         """Of a complete result: sums of uses of shared parameters in other stages, by name."""
         self.outcome: Outcome | None = None
@@ -271,18 +275,22 @@ class Pool:
 
     def take(self) -> Payload:
         payload = self._free.pop() if self._free else Payload(self.layout, self.device)
+        payload.released.precede()
         payload.counts = [0] * len(self.layout.entries)
         payload.foreign, payload.outcome = {}, None
         return payload
 
     def give_back(self, payload: Payload) -> None:
         if payload.layout is self.layout:
+            payload.released = Mark(self.device)
             self._free.append(payload)
 
     def give_up(self, payload: Payload) -> None:
-        """Never use it again: an abandoned exchange may still write into it."""
-        release_pages(payload.flat)
-        self._given_up.append(payload.flat)
+        """Never use it again: an abandoned exchange may still write into it. A device's memory the group keeps until
+        nothing writes there any more."""
+        if self.device.type == "cpu":
+            release_pages(payload.flat)
+            self._given_up.append(payload.flat)
 
     def widen(self, layout: Layout) -> None:
         self.layout = layout

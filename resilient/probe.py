@@ -6,13 +6,13 @@ import torch
 import xxhash
 
 
-def probe(threads: int) -> tuple[str, str]:
-    """(digest, what it depends on in words). Equal digests promise equal bits for usual models."""
+def probe(threads: int, device: torch.device) -> tuple[str, str]:
+    """(digest, what it depends on in words), of this device alone. Equal digests promise equal bits, for usual
+    models."""
     fields = f"torch {torch.__version__}, {threads} threads, CPU {torch.backends.cpu.get_cpu_capability()}"
-    if torch.cuda.is_available():
-        fields += f", {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    if device.type == "cuda":
+        fields += f", {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     digest = xxhash.xxh3_64(fields.encode())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values = torch.linspace(-3.0, 3.0, 96 * 96, dtype=torch.float64).float().reshape(96, 96).to(device)
     for result in (
         values @ values.T,

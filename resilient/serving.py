@@ -28,6 +28,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from aiohttp import web
 
+from .admission import Admission
 from .connections import BACKLOG, Connection, Connections, Limits
 from .core.lingering import Scrapes
 
@@ -119,8 +120,10 @@ class _Beat:
 class Server:
     """Raises OSError if neither `host` can be bound nor a port on it be had. port 0: any that is free."""
 
-    def __init__(self, source: Source, host: str, port: int, limits: Limits | None = None) -> None:
-        self._source, self._limits = source, limits or Limits()
+    def __init__(
+        self, source: Source, host: str, port: int, limits: Limits | None = None, admission: Admission | None = None
+    ) -> None:
+        self._source, self._limits, self._admission = source, limits or Limits(), admission or Admission()
         self.host = host
         self._listening = socket.create_server((host, port), family=_family(host), backlog=BACKLOG)
         self._listening.setblocking(False)
@@ -203,9 +206,13 @@ class Server:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.method not in ("GET", "HEAD"):
             return _plain(405, "only to be read", Allow="GET, HEAD")
+        if refused := self._admission.refusal(request):
+            return _plain(403, refused)
         try:
             if request.path in self._files:
-                return _file(request, self._files[request.path])
+                response = _file(request, self._files[request.path])
+                self._admission.admit(request, response)
+                return response
             if request.path in self._routes:
                 return await self._routes[request.path](request)
         except asyncio.TimeoutError:

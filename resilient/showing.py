@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .core.listening import address_of, in_url
+from .core.listening import AUTO, address_of, in_url, wished
 from .core.story import Happening
 from .feed import Feed, finite
 from .job import Job
@@ -24,7 +25,7 @@ from .kept_rows import KeptRows
 from .metrics import Seen
 from .records import Former
 from .report import KEPT
-from .targets import Target, own_folder
+from .targets import Target, own_folder, run_folder
 
 EVENTS = "events.jsonl"
 KEEP_EVERY_S = 10.0
@@ -65,7 +66,7 @@ class Showing:
     def begin(self, *, anew: bool) -> None:
         """Of what happens from now on, nothing is missed. anew: no controller of this attempt has been here before."""
         try:
-            path = own_folder() / self._job.settings.name / str(self._job.attempt) / EVENTS
+            path = run_folder(self._job.settings.name) / str(self._job.attempt) / EVENTS
             if anew and path.exists():  # of a run of this name in another cluster
                 path.replace(path.with_suffix(".jsonl.old"))
             if anew:
@@ -185,6 +186,7 @@ class Showing:
         if document["now"]["generation"] < self._taken_up:
             return  # this controller has not yet heard of all that the one before knew
         try:
+            fresh.touch(mode=0o600)
             fresh.write_text(json.dumps(document, allow_nan=False))
             fresh.replace(path)
         except OSError as error:
@@ -195,7 +197,7 @@ class Showing:
     def _start(self) -> None:
         """In a thread of its own: what is imported here takes a while."""
         try:
-            host, port = address_of(self._job.settings.observe or "", self._node_address)
+            host, port = address_of(wished(self._job.settings.observe or "", os.environ), self._node_address)
             self._server = self._bind(host, port or self._port or 0)
             if self._server is None:
                 return
@@ -209,13 +211,15 @@ class Showing:
             self._say(f"nothing is served: {error!r}")
 
     def _bind(self, host: str, port: int) -> Any:
-        """A server there; if that can't be had, on a free port; at last at the node's address."""
+        """A server there; if that can't be had, on a free port; at last where it is served by default."""
+        from .admission import Admission
         from .serving import Server
 
-        wishes = list(dict.fromkeys(((host, port), (host, 0), (self._node_address, 0))))
+        admission = Admission(names=(self._node_address,))
+        wishes = list(dict.fromkeys(((host, port), (host, 0), address_of(AUTO, self._node_address))))
         for wish in wishes:
             try:
-                server = Server(self.feed, *wish)
+                server = Server(self.feed, *wish, admission=admission)
             except OSError as error:
                 then = "nothing is served" if wish == wishes[-1] else "another port is tried"
                 self._say(f"nothing can be served at {wish[0]}:{wish[1]} ({error}): {then}")

@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from actors.standing import Standing, read_standing
+from actors.standing import Standing, read_settled, read_standing
 from actors.vault import wake_vault
 from snapshot.arena import Slot, SlotHead, required_bytes
 from snapshot.core.chunks import are_chunks, ends_within, share_of
@@ -37,6 +37,9 @@ from .core.lane import Agreed, Wish
 from .core.saves import Saves
 from .slots import Slots
 from .verification import Digests
+
+FINAL_WAIT_S, LOOK_S = 480.0, 0.05
+"""How long the last step waits for the checkpoint before to be written or given up: longer than all tries take."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -143,6 +146,8 @@ class Snapshots:
         renewed: these are not the members of the run's beginning. Then their first snapshot is due at once: the former
         ones hang on keepers that have gone, or wait to go.
         """
+        if self._saves is not None and ordinal.step == last_step:
+            self._await_settled()
         last = self._last.step if self._last is not None and self._last.branch == ordinal.branch else None
         due = self._cadence.is_due(ordinal.step, last, self._agreed_interval)
         here = read_standing(self._folder, generation)
@@ -181,6 +186,19 @@ class Snapshots:
             protected=-1 if here.protected < 0 else Ordinal(ordinal.branch, here.protected).packed(),
             digest=self._digest_of(Ordinal(ordinal.branch, ordinal.step - 1)),
         )
+
+    def _await_settled(self) -> None:
+        """The run's final state is to be made durable: the slot for that may still hold the checkpoint before, which
+        storage is slow to take."""
+        until = time.monotonic() + FINAL_WAIT_S
+        while time.monotonic() < until:
+            settled = read_settled(self._folder)
+            with self._slots.lock:
+                if settled is not None:
+                    self._slots.lifecycle.settled(settled)
+                if self._slots.lifecycle.kept is None:
+                    return
+            time.sleep(LOOK_S)
 
     def _kept_here(self, here: Standing, generation: int) -> tuple[Ordinal | None, Ordinal | None]:
         """The newest that this node's keeper has protected, in a former generation too, and what it is protecting now:

@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from snapshot.absent import absent
+from snapshot.memory import dtype_named
 
 Spelled = dict[str, dict[str, tuple[str, list[int]]] | None]
 """By the place of a parameter, by key: dtype and shape; None where the optimizer keeps nothing of a parameter."""
@@ -48,7 +48,7 @@ def take(optimizers: Iterable[tuple[str, Optimizer]], told: Iterable[bytes], kno
                 optimizer.state.pop(parameter, None)
             elif state is None or list(_spelled_state(place, state).items()) != list(kinds.items()):
                 optimizer.state[parameter] = {
-                    key: absent(shape, getattr(torch, dtype), parameter.device if shape else "cpu")
+                    key: absent(shape, dtype_named(dtype), parameter.device if shape else "cpu")
                     for key, (dtype, shape) in kinds.items()
                 }
 

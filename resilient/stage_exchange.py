@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from actors.group import Group, LinkBroken, Move
+from actors.group import Group
+from actors.pending import LinkBroken, Move
 
 from .core.outcome import Outcome
 from .core.plan import Plan, Stage
@@ -42,7 +43,7 @@ def close_step(
     place = result.layout.index()[LOSS]
     if result.counts[place]:
         losses = tuple(result.views[place].tolist())
-    norms = {name: norm_of(mean) for name, mean in sums.mean_gradients(result) if mean is not None}
+    norms = norms_of({name: mean for name, mean in sums.mean_gradients(result) if mean is not None})
     mine = Outcome(
         losses=losses,
         norms=tuple(norms.get(name) for name in sums.names),
@@ -52,8 +53,10 @@ def close_step(
     result.outcome = Outcome.of(group.minimum(mine.row()), sums.micro_batches)
 
 
-def norm_of(gradient: Tensor) -> float:
-    return float(torch.linalg.vector_norm(gradient, 2.0))
+def norms_of(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """By name. A device is waited for once."""
+    norms = [torch.linalg.vector_norm(gradient, 2.0).double() for gradient in gradients.values()]
+    return dict(zip(gradients, torch.stack(norms).tolist(), strict=True)) if norms else {}
 
 
 def _exchange_shared(group: Group, plan: Plan, layers: Mapping[str, int], sums: StepSums, result: Payload) -> None:
@@ -67,19 +70,19 @@ def _exchange_shared(group: Group, plan: Plan, layers: Mapping[str, int], sums: 
             for place, rank in enumerate(stage.ranks):
                 sender = source.ranks[place % len(source.ranks)]
                 if rank == group.rank:
-                    count, total = torch.zeros(1, dtype=torch.int64), sums.template(use)
+                    count, total = torch.zeros(1, dtype=torch.int64), torch.empty_like(sums.template(use), device="cpu")
                     coming.append((use, count, total))
                     receives += _moves(count, total, sender, tag)
                 if sender == group.rank:
                     number = places[f"gradient:{use}"]
                     count = torch.tensor([result.counts[number]])
-                    sends += _moves(count, result.views[number], rank, tag)
+                    sends += _moves(count, result.views[number].cpu(), rank, tag)
     try:
         group.post_host(sends, receives).wait()
     except LinkBroken:
         _given_up.append(receives)  # others may still write there
         raise
-    result.foreign = {use: total for use, count, total in coming if int(count)}
+    result.foreign = {use: total.to(sums.device) for use, count, total in coming if int(count)}
 
 
 def _moves(count: Tensor, total: Tensor, peer: int, tag: int) -> list[Move]:

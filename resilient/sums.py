@@ -86,17 +86,17 @@ class StepSums:
 
     def fold_leaf(self, leaf: int, loss: Tensor | None) -> None:
         """Take over `.grad` of every parameter and all changed buffers; both are clean afterwards."""
-        losses = torch.zeros(self.micro_batches, dtype=torch.float64)
-        losses[leaf] = float("nan") if loss is None else loss.detach().double().cpu()
-        self.fold(leaf, losses.to(self.device), self.buffers.take_changes())
+        self.fold(leaf, self._losses(leaf, loss), self.buffers.take_changes())
 
     def fold_stage(self, leaf: int, loss: Tensor | None, changed: Mapping[str, Tensor]) -> None:
         """The same for one stage of a pipeline: only the last one has losses."""
-        losses = None
-        if loss is not None:
-            losses = torch.zeros(self.micro_batches, dtype=torch.float64)
-            losses[leaf] = loss.double().cpu()
-        self.fold(leaf, losses, changed)
+        self.fold(leaf, None if loss is None else self._losses(leaf, loss), changed)
+
+    def _losses(self, leaf: int, loss: Tensor | None) -> Tensor:
+        """On the device, which is not waited for."""
+        losses = torch.zeros(self.micro_batches, dtype=torch.float64, device=self.device)
+        losses[leaf] = float("nan") if loss is None else loss.detach().double()
+        return losses
 
     def fold(self, leaf: int, losses: Tensor | None, changed: Mapping[str, Tensor]) -> None:
         if self._laid_out_for != self.buffers.revision:
@@ -182,12 +182,12 @@ class StepSums:
 
     def finite(self, result: Payload, *, gradients: bool) -> bool:
         """The same of what lies in this result."""
-        present = [
-            view
+        finite = [
+            torch.isfinite(view).all()
             for entry, view, count in zip(result.layout.entries, result.views, result.counts, strict=True)
             if count and (entry.name == LOSS or (gradients and entry.name.startswith("gradient:")))
         ]
-        return all(bool(torch.isfinite(view).all()) for view in present)
+        return not finite or bool(torch.stack(finite).all())  # a device is waited for once
 
     def apply(self) -> list[float]:
         """Set `.grad` to the mean over the global batch and the buffers to the step's new values.

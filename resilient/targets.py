@@ -2,7 +2,9 @@
 
     DIR/targets/RUN-ATTEMPT.json    [{"targets": ["10.0.0.7:43210"], "labels": {"__meta_resilient_run": "gpt", ...}}]
 
-DIR is what RESILIENT_DIR says on the controller's node, or /tmp/resilient-runs.
+Prometheus may be another user's, so these may be read by all; a run's folder, DIR/RUN, only by this one.
+DIR is what RESILIENT_DIR says on the controller's node, or /tmp/resilient-runs, or where that is another user's,
+/tmp/resilient-runs-UID.
 """
 
 from __future__ import annotations
@@ -25,15 +27,29 @@ def own_folder() -> Path:
     if named:
         Path(named).mkdir(parents=True, exist_ok=True)
         return Path(named)
-    folder = Path(DEFAULT)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(0o755)
-    found = folder.lstat()
-    # Anybody may create it under /tmp, and could have us write to files of ours elsewhere.
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise PermissionError(
-            f"{folder} is not a folder that belongs to this user alone: set {VARIABLE} to another folder on this node"
-        )
+    candidates = (Path(DEFAULT), Path(f"{DEFAULT}-{os.geteuid()}"))
+    for folder in candidates:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o755)
+        if _is_ours(folder.lstat()):
+            return folder
+    raise PermissionError(
+        f"neither {candidates[0]} nor {candidates[1]} is a folder that belongs to this user alone: set {VARIABLE} to "
+        "another folder on this node"
+    )
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Anybody may create it under /tmp, and could have us write to files of ours elsewhere."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def run_folder(run: str) -> Path:
+    """The run's, for this user alone. Raises OSError as `own_folder` does."""
+    folder = own_folder() / run
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if stat.S_IMODE(folder.lstat().st_mode) & 0o077:  # of an older version
+        folder.chmod(0o700)
     return folder
 
 

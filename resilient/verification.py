@@ -7,7 +7,7 @@ copying of the snapshot. On CPU xxh3 of the bytes; on other devices sums of them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -31,15 +31,13 @@ class StateDigest:
     def __init__(self, table: StateTable, calm: list[Tensor], chosen: Collection[int]) -> None:
         """calm: as `readable` gives it. chosen: places of the tensors that count."""
         self._hash = xxhash.xxh3_64(table.skeleton)
-        for place, tensor in enumerate(table.tensors):
-            if place in chosen and place not in table.calm:
-                _update(self._hash, readable(tensor))
+        moving = (place for place in range(len(table.tensors)) if place in chosen and place not in table.calm)
+        _update(self._hash, [readable(table.tensors[place]) for place in moving])
         self._calm = calm
 
     def finish(self) -> int:
         """In [0, 2**62). To be called once, before the optimizer may write."""
-        for data in self._calm:
-            _update(self._hash, data)
+        _update(self._hash, self._calm)
         return int(self._hash.intdigest() >> 64 - DIGEST_BITS)
 
 
@@ -73,12 +71,15 @@ def readable(tensor: Tensor) -> Tensor:
     return bytes_of(tensor) if tensor.device.type == "cpu" else tensor.detach()
 
 
-def _update(running: Any, data: Tensor) -> None:
-    on_cpu = data.device.type == "cpu"
-    running.update(data.numpy() if on_cpu else weighted_sum(data).to_bytes(8, "little", signed=True))
+def _update(running: Any, readables: Sequence[Tensor]) -> None:
+    """A device is waited for once."""
+    sums = [weighted_sum(data) for data in readables if data.device.type != "cpu"]
+    told = iter(torch.stack(sums).tolist() if sums else ())
+    for data in readables:
+        running.update(data.numpy() if data.device.type == "cpu" else next(told).to_bytes(8, "little", signed=True))
 
 
-def weighted_sum(tensor: Tensor) -> int:
+def weighted_sum(tensor: Tensor) -> Tensor:
     """Of its elements' bits as integers, modulo 2^64, in the order in memory; on its own device."""
     words = bytes_of(tensor).view(_INTEGERS[min(8, tensor.element_size())])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
@@ -86,4 +87,4 @@ def weighted_sum(tensor: Tensor) -> int:
         chunk = words[at : at + DEVICE_CHUNK].to(torch.int64)
         weights = torch.arange(2 * at + 1, 2 * (at + chunk.numel()) + 1, 2, device=tensor.device)
         total += (chunk * weights).sum()
-    return int(total)
+    return total

@@ -28,11 +28,14 @@ class RankBody:
     def __init__(self, job: Job, host: Host) -> None:
         import torch
 
+        from actors.device import survive_peers
+
         from .member import Member
 
         self._job = job
         self._host = host
         settings = job.settings
+        survive_peers()
         torch.set_num_threads(settings.threads)
         self._member = Member(
             host,
@@ -79,8 +82,10 @@ class RankBody:
             self._give_up(error, user_traceback(error) + output.of_exit(error))
 
     def _give_up(self, error: BaseException, text: str) -> None:
+        from actors.device import is_device_error
+
         try:
-            if is_machine_error(error):
+            if is_device_error(error):
                 traceback.print_exc()
                 self._member.telling.crashed_here(text)
                 os._exit(1)
@@ -146,14 +151,6 @@ def device_for(resources: Any) -> Any:
             "use nodes with GPUs and a CUDA build of torch, or leave GPU out of resources"
         )
     return torch.device("cuda", 0)
-
-
-def is_machine_error(error: BaseException) -> bool:
-    """Errors of device and driver: this process is replaced, the user's code is not to blame."""
-    import torch
-
-    machine: type[BaseException] | tuple[()] = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
-    return isinstance(error, machine) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def user_traceback(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from snapshot.core.chunks import CHUNK_ELEMENTS
+from snapshot.memory import dtype_named
 from snapshot.stored import Stored
 from snapshot.table import shaped
 
@@ -64,7 +65,7 @@ def compare(one: Stored, number: int, other: Stored, other_number: int) -> BitDi
         if torch.equal(data, other_data):
             total += BitDifference(elements=length // spec.itemsize)
         else:
-            dtype = getattr(torch, spec.dtype)
+            dtype = dtype_named(spec.dtype)
             total += differences(data.view(dtype), other_data.view(dtype))
     return total
 

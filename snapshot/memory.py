@@ -10,7 +10,17 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from snapshot.absent import absent_like, alias, is_absent, parts_of
 
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
 Place: TypeAlias = "tuple[object, ...]"
+
+
+def dtype_named(name: object) -> torch.dtype:
+    """By torch's name without "torch."; ValueError for any other. Names come from files and other processes."""
+    found = _DTYPES.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise ValueError(f"torch has no dtype of the name {name!r:.80}")
+    return found
 
 
 def place_of(tensor: Tensor) -> Place:

@@ -248,20 +248,36 @@ def also_there(url: str, other: str) -> str:
     return f"the run {other!r} keeps checkpoints at {url} as well: each is left alone, but give every run its own URL"
 
 
-def prune(files: Files, keep: int, *, run: str, attempt: int, token: str, verified: str | None = None) -> list[str]:
+Known = dict[str, bool]
+"""By folder: whether it is a complete checkpoint of this run, or no folder of this run's. Neither changes."""
+
+
+def prune(
+    files: Files,
+    keep: int,
+    *,
+    run: str,
+    attempt: int,
+    token: str,
+    verified: str | None = None,
+    known: Known | None = None,
+) -> list[str]:
     """Remove what the run no longer needs; the folders that are gone, oldest first. Other runs' are not touched.
 
     Complete checkpoints older than the newest `keep` go, and incomplete folders that nobody completes any more: of
     lower attempts, and of this submission if it has completed a newer one. What cannot be read stays, as do those of
     higher attempts and of another submission with the same attempt, and the newest complete one.
-    verified: a folder that stays as well.
+    verified: a folder that stays as well. known: what earlier calls of the same run have seen, which is not read again.
     Raises StorageError.
     """
     if keep < 1:
         raise ValueError(f"keep: got {keep}, must be at least 1")
-    looks = _looks(files, _keys(files, run))
-    found = [each for each, _ in looks if _is_of(files, each, run)]
-    complete = [each for each in found if each.complete]
+    keys, known = _keys(files, run), {} if known is None else known
+    looks = _looks(files, [key for key in keys if key.folder not in known])
+    fates = {each.folder: each.complete if _is_of(files, each, run) else None for each, _ in looks}
+    known.update({folder: bool(whole) for folder, whole in fates.items() if whole is not False})
+    unfinished = {each.folder for each, _ in looks if fates[each.folder] is False and each.why == INCOMPLETE}
+    complete = [key for key in keys if known.get(key.folder)]
     if not complete:
         for _, failure in looks:
             if failure is not None:
@@ -269,26 +285,28 @@ def prune(files: Files, keep: int, *, run: str, attempt: int, token: str, verifi
         return []
     # It may be visible before it is durable, if its writer has just died.
     files.settle(f"{complete[-1].folder}/{MANIFEST}")
-    staying = {each.folder for each in complete[-keep:]} | {verified}
-    mine = [each.key for each in complete if (each.key.attempt, each.key.token) == (attempt, token)]
+    staying = {key.folder for key in complete[-keep:]} | {verified}
+    mine = [key for key in complete if (key.attempt, key.token) == (attempt, token)]
     removed = []
-    for each in found:
-        own = (each.key.attempt, each.key.token) == (attempt, token)
-        if not own and each.key.attempt >= attempt:
+    for key in keys:
+        own = (key.attempt, key.token) == (attempt, token)
+        if key.folder in staying or (not own and key.attempt >= attempt):
             continue
-        if each.folder in staying:
-            _tidy(files, each)
-        elif each.complete or (each.why == INCOMPLETE and (not own or (mine and each.key < mine[-1]))):
-            files.remove_folder(each.folder)
-            removed.append(each.folder)
+        abandoned = key.folder in unfinished and (not own or (bool(mine) and key < mine[-1]))
+        if known.get(key.folder) or abandoned:
+            files.remove_folder(key.folder)
+            removed.append(key.folder)
+            known.pop(key.folder, None)
+    for each, _ in looks:
+        if each.complete and each.folder in staying and (each.key.attempt < attempt or each.key in mine):
+            _tidy(files, each.folder)
     return removed
 
 
-def _tidy(files: Files, found: Found) -> None:
+def _tidy(files: Files, folder: str) -> None:
     """What a keeper was writing when it died."""
-    for name in files.names(found.folder):
-        if found.complete and is_temporary(name):
-            files.remove(f"{found.folder}/{name}")
+    for name in filter(is_temporary, files.names(folder)):
+        files.remove(f"{folder}/{name}")
 
 
 def _is_of(files: Files, found: Found, run: str) -> bool:

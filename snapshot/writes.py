@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from snapshot.absent import absent_like, hold_parts, is_absent, parts_of
-from snapshot.memory import Place
+from snapshot.memory import Place, dtype_named
 from snapshot.partial import fillings, not_here
 from snapshot.sharded import describe_any, distributed, fill, has_layout, local_of, place_of_any
 from snapshot.skeleton import TensorSpec
@@ -207,7 +207,7 @@ def leaf_decoder(place: Callable[[int, object], Tensor]) -> DecodeLeaf:
             case "size":
                 return torch.Size(payload)
             case "dtype":
-                return getattr(torch, payload)
+                return dtype_named(payload)
             case "device":
                 return torch.device(payload)
         raise ValueError(f"unknown tag in a tree: {tag!r}")

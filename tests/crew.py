@@ -86,7 +86,7 @@ class _Running(crew.Crew):
         self, function: Any, args: Any, workers: tuple[int, int], on_report: Any, most: int, folder: Path | None
     ) -> None:
         task = crew.Task(train=partial(_train, pickle.dumps((function, args))), workers=workers, folder=folder)
-        keeper = CrewKeeper(crew.NODE, folder, crew.SECRET) if folder is not None else None
+        keeper = CrewKeeper(crew.NODE, folder, task.secret) if folder is not None else None
         limits = Limits(min_workers=workers[0], max_workers=workers[1], snapshots=folder is not None)
         super().__init__(task, limits, room=most, keeper=keeper, preload=["tests.crew"])
         self._on_report, self._values = on_report, dict[int, Any]()

@@ -20,6 +20,14 @@ from tests.vaults import wait_for
 pytestmark = pytest.mark.gpu
 
 
+def test_local_gives_the_devices_generator_back() -> None:
+    torch.cuda.manual_seed(7)
+    expected = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(7)
+    resilient.train(name="cuda-drawing", resources={"CPU": 1, "GPU": 1})(on_gpu).local(steps=2)
+    assert torch.rand(4, device="cuda").equal(expected)
+
+
 def on_gpu(run: resilient.Run, steps: int) -> str:
     model = nn.Sequential(nn.Linear(12, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
     model.to(run.device)
@@ -65,6 +73,7 @@ def test_a_side_stream_fills_pinned_slots_while_the_next_step_computes(tmp_path:
         expected = b"".join(piece.cpu().numpy().tobytes() for piece in table.pieces(0, table.nbytes))
         snapshots.boundary(Ordinal(0, step), objects, seating, wanted=step > 1)
     snapshots.gate()
+    print(f"\n{torch.cuda.get_device_name()}: {snapshots.tally.blocked_s:.4f} s blocked in three snapshots")
     heads = {found.head.step: found.path for found in find_slots(tmp_path) if found.head is not None}
     view = SlotView.open(heads[3])
     assert bytes(view.payload[view.head().skeleton_bytes :]) == expected

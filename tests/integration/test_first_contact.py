@@ -64,7 +64,7 @@ def test_a_finished_run_that_is_submitted_again_has_its_metrics(cluster: Any, tm
 
 
 def test_what_no_node_can_do_is_said_at_once(cluster: Any) -> None:
-    with pytest.raises(resilient.RunLost, match=r"/proc/nowhere/resilient/.* can't be made .* on every node"):
+    with pytest.raises(resilient.RunLost, match=r"/proc/nowhere/resilient-.* can't be made .* on every node"):
         train("nowhere", snapshot=resilient.Snapshot(directory="/proc/nowhere"))(steps=1)
     news: list[dict[str, Any]] = []
     with pytest.raises(resilient.RunLost, match="nosuch: 1"):

@@ -292,6 +292,23 @@ def test_a_slot_that_changed_is_not_sealed(
     assert not view.sealed
 
 
+def test_a_slot_that_changed_while_it_was_verified_is_neither_good_nor_bad(
+    slot: Slot, view: SlotView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(slot, head_of(7))
+    view.seal()
+    original = layout.chunk_sums
+
+    def meanwhile(payload: memoryview, head: SlotHead) -> tuple[int, ...]:
+        sums = original(payload, head)
+        fill(slot, head_of(8))
+        return sums
+
+    monkeypatch.setattr(layout, "chunk_sums", meanwhile)
+    with pytest.raises(SlotChanged, match="any more"):
+        view.verify()
+
+
 def test_a_seal_that_comes_too_late_is_no_seal(slot: Slot, view: SlotView) -> None:
     """The one moment that can't be closed: between the last look at the commit word and the seal."""
     fill(slot, head_of(7))

@@ -86,3 +86,15 @@ def test_where_to_begin_from_has_one_runs_checkpoints(tmp_path: Path, runs: tupl
     checkpoint = Checkpoint(str(tmp_path / "own"), resume_from=str(tmp_path / "former"))
     with pytest.raises(ValueError, match=r"resume_from=.*(several runs \('one', 'other'\)|no complete checkpoint)"):
         first_attempt(checkpoint, "later")
+
+
+def test_a_final_state_that_is_not_on_storage_is_told_with_the_reason() -> None:
+    saved = Saved()
+    saved.heard("aaaabbbbcccc/7", news(40, 4))
+    assert saved.missed(40) == saved.summary()["missed"] == ""
+    assert saved.missed(43).endswith(
+        "of step 43, is not on storage; the newest checkpoint is of step 40: no slot was free for it"
+    )
+    saved.heard("aaaabbbbcccc/7", news(40, 4, failures=1))
+    assert saved.missed(43).endswith(": full") and saved.summary()["missed"] == saved.missed(43)
+    assert "there is no checkpoint" in Saved().missed(3)

@@ -91,6 +91,7 @@ def test_a_key_is_created_once(keys: Keys) -> None:
     assert not launch.create_key("a", b"plan"), "of two who create the same only one has"
     assert launch.read_key("a") == b"plan"
     assert launch.read_key("b") is None
+    assert not launch.create_key("a", b"another plan") and launch.read_key("a") == b"plan"
     launch.write_key("a", b"other")
     assert launch.read_key("a") == b"other"
 

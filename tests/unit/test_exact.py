@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from actors.group import Group
+from actors.device_link import NcclLink
+from actors.group import Gloo, Group, _gloo_options
 from actors.group_store import GroupStoreServer
+from actors.pending import Waits
 from resilient.core import planner
 from resilient.core.plan import Address, Place, Plan
 from resilient.core.tree import Node, fold_order, leaf, owned, roots, split
 from resilient.exact import PartialSums
-from resilient.exchange import Scratch, exchange, exchange_fast
+from resilient.exchange import Scratch, _fold, exchange, exchange_fast
 from resilient.payload import Layout, Means, Payload, Pool
+from tests.nccl import Nccl
 
 CPU = torch.device("cpu")
 
@@ -153,7 +158,10 @@ def test_any_order_of_leaves_gives_the_same_bits(absent: float, frozen_after: in
         check(sums.nodes[Node(0, 11)], leaves, 11)
 
 
-def run_ranks(leaves: list[list[int]], micro_batches: int, absent: float, fast: bool = False) -> list[Payload]:
+def run_ranks(
+    leaves: list[list[int]], micro_batches: int, absent: float, fast: bool = False, device_name: str = ""
+) -> list[Payload]:
+    """device_name: of each rank's device, where {} is its rank."""
     values = [example(n, absent) for n in range(micro_batches)]
     store = GroupStoreServer("127.0.0.1", "secret")
     plan = plan_of(leaves, micro_batches, Address(host="127.0.0.1", port=store.port))
@@ -168,6 +176,7 @@ def run_ranks(leaves: list[list[int]], micro_batches: int, absent: float, fast: 
             rank=rank,
             size=plan.size,
             device=CPU,
+            device_name=device_name.format(rank),
         )
         sums = PartialSums(micro_batches, Pool(LAYOUT, CPU))
         for index in plan.leaves[rank]:
@@ -213,6 +222,27 @@ def counts_of(plan: Plan, values: list[list[torch.Tensor | None]]) -> dict[Node,
 @pytest.mark.parametrize("absent", [0.0, 0.4])
 def test_exchange_gives_every_rank_the_tree_sum(ranks: int, absent: float) -> None:
     run_ranks([list(run) for run in planner.even_runs(8, ranks)], 8, absent)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("device_name", ["one for all", "of rank {}"])
+def test_by_a_devices_link_the_exchange_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, device_name: str, fast: bool
+) -> None:
+    """Through host memory, or in batches that only a stream waits for."""
+
+    def connect(store: Any, rank: int, size: int, device: torch.device, waits: Waits) -> NcclLink:
+        return NcclLink(Nccl(Gloo(store, rank, size, _gloo_options("127.0.0.1"))), device, waits)
+
+    monkeypatch.setattr(NcclLink, "connect", connect)
+    leaves = [list(run) for run in planner.even_runs(8, 3)]
+    plain, by_link = run_ranks(leaves, 8, 0.4, fast), run_ranks(leaves, 8, 0.4, fast, device_name)
+    assert [one.counts for one in plain] == [one.counts for one in by_link]
+    for one, other in zip(plain, by_link, strict=True):
+        for number, count in enumerate(one.counts):
+            if count and not fast:
+                (bits, same) = (each.views[number].reshape(-1).view(torch.uint8) for each in (one, other))
+                assert bits.equal(same)
 
 
 def whole(leaves: list[list[torch.Tensor | None]]) -> Payload:
@@ -262,6 +292,30 @@ def test_the_memory_of_means_that_somebody_holds_is_not(hold: Callable[[torch.Te
 
 def test_exchange_of_scattered_leaves() -> None:
     run_ranks([[0, 3, 7], [1, 2, 9, 10], [4, 5, 6, 8]], 11, 0.3)
+
+
+@pytest.mark.parametrize("own", [own for count in range(5) for own in itertools.combinations(range(4), count)])
+@pytest.mark.parametrize("absent", [0.0, 0.4])
+def test_folding_writes_into_what_was_received_and_never_into_a_partial_sum(
+    own: tuple[int, ...], absent: float
+) -> None:
+    """A partial sum that has been written into would be sent again, as if it were one, after another rank's death."""
+    leaves = [example(n, absent) for n in range(4)]
+    payloads = {leaf(n): Payload(LAYOUT, CPU) for n in range(4)}
+    for (node, payload), values in zip(payloads.items(), leaves, strict=True):
+        for view, value in zip(payload.views, ordered(values), strict=True):
+            view.fill_(1) if value is None else view.copy_(value)
+        payload.counts = [int(value is not None) for value in ordered(values)]
+        assert node.size == 1
+    sums = {leaf(n): payloads[leaf(n)] for n in own}
+    received = {node: payload.flat.clone() for node, payload in payloads.items() if node not in sums}
+    kept = {node: payload.flat.clone() for node, payload in sums.items()}
+    result = Payload(LAYOUT, CPU)
+    counts = {node: payload.counts for node, payload in payloads.items()} if absent else None
+    _fold(LAYOUT, sums, received, fold_order(4, payloads), result.flat, 0, LAYOUT.nbytes, counts)
+    assert all(torch.equal(sums[node].flat, copy) for node, copy in kept.items())
+    result.counts = [sum(payload.counts[entry] for payload in payloads.values()) for entry in range(len(result.counts))]
+    check(result, leaves, 4)
 
 
 def test_fast_reduction_agrees_on_all_ranks() -> None:

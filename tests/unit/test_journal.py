@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -79,3 +80,14 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").symlink_to(tmp_path / "mine")
     with pytest.raises(OSError, match="symbolic links"):
         Journal(tmp_path / "events.jsonl")
+
+
+def test_only_this_user_may_read_it(tmp_path: Path) -> None:
+    """Tracebacks of users may hold secrets."""
+    path = tmp_path / "gpt" / "1" / "events.jsonl"
+    path.parent.mkdir(parents=True)
+    path.touch(mode=0o644)  # of an older version
+    for each in (path, tmp_path / "other" / "1" / "events.jsonl"):
+        Journal(each).close()
+        assert stat.S_IMODE(each.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "other" / "1").stat().st_mode) == 0o700

@@ -96,3 +96,26 @@ def test_control_processes_start_without_torch(module: str) -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+WALL_CLOCKS = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today"}
+READ_WALL_CLOCKS = {
+    "actors/moments.py": "where hosts differ, or an older version wrote it",
+    "actors/saving.py": "a checkpoint's manifest says when it was made, for people",
+    "resilient/departures.py": "the cluster says in this clock when it ends a node",
+    "resilient/doctor_cluster.py": "compares the clocks of hosts",
+    "resilient/feed.py": "the page says when something happened",
+    "resilient/local_saving.py": "a checkpoint's manifest says when it was made, for people",
+    "resilient/showing.py": "the event log says when something happened",
+    "resilient/workers.py": "a keeper's number, which grows in any case",
+}
+"""They may be set by minutes at any time: nobody is declared dead or swept by them. By file, why it reads one."""
+
+
+def test_intervals_are_not_measured_by_clocks_that_may_be_set() -> None:
+    users = set()
+    for path in sources():
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and f"{ast.unparse(node.value)}.{node.attr}" in WALL_CLOCKS:
+                users.add(str(path))
+    assert users == READ_WALL_CLOCKS.keys()

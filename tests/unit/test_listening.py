@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resilient.core.listening import address_of, in_url
+from resilient.core.listening import address_of, in_url, wished
 
 NODE = "10.0.0.7"
 
@@ -12,7 +12,7 @@ NODE = "10.0.0.7"
 @pytest.mark.parametrize(
     ("written", "found"),
     [
-        ("auto", (NODE, 0)),
+        ("auto", ("127.0.0.1", 0)),
         (":9400", (NODE, 9400)),
         (":0", (NODE, 0)),
         ("0.0.0.0:9400", ("0.0.0.0", 9400)),
@@ -53,3 +53,10 @@ def test_how_it_is_reached() -> None:
     assert in_url("::", 80, "fd00::7") == "[fd00::7]:80"
     assert in_url("::1", 80, NODE) == "[::1]:80"
     assert in_url("localhost", 80, NODE) == "localhost:80"
+
+
+def test_by_default_it_is_served_to_the_node_alone() -> None:
+    assert address_of("auto", "fd00::7") == ("::1", 0)
+    assert wished("auto", {}) == "auto"
+    assert wished("auto", {"RESILIENT_OBSERVE": ":9400"}) == ":9400"
+    assert wished(":1", {"RESILIENT_OBSERVE": ":9400"}) == ":1"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.group import LinkBroken
+from actors.pending import LinkBroken
 from resilient.core.moves import divided, transfers, without
 from resilient.moving import check_received, differing
 from snapshot.core.ranges import Ranges, merged

@@ -128,7 +128,7 @@ def test_damaged_requests_are_refused(offices: tuple[Office, Office]) -> None:
     _, there = offices
     connection = Connection.open(there.address, SECRET, 3.0)
     for tensors in ([{"dtype": "nonsense", "shape": [1], "mark": 0}], [{"dtype": "int64", "shape": [-1], "mark": 0}]):
-        with pytest.raises(TransferRefused, match="a parcel with a tensor of"):
+        with pytest.raises(TransferRefused, match=r"a parcel with a tensor of|no dtype of the name"):
             connection.request({"key": [0, 1], "tensors": tensors})
     with pytest.raises(TransferRefused, match="bytes"):
         connection.request({"key": [0, 1], "tensors": [{"dtype": "int64", "shape": [1 << 50], "mark": 0}]})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.ring import Ring
-from actors.standing import StandingFile
+from actors.standing import StandingFile, show_settled
 from actors.vault import Vault
 from resilient.copying import Copy
 from resilient.core.cadence import Cadence
@@ -604,3 +604,24 @@ def test_slots_that_could_not_be_prepared_are_tried_again(tmp_path: Path, monkey
     monkeypatch.setattr(Slot, "create", whole)
     training.snapshots._slots.make_room()
     wait_for(training.snapshots._slots.has_room)
+
+
+def test_the_last_step_waits_for_the_slot_of_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ended without a checkpoint of its final state, where storage was slow with the one before."""
+    training = Training(tmp_path, saves=Saves(every_steps=2))
+    training.ready()
+    while training.snapshots._slots.lifecycle.kept is None:
+        training.step()
+        training.snapshots.gate()
+    kept, last = training.snapshots._slots.lifecycle.kept, training.steps + 1
+    monkeypatch.setattr("resilient.snapshots.FINAL_WAIT_S", 0.2)
+    assert not training.snapshots.wish(Ordinal(0, last), 1, last).save_room, "it is not waited for without end"
+    monkeypatch.setattr("resilient.snapshots.FINAL_WAIT_S", 30.0)
+    with contextlib.closing(StandingFile(tmp_path)):
+        timer = threading.Timer(0.3, show_settled, (tmp_path, kept))
+        timer.start()
+        wish = training.snapshots.wish(Ordinal(0, last), 1, last)
+        timer.join()
+    assert wish.save_due and wish.save_room

@@ -72,10 +72,10 @@ def test_a_loss_that_is_not_a_number() -> None:
 
 def test_the_probe_is_repeatable() -> None:
     threads = torch.get_num_threads()
-    digest, fields = probe(threads)
-    assert (digest, fields) == probe(threads)
+    digest, fields = probe(threads, torch.device("cpu"))
+    assert (digest, fields) == probe(threads, torch.device("cpu"))
     assert f"torch {torch.__version__}, {threads} threads" in fields
-    assert probe(threads + 1)[0] != digest
+    assert probe(threads + 1, torch.device("cpu"))[0] != digest
 
 
 def test_after_a_rewind_rows_come_anew() -> None:

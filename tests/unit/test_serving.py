@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from resilient.admission import Admission
 from resilient.connections import Limits
 from resilient.serving import Server
 
@@ -158,7 +159,7 @@ def test_who_listens_hears_all_at_first_then_what_is_new_and_how_it_ended(
     run: Run, serve: Callable[..., Server]
 ) -> None:
     server = serve()
-    with connect(server, b"GET /api/events HTTP/1.1\r\nHost: run\r\n\r\n") as client:
+    with connect(server, b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n") as client:
         heard = messages(client)
         assert next(heard) == {"now": {"step": 7}, "history": {"anew": True}}
         assert next(heard) == {"now": {"step": 7}, "history": {"anew": False}}
@@ -212,8 +213,8 @@ def test_there_is_nothing_else_to_be_had(serve: Callable[..., Server], path: str
         b"GET " + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n",
         b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 50_000 + b"\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
     ],
     ids=["noise", "zeros", "version", "line", "header", "headers", "length", "chunks", "tls"],
@@ -247,7 +248,7 @@ def test_who_trickles_a_request_is_cut_off(serve: Callable[..., Server]) -> None
 
 def test_a_request_with_an_endless_body_is_cut_off(serve: Callable[..., Server]) -> None:
     server = serve(request_s=0.3, idle_s=0.3)
-    with connect(server, b"POST /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n") as client:
+    with connect(server, b"POST /metrics HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n") as client:
         assert closed(client)
     until(lambda: server.connections == 0)
 
@@ -264,14 +265,14 @@ def test_idle_connections_make_room(serve: Callable[..., Server]) -> None:
 
 def test_connections_that_are_done_do_not_stay_for_ever(serve: Callable[..., Server]) -> None:
     server = serve(idle_s=0.2)
-    with connect(server, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n") as client:
+    with connect(server, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n") as client:
         assert closed(client)
     until(lambda: server.connections == 0)
 
 
 def test_half_closed_ones_get_their_answer_and_go(serve: Callable[..., Server]) -> None:
     server = serve(idle_s=0.2)
-    with connect(server, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n") as client:
+    with connect(server, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n") as client:
         client.shutdown(socket.SHUT_WR)
         assert closed(client)
     until(lambda: server.connections == 0)
@@ -283,7 +284,7 @@ def test_who_never_reads_its_answer_is_cut_off(run: Run, serve: Callable[..., Se
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
-        client.sendall(b"GET /api/run HTTP/1.1\r\nHost: a\r\n\r\n")
+        client.sendall(b"GET /api/run HTTP/1.1\r\nHost: localhost\r\n\r\n")
         until(lambda: server.connections == 1)
         until(lambda: server.connections == 0)
     assert get(server, "/metrics")[2] == METRICS
@@ -292,7 +293,7 @@ def test_who_never_reads_its_answer_is_cut_off(run: Run, serve: Callable[..., Se
 def test_a_listener_that_never_reads_is_cut_off_and_nobody_waits_for_it(run: Run, serve: Callable[..., Server]) -> None:
     run.more["much"] = "x" * 1_000_000
     server = serve(answer_s=1.0)
-    asked = b"GET /api/events HTTP/1.1\r\nHost: a\r\n\r\n"
+    asked = b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.socket() as deaf, connect(server, asked) as good:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", server.port))
@@ -309,7 +310,7 @@ def test_too_many_listeners_are_told_so(serve: Callable[..., Server]) -> None:
     server = serve(listeners=2)
     with contextlib.ExitStack() as ends:
         for _ in range(2):
-            client = ends.enter_context(connect(server, b"GET /api/events HTTP/1.1\r\nHost: a\r\n\r\n"))
+            client = ends.enter_context(connect(server, b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n"))
             next(messages(client))
         assert get(server, "/api/events")[0] == 503
         assert get(server, "/metrics")[0] == 200
@@ -319,7 +320,7 @@ def test_when_all_connections_are_in_use_another_one_is_told_so(run: Run, serve:
     server = serve(connections=2)
     with contextlib.ExitStack() as ends:
         for _ in range(2):
-            client = ends.enter_context(connect(server, b"GET /api/events HTTP/1.1\r\nHost: a\r\n\r\n"))
+            client = ends.enter_context(connect(server, b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n"))
             next(messages(client))
         with connect(server) as refused:
             assert refused.recv(100).startswith(b"HTTP/1.1 503")
@@ -344,9 +345,65 @@ def test_nothing_is_left_after_the_end(run: Run, serve: Callable[..., Server]) -
     before = set(os.listdir("/proc/self/fd"))
     threads = threading.active_count()
     server = serve()
-    with connect(server, b"GET /api/events HTTP/1.1\r\nHost: a\r\n\r\n") as listener, connect(server, b"GET /"):
+    with connect(server, b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n") as listener, connect(server, b"GET /"):
         next(messages(listener))
         server.end()
         assert closed(listener)
     assert set(os.listdir("/proc/self/fd")) == before
     until(lambda: threading.active_count() <= threads)
+
+
+# Who may ask
+
+
+def status(server: Server, path: str = "/api/run", host: str = "localhost", **headers: str) -> int:
+    """headers: with _ for -."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=LIMIT_S)) as client:
+        client.request("GET", path, headers={"Host": host, **{k.replace("_", "-"): v for k, v in headers.items()}})
+        response = client.getresponse()
+        response.read()
+        return response.status
+
+
+@pytest.fixture
+def admitting(run: Run) -> Iterator[Callable[..., Server]]:
+    with contextlib.ExitStack() as ends:
+
+        def served(**environment: str) -> Server:
+            admission = Admission(names=("10.0.0.7",), environment=environment)
+            server = Server(run, "127.0.0.1", 0, admission=admission)
+            ends.callback(server.end)
+            return server
+
+        yield served
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/api/run", "/api/events", "/static/page.js"])
+def test_a_foreign_sites_name_is_refused(admitting: Callable[..., Server], path: str) -> None:
+    """Its page could read all that is served, if its name led here."""
+    assert status(admitting(), path, "evil.example:80") == 403
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:1", "[::1]:80", "10.0.0.7", "localhost:9", "LOCALHOST", socket.gethostname(), "runs.example"]
+)
+def test_names_of_the_host_and_addresses_are_admitted(admitting: Callable[..., Server], host: str) -> None:
+    assert status(admitting(RESILIENT_HOSTS="other, runs.example"), host=host) == 200
+
+
+def test_where_there_is_a_token_it_must_be_brought(admitting: Callable[..., Server]) -> None:
+    server = admitting(RESILIENT_TOKEN="geheim")
+    assert status(server) == 403
+    assert status(server, Authorization="Bearer other") == 403
+    assert status(server, Authorization="Bearer geheim") == 200
+    assert status(server, "/?token=geheim") == 200
+    assert status(server, Cookie="resilient_token=geheim") == 200
+    assert status(server, Cookie="resilient_token=g\u00e9") == 403
+
+
+def test_a_browser_keeps_the_token(admitting: Callable[..., Server]) -> None:
+    server = admitting(RESILIENT_TOKEN="geheim")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=LIMIT_S)) as client:
+        client.request("GET", "/?token=geheim")
+        cookie = client.getresponse().headers["Set-Cookie"]
+    assert cookie.startswith("resilient_token=geheim;") and "HttpOnly" in cookie and "SameSite=Strict" in cookie

@@ -47,6 +47,12 @@ from resilient.loading import files_at
         ({"resources": {"CPU": "1"}}, ValueError, r"resources\['CPU'\]='1'"),
         ({"resources": {"GPU": True}}, ValueError, r"resources\['GPU'\]=True"),
         ({"resources": {"GPU": math.nan}}, ValueError, r"resources\['GPU'\]=nan"),
+        (
+            {"resources": {"GPU": 2}},
+            ValueError,
+            r"resources\['GPU'\]=2: a rank trains on one GPU, .*give 1, or a fraction",
+        ),
+        ({"resources": {"GPU": 1.5}}, ValueError, r"resources\['GPU'\]=1.5: a rank trains on one GPU"),
         ({"resources": 4}, TypeError, "resources=4: is a dict"),
         ({"resources": "CPU"}, TypeError, "resources='CPU': is a dict"),
         ({"reduction": "slow"}, ValueError, "reduction='slow': is \"exact\""),

@@ -184,7 +184,7 @@ def test_a_port_that_is_taken_is_said_and_another_one_is_found(shown: Callable[.
         assert f":{port}/" not in url and read(f"{url}metrics")
 
 
-def test_a_host_that_is_not_this_one_is_said_and_the_node_s_address_is_served(shown: Callable[..., Shown]) -> None:
+def test_a_host_that_is_not_this_one_is_said_and_the_node_alone_is_served(shown: Callable[..., Shown]) -> None:
     found = shown("192.0.2.254:9400")
     assert "nothing can be served at 192.0.2.254:9400" in found.said.get(timeout=LIMIT_S)
     assert found.url().startswith("http://127.0.0.1:")

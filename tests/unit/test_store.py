@@ -1,7 +1,10 @@
 """Which checkpoints there are, which is the newest, and which go."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +13,7 @@ from snapshot.core.spelling import ManifestError
 from snapshot.files import Files, open_files
 from snapshot.slot import RottenSlot, chunk_sums
 from snapshot.store import (
+    Known,
     checkpoints,
     commit,
     newest,
@@ -226,6 +230,44 @@ def test_each_run_sees_and_prunes_its_own(files: Files) -> None:
     assert other_runs(files, "gpt") == {"other"} and other_run(files, "gpt") is None
     other = other_run(files, "third")
     assert other is not None and other.run == "other" and other.key.attempt == 5
+
+
+class Counting:
+    """Files, and how often each method was called."""
+
+    def __init__(self, files: Files) -> None:
+        self.calls: Counter[str] = Counter()
+        self._files = files
+        self.url, self.lanes = files.url, files.lanes
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls[name] += 1
+        return getattr(self._files, name)
+
+
+def test_what_a_place_with_many_folders_costs(files: Files) -> None:
+    """Other runs' folders nothing but the listing; what was seen once is not read again."""
+    for step in range(20):
+        state_of(step, world=1).save(files)
+        begin(files, state_of(step, run="other", token=OTHER))
+        begin(files, state_of(step, attempt=2, token=OTHER))
+
+    def calls(ask: Callable[[Any], object]) -> dict[str, int]:
+        counting = Counting(files)
+        ask(counting)
+        return dict(counting.calls)
+
+    assert calls(lambda files: newest_attempt(files, "gpt")) == {"names": 1}
+    assert calls(lambda files: other_runs(files, "gpt")) == {"names": 1}
+    assert calls(lambda files: newest(files, run="gpt", step=19)) == {"names": 1, "size": 2, "read": 1}
+    assert calls(lambda files: checkpoints(files, "gpt")) == {"names": 1, "size": 40, "read": 20}
+    known: Known = {}
+    wanted: dict[str, Any] = {"run": "gpt", "attempt": 1, "token": TOKEN, "known": known}
+    first = calls(lambda files: prune(files, 15, **wanted))
+    assert first == {"names": 16, "size": 40, "read": 20, "settle": 1, "remove_folder": 5}
+    state_of(20, world=1).save(files)
+    then = calls(lambda files: prune(files, 15, **wanted))
+    assert then == {"names": 2, "size": 21, "read": 1, "settle": 1, "remove_folder": 1}, "unfinished ones alone"
 
 
 def without_run(state: State, path: Path) -> str:

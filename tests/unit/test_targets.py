@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from resilient import targets
-from resilient.targets import VARIABLE, Target, own_folder
+from resilient.targets import VARIABLE, Target, own_folder, run_folder
 
 
 def test_a_target_as_file_sd_wants_it_there_as_long_as_the_run(tmp_path: Path) -> None:
@@ -48,15 +49,28 @@ def test_a_folder_that_others_may_have_put_there_is_refused(
     folder = tmp_path / "resilient"
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(targets, "DEFAULT", str(folder))
+    own = tmp_path / f"resilient-{os.geteuid()}"
+
+    def plant(at: Path) -> None:
+        at.rmdir()
+        match bad:
+            case "a link":
+                at.symlink_to(tmp_path)
+            case "a file":
+                at.touch()
+            case _:
+                at.mkdir()
+                at.chmod(0o777)
+
     assert own_folder() == folder
-    folder.rmdir()
-    match bad:
-        case "a link":
-            folder.symlink_to(tmp_path)
-        case "a file":
-            folder.touch()
-        case _:
-            folder.mkdir()
-            folder.chmod(0o777)
+    plant(folder)
+    assert own_folder() == own
+    plant(own)
     with pytest.raises(PermissionError, match=f"set {VARIABLE} to another folder"):
         own_folder()
+
+
+def test_a_runs_folder_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    (tmp_path / "older").mkdir(0o755)
+    assert [run_folder(name).stat().st_mode & 0o777 for name in ("gpt", "older")] == [0o700, 0o700]

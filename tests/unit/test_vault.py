@@ -14,28 +14,35 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from actors import parities
+from actors.holdings import sealed_image
 from actors.links import Links, Stalled
+from actors.protecting import Attempt, _Delivery
 from actors.ring import Ring, read_rings
 from actors.standing import read_standing
 from actors.transfer import Connection, NotAuthentic, PeerLost, TransferCancelled, TransferCorrupt, TransferRefused
 from actors.vault import NotAsElected, Vault, fetch_slot, wake_vault
+from snapshot.arena import Slot, SlotView, required_bytes
 from snapshot.core.decoding import Decode, Read
 from snapshot.core.election import Elected, NotRecoverable
 from snapshot.core.inventory import NodeImage, SnapshotKey
 from snapshot.core.stripes import Group
 from snapshot.fields import image_fields, key_fields
+from snapshot.image import ImageView
 from snapshot.parity import PAYLOAD_AT
 from snapshot.room import NoRoom
-from snapshot.slot import PAGE_BYTES, clear_words
+from snapshot.slot import PAGE_BYTES, SlotChanged, clear_words
 from tests.vaults import (
     RUN,
     SECRET,
     Nodes,
     flip,
+    head_of,
     key_of,
     nodes_of,
     packed,
@@ -394,6 +401,38 @@ def test_what_a_rank_gives_up_while_it_is_protected_is_not_called_protected(thre
     wait_for(lambda: three.vaults["b"].tally().protected == key)
     wait_for(lambda: three.vaults["a"].tally().failures == {"slot changed": 1})
     assert three.vaults["a"].tally().protected is None
+
+
+def test_a_piece_that_changes_while_it_is_sent_does_not_seem_whole(tmp_path: Path) -> None:
+    """The peers would make parity of it, with which nobody's data could be decoded."""
+    ring, key = ring_of("ab", 1), key_of(4)
+    head = head_of(ring, key, 0, 300_000)
+    with contextlib.closing(Slot.create(tmp_path / "rank-100.slot-0", required_bytes(head))) as slot:
+        slot.begin(head)[:] = payload_of(head)
+        slot.commit()
+        image = sealed_image("a", {0: SlotView.open(slot.path)})
+        link: Any = SimpleNamespace(request=lambda fields, send: [slot.invalidate() for _ in send])
+        (class_index,) = ring.group.classes_of("a")
+        delivery = _Delivery(Attempt(key, ring, image), link, dict, (class_index,))
+        with pytest.raises(SlotChanged, match="written anew"):
+            delivery.run()
+
+
+def test_an_image_that_changes_while_it_is_verified_is_not_in_the_inventory(
+    two: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.write_protected(4)
+    (path,) = two.folder("a").glob("rank-*.slot-*")
+    original = ImageView.bad_pieces
+
+    def meanwhile(image: ImageView, group: Group) -> tuple[int, ...]:
+        bad = original(image, group)
+        with path.open("r+b") as slot, contextlib.closing(mmap.mmap(slot.fileno(), 0)) as mapped:
+            clear_words(memoryview(mapped))
+        return bad
+
+    monkeypatch.setattr(ImageView, "bad_pieces", meanwhile)
+    assert two.vaults["a"].inventory().images == ()
 
 
 def test_a_peer_that_has_left_is_not_waited_for(three: Nodes) -> None:

@@ -74,7 +74,7 @@ def presence(control: Any, said: list[str], handled: list[Any]) -> Presence:
     nobody: Any = SimpleNamespace()
     workers: Any = SimpleNamespace(is_present=lambda node, incarnation: incarnation == 5)
     told: Any = SimpleNamespace(say=said.append)
-    more = dict.fromkeys(("job", "detector", "departures", "protection", "ending"), nobody)
+    more = dict.fromkeys(("job", "detector", "departures", "protection", "ending", "occupancy"), nobody)
     return Presence(control=control, workers=workers, told=told, handle=handled.append, **more)
 
 
