@@ -1,8 +1,8 @@
 """What an attempt has on record in the cluster's keys: generations, ranks started, who is to leave, lines of steps.
 
-A key is created once and never overwritten, so that of two controllers only one can rule. The lines of steps alone
-outlive the attempt: the next one goes on with those under the highest key. A controller that was stopped, and continued
-when another one ruled, writes under a lower one.
+A key is created once, so that of two controllers only one can rule; a plan that no restart needs any more is emptied.
+The lines of steps alone outlive the attempt: the next one goes on with those under the highest key. A controller that
+was stopped, and continued when another one ruled, writes under a lower one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from snapshot.core.branches import Lineage
 from .core.plan import Plan
 from .job import Job
 
+KEPT_RESTORES = 16
 CLOSED = b"closed"
 """Of an attempt's own key, which stays: its number is never given again."""
 
@@ -33,6 +34,8 @@ class Ledger:
         self._former = f"lineage/{job.settings.name}"
         """Where earlier versions have it."""
         self._first_attempt = job.attempt == 1
+        self._on_record: dict[int, bool] = {}
+        """Generations whose plans are, and whether they went back."""
 
     def is_closed(self) -> bool:
         """Whether the attempt is over, and nothing else on record any more."""
@@ -50,15 +53,28 @@ class Ledger:
             newest = f"{self._lineage}{plan.generation:09d}"
             launch.create_key(newest, plan.to_json().encode(), creator)
             self._drop_lineages(newest)
+        if created:
+            self._on_record[plan.generation] = plan.restore is not None
+            self._empty_before(plan.base)
         return created
+
+    def _empty_before(self, base: int) -> None:
+        """Plans from before the last formed generation serve no restart, but for the last that went back. Their keys
+        stay, without the plan: no other controller can ever take their numbers."""
+        back = [number for number, goes_back in sorted(self._on_record.items()) if goes_back][-KEPT_RESTORES:]
+        for number in [number for number in self._on_record if number < base and number not in back]:
+            launch.write_key(self._generation(number), b"")
+            del self._on_record[number]
 
     def has_generation(self, number: int) -> bool:
         return launch.read_key(self._generation(number)) is not None
 
     def plans(self) -> tuple[Plan, ...]:
-        """All generations on record, ascending."""
+        """Those on record that may still matter, ascending; the newest is among them."""
         found = [launch.read_key(key) for key in launch.list_keys(f"{self._prefix}generation/")]
-        return tuple(Plan.from_json(text.decode()) for text in found if text is not None)
+        plans = tuple(Plan.from_json(text.decode()) for text in found if text)
+        self._on_record = {plan.generation: plan.restore is not None for plan in plans}
+        return plans
 
     def leaves(self, ask: LeaveAsked) -> None:
         """What is on record already stays."""

@@ -113,6 +113,8 @@ class Records:
     def back_to(self, heard: int) -> int | None:
         """How far rewinds have gone back of which the driver, who has `heard` of those up to this generation, does
         not know."""
+        last = self.last_rewind
+        self.rewinds = {number: step for number, step in self.rewinds.items() if number > heard or number == last}
         return min((step for generation, step in self.rewinds.items() if generation > heard), default=None)
 
     @property

@@ -59,6 +59,10 @@ class Bubbles:
         for each in told:
             self.add(each)
 
+    def forget(self, member: int) -> None:
+        """It tells nothing more; what it has counted stays."""
+        self._told.pop(member, None)
+
     def told(self) -> tuple[Bubble, ...]:
         return tuple(self._sums[key] for key in sorted(self._sums))
 

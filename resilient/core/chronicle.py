@@ -26,6 +26,8 @@ Source = Literal["live ranks", "memory", "parity", "storage"]
 
 
 USUAL_STEPS = 15
+MOST_RECOVERIES = 500
+"""So many are kept for whoever has not heard of them yet: events.jsonl and the driver have all."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,7 +76,9 @@ class Recovery:
 @dataclass(slots=True, kw_only=True)
 class Chronicle:
     recoveries: list[Recovery] = field(default_factory=list)
-    """All that have ended, in order."""
+    """The newest that have ended, in order."""
+    ended: int = 0
+    """How many have."""
     open: Recovery | None = None
     _created_at: float = 0.0
     _formed_at: float = -1.0
@@ -164,6 +168,10 @@ class Chronicle:
         self._recorded_in, self._newest = record["generation"], record["complete"]
         self.figures = Figures.from_record(record["figures"], gap_s)
 
+    def ended_after(self, count: int) -> list[Recovery]:
+        """Those that ended after the first so many, as far as they are kept."""
+        return self.recoveries[max(0, count - self.ended + len(self.recoveries)) :]
+
     def was_committed(self, complete: int) -> None:
         """The driver has heard so from the controller before this one."""
         if not self._went_back:
@@ -201,6 +209,8 @@ class Chronicle:
 
     def _recovered(self, record: Recovery) -> None:
         self.recoveries.append(record)
+        self.ended += 1
+        del self.recoveries[:-MOST_RECOVERIES]
         self.figures.recovered(
             record.kind,
             {

@@ -15,6 +15,8 @@ CRASHES_THAT_TELL = 3
 """The same error at the same step, on more than one node."""
 CRASHES_ON_ONE_NODE = 5
 LONGEST_KEY = 200
+MOST_KINDS = 50
+"""Of so many errors at some step it is remembered whom they have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,12 @@ class Failures:
     def lost(self, now: float) -> str | None:
         """A rank or a node was lost. Why the run is to end, if it is."""
         self.total += 1
+        if self.per_hour is None:
+            return None
         self._times.append(now)
         while now - self._times[0] > HOUR_S:
             self._times.popleft()
-        if self.per_hour is None or len(self._times) <= self.per_hour:
+        if len(self._times) <= self.per_hour:
             return None
         return f"{len(self._times)} failures within an hour, of which max_failures={self.per_hour} are allowed"
 
@@ -47,6 +51,8 @@ class Failures:
         """A rank gave up for a machine error. Why the run is to end, if it is."""
         seen = self._crashes.setdefault((step, _kind_of(crash.text)), {})
         seen[crash.member] = crash
+        while len(self._crashes) > MOST_KINDS:
+            self._crashes.pop(next(iter(self._crashes)))
         nodes = sorted({other.node for other in seen.values()})
         if len(seen) < (CRASHES_THAT_TELL if len(nodes) > 1 else CRASHES_ON_ONE_NODE):
             return None

@@ -121,7 +121,12 @@ class Forming:
         return formed is not None and self.control.membership.tally(formed).count("gone") == formed.size
 
     def _forget_before(self, oldest: int) -> None:
-        self.control.plans = {number: plan for number, plan in self.control.plans.items() if number >= oldest}
+        control = self.control
+        control.plans = {number: plan for number, plan in control.plans.items() if number >= oldest}
+        seated = {number for plan in control.plans.values() for number in plan.members}
+        for number in control.membership.forget_gone(seated):
+            control.bubbles.forget(number)
+            control.starting.mine.discard(number)
 
     # Plans to members
 

@@ -14,6 +14,10 @@ from .events import RankReady
 from .plan import Plan
 from .standing import Fact, Member, Tally, standing
 
+MOST_GONE = 500
+"""Of so many that are gone it is known where they were: whoever counts what memory holds has them killed first."""
+MOST_STALE = 100
+
 
 @dataclass(slots=True, kw_only=True)
 class Membership:
@@ -35,6 +39,8 @@ class Membership:
     """By node."""
     _room: list[tuple[int, str]] = field(default_factory=list, compare=False)
     """A heap of (-free room, node); what is not true any more is dropped when it comes up."""
+    _forgotten: int = field(default=0, compare=False)
+    """Members up to this number of which nothing is known are gone."""
     _first_ready: Member | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +73,8 @@ class Membership:
 
     def new_member(self, number: int, node: str) -> Member:
         """Of one that is known already, what is known."""
+        if self._is_forgotten(number):
+            return Member(number=number, node=node, gone=True)
         if number not in self.members:
             self.members[number] = Member(number=number, node=node)
             self.changed(self.members[number])
@@ -89,6 +97,17 @@ class Membership:
             living = self._living.setdefault(member.node, set())
             (living.discard if member.gone else living.add)(number)
             self._room_changed(member.node)
+
+    def forget_gone(self, needed: Collection[int]) -> list[int]:
+        """Those that have been gone for longest, if too many are, but for the needed ones: that they are gone is all
+        that stays known of them."""
+        gone = sorted(self.everybody.numbers("gone"))
+        found = [number for number in gone[: max(0, len(gone) - MOST_GONE)] if number not in needed]
+        for number in found:
+            self.everybody.remove(number, self._standing.pop(number))
+            del self.members[number]
+        self._forgotten = max(found, default=self._forgotten)
+        return found
 
     def keep(self, *plans: Plan | None) -> None:
         """The plans whose tallies are to be kept from now on, and no others."""
@@ -134,7 +153,10 @@ class Membership:
         return number in self.members and not self.members[number].gone
 
     def is_gone(self, number: int) -> bool:
-        return number in self.members and self.members[number].gone
+        return self.members[number].gone if number in self.members else self._is_forgotten(number)
+
+    def _is_forgotten(self, number: int) -> bool:
+        return number <= self._forgotten and number not in self.members
 
     def first_ready(self) -> RankReady | None:
         """What the oldest living rank in its loop has said of that."""
@@ -180,3 +202,5 @@ class Membership:
         free = self._free(node)
         if free is not None:
             heappush(self._room, (-free, node))
+        if len(self._room) > 2 * len(self.nodes) + MOST_STALE:
+            self._room = sorted((-free, node) for node in self.nodes if (free := self._free(node)) is not None)

@@ -128,9 +128,9 @@ class Story:
         if formed is not None and formed.generation > self._formed:
             self._formed = formed.generation
             yield "generation formed", formed.reason, {"generation": formed.generation, "ranks": formed.size}
-        for recovery in chronicle.recoveries[self._recoveries :]:
+        for recovery in chronicle.ended_after(self._recoveries):
             yield "recovery ended", recovery.reason, recovered(recovery)
-        self._recoveries = len(chronicle.recoveries)
+        self._recoveries = chronicle.ended
         if control.waits != self._waiting:
             self._waiting = control.waits
             said = next((found.text for found in instructions if isinstance(found, Say)), "there are too few")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from actors import launch
-from resilient.core.plan import Address, Place, Plan
+from resilient.core.plan import Address, Place, Plan, Restore
 from resilient.ledger import Ledger
 from snapshot.core.branches import Branch
+from snapshot.core.inventory import SnapshotKey
 from tests.cluster_keys import keys_in_memory
 
 
@@ -88,3 +90,29 @@ def test_a_line_that_an_earlier_version_has_recorded_is_read(keys: dict[str, byt
     assert steps_on_record(ledger(2)) == [10]
     ledger(2).close(keep_lineage=False)
     assert steps_on_record(ledger(3)) == []
+
+
+def test_plans_that_no_restart_needs_are_emptied_and_their_numbers_stay_taken(keys: dict[str, bytes]) -> None:
+    found = ledger(1)
+    for number in range(1, 1001):
+        made = replace(plan(number), base=max(0, number - 2))
+        if number in (3, 500):
+            made = replace(made, kind="restored", restore=restored(number))
+        assert found.create(made, "x")
+    assert len(found.plans()) == 5, "those that went back, the last formed one, and what came from it"
+    assert [each.generation for each in ledger(1).plans()] == [3, 500, 998, 999, 1000]
+    assert sum(map(len, keys.values())) < 10_000
+    assert found.has_generation(2) and not ledger(1).create(plan(2), "another")
+
+
+def test_a_restarted_controller_goes_on_emptying(keys: dict[str, bytes]) -> None:
+    for number in (1, 2):
+        ledger(1).create(plan(number), "x")
+    after = ledger(1)
+    assert len(after.plans()) == 2
+    after.create(replace(plan(3), base=2), "x")
+    assert [each.generation for each in after.plans()] == [2, 3]
+
+
+def restored(generation: int) -> Restore:
+    return Restore(key=SnapshotKey(attempt=1, branch=0, generation=generation, step=7))
