@@ -132,6 +132,18 @@ def test_what_is_made_durable_is_kept_and_has_a_slot_that_nothing_else_takes() -
     assert Ordinal(0, 4) not in slots.slots and len(slots.free_for_any) == 2
 
 
+def test_what_was_to_be_made_durable_and_is_given_up_makes_room_for_the_next() -> None:
+    slots = Lifecycle(durable=True)
+    slots.begin(0, Ordinal(0, 1), durable=True)
+    slots.give_up()
+    assert slots.kept is None and slots.free == [0, 1, 2, 3]
+    slots.begin(0, Ordinal(0, 2), durable=True)
+    slots.commit()
+    slots.begin(1, Ordinal(0, 3))
+    slots.give_up()
+    assert slots.kept == Ordinal(0, 2)
+
+
 def test_a_later_branch_is_newer_whatever_its_step_is() -> None:
     slots = Lifecycle()
     slots.begin(0, Ordinal(0, 9))
