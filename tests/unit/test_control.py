@@ -295,6 +295,19 @@ def test_ranks_that_never_reach_the_loop_end_the_run() -> None:
     ]
 
 
+def test_ranks_that_die_in_their_loop_are_no_failed_starts() -> None:
+    run = Scenario(limits=Limits(min_workers=1, max_workers=4))
+    run.take(NodeSeen(node="a", capacity=8))
+    for member in (1, 2, 3, 4):
+        run.ready(member)
+    run.take(GenerationCreated(generation=1))
+    for generation, member in enumerate((2, 3, 4), 2):
+        run.take(RankGone(member=member, why="x"))
+        run.take(GenerationCreated(generation=generation))
+    assert run.take(Tick(), after_s=9.0) == []
+    assert run.take(RankGone(member=5, why="x")) == ["kill 5", "spawn 8 on a"]
+
+
 def test_ranks_that_died_with_their_node_are_no_failed_starts() -> None:
     run = Scenario(limits=Limits(min_workers=1, max_workers=3))
     run.take(NodeSeen(node="a", capacity=3))

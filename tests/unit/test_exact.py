@@ -303,6 +303,12 @@ def test_folding_writes_into_what_was_received_and_never_into_a_partial_sum(
     check(result, leaves, 4)
 
 
+def test_a_route_is_made_once_per_plan() -> None:
+    scratch, plans = Scratch(), [plan_of([[0], [1]], 2), plan_of([[1], [0]], 2)]
+    routes = [scratch.route(plan, 0) for plan in (*plans, plans[1])]
+    assert routes[1] is routes[2] and [route.plan for route in routes[:2]] == plans
+
+
 def test_fast_reduction_agrees_on_all_ranks() -> None:
     results = run_ranks([[0, 1, 2], [3, 4], [5, 6, 7]], 8, 0.0, fast=True)
     for other in results[1:]:

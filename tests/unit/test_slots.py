@@ -208,6 +208,16 @@ def test_auto_lengthens_when_protection_does_not_keep_up() -> None:
     assert cadence.interval == 2
 
 
+@pytest.mark.parametrize(
+    ("interval", "cost_s", "then"), [(5, 0.0099, 5), (5, 0.0119, 5), (5, 0.0081, 5), (5, 0.0139, 7), (4, 0.0099, 5)]
+)
+def test_auto_changes_only_by_more_than_noise(interval: int, cost_s: float, then: int) -> None:
+    cadence = Cadence(every="auto", budget=0.02)
+    cadence.interval = interval
+    assert (fed(cadence, 0.100, cost_s) is None) == (then == interval)
+    assert cadence.interval == then
+
+
 def test_auto_counts_from_the_last_capture_at_the_agreed_interval() -> None:
     cadence = Cadence(every="auto", budget=0.02)
     assert cadence.is_due(7, None, 5)
