@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.group import Group
-from actors.pending import Move
+from actors.pending import PIECE_BYTES, Move
 
 from .core.plan import Plan
 from .core.tree import Fold, Node, owned
@@ -28,6 +28,7 @@ from .payload import ALIGN_BYTES, Layout, Payload, fold_range, merged_counts, re
 from .sums import StepSums
 
 CHUNK_BYTES = 2 << 20
+WAIT_EVERY = PIECE_BYTES // CHUNK_BYTES
 GATHER_TAG = 1 << 20
 """Tags from here on belong to the way back."""
 
@@ -164,7 +165,8 @@ def _run(
     coming = [group.post(*there(turn)) for turn in range(rounds)]
     returning = []
     for turn in range(rounds):
-        coming[turn].follow()
+        # A device's stream goes on by itself; waited for now and then, so that it is seen whether anything comes.
+        coming[turn].wait() if turn % WAIT_EVERY == WAIT_EVERY - 1 else coming[turn].follow()
         for low, high in mine[turn : turn + 1]:
             target = result.flat[low:high]
             received = {root: row[low - start : high - start] for root, row in rows.items()}

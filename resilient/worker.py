@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle
@@ -82,10 +83,10 @@ class RankBody:
             self._give_up(error, user_traceback(error) + output.of_exit(error))
 
     def _give_up(self, error: BaseException, text: str) -> None:
-        from actors.device import is_device_error
+        from actors.device import is_device_error, is_out_of_memory
 
         try:
-            if is_device_error(error):
+            if is_device_error(error) or (is_out_of_memory(error) and was_raised_here(error)):
                 traceback.print_exc()
                 self._member.telling.crashed_here(text)
                 os._exit(1)
@@ -151,6 +152,14 @@ def device_for(resources: Any) -> Any:
             "use nodes with GPUs and a CUDA build of torch, or leave GPU out of resources"
         )
     return torch.device("cuda", 0)
+
+
+def was_raised_here(error: BaseException) -> bool:
+    """Whether the runtime's own code was at work: more micro-batches after a loss take more sums, say, and that is no
+    mistake of the function's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    packages = [Path(__file__).parents[1] / name for name in ("resilient", "actors", "snapshot")]
+    return bool(frames) and any(Path(frames[-1].filename).is_relative_to(package) for package in packages)
 
 
 def user_traceback(error: BaseException) -> str:

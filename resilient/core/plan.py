@@ -185,10 +185,10 @@ class Plan:
     def stage_of(self, rank: int) -> Stage | None:
         return next((stage for stage in self.stages if rank in stage.ranks), None)
 
-    def owners(self, ranks: Iterable[int] | None = None) -> list[int]:
-        """The rank of these (a stage's; all of them if that is None) that owns each micro-batch."""
+    def owners(self, ranks: Iterable[int]) -> list[int]:
+        """The rank of these (a stage's) that owns each micro-batch."""
         found = [0] * self.micro_batches
-        for rank in range(self.size) if ranks is None else ranks:
+        for rank in ranks:
             for leaf in self.leaves[rank]:
                 found[leaf] = rank
         return found

@@ -42,3 +42,6 @@ def test_in_words() -> None:
     said = "idle in forward and backward, by stage of 2: 30%, 25%; the schedule alone would leave 25%"
     assert in_words(rows.as_values()) == said
     assert in_words([]) == ""
+    rows = Bubbles()
+    rows.take(1, (bubble(0, 2, 1.0),))
+    assert in_words(rows.as_values()) == "idle in forward and backward, by stage of 2: 50%"

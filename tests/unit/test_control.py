@@ -201,6 +201,42 @@ def test_a_plan_that_comes_too_late_does_not_keep_the_run_from_ending() -> None:
     assert run.take(RankReturned(member=1, step=3, digest="d")) == ["end finished: every rank has returned"]
 
 
+@pytest.mark.parametrize(("waiting_at", "returned_at"), [(2, None), (4, None), (None, 3)])
+def test_a_rank_that_leaves_the_loop_before_others_ends_the_run(
+    waiting_at: int | None, returned_at: int | None
+) -> None:
+    """The others wait for its part of the next step, or have it from their base: it never comes."""
+    run = Scenario().begun()
+    assert run.report(1, 1, step=2, complete=1, finished=True) == []
+    out = run.take(RankReturned(member=1, step=2, digest="d"))
+    if waiting_at is not None:
+        out += run.report(2, 1, step=waiting_at, complete=waiting_at - 1, waiting=True)
+    if returned_at is not None:
+        out += run.take(RankReturned(member=2, step=returned_at, digest="e"))
+    (end,) = out
+    assert end.startswith(
+        "end failed: rank 0 left the training loop at step 2, rank 1 went on to step "
+        f"{waiting_at or returned_at}: leave it only on what is equal"
+    )
+
+
+def test_others_that_are_still_on_their_way_to_the_end_are_waited_for() -> None:
+    run = Scenario().begun()
+    assert run.report(2, 1, step=1, complete=0, waiting=True) == []
+    assert run.take(RankReturned(member=1, step=2, digest="d")) == []
+    assert run.report(2, 1, step=2, complete=1) == []
+    assert run.take(RankReturned(member=2, step=2, digest="d")) == ["end finished: every rank has returned"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_nobody_joins_when_one_is_through_with_the_loop(finished: bool) -> None:
+    run = Scenario().begun()
+    run.take(RankGone(member=2, why="killed"))
+    run.take(GenerationCreated(generation=2))
+    run.report(1, 2, step=3, complete=2, finished=finished)
+    assert run.ready(3) == ([] if finished else ["create 3 planned from 2 of (1, 3)"])
+
+
 def test_another_controller_created_it_first() -> None:
     run = Scenario().begun()
     run.take(RankGone(member=2, why="killed"))
@@ -257,6 +293,19 @@ def test_ranks_that_never_reach_the_loop_end_the_run() -> None:
     assert run.take(Tick(), after_s=2.0) == [
         "end failed: 3 ranks in a row died before they reached the training loop; the workers' logs say why"
     ]
+
+
+def test_ranks_that_die_in_their_loop_are_no_failed_starts() -> None:
+    run = Scenario(limits=Limits(min_workers=1, max_workers=4))
+    run.take(NodeSeen(node="a", capacity=8))
+    for member in (1, 2, 3, 4):
+        run.ready(member)
+    run.take(GenerationCreated(generation=1))
+    for generation, member in enumerate((2, 3, 4), 2):
+        run.take(RankGone(member=member, why="x"))
+        run.take(GenerationCreated(generation=generation))
+    assert run.take(Tick(), after_s=9.0) == []
+    assert run.take(RankGone(member=5, why="x")) == ["kill 5", "spawn 8 on a"]
 
 
 def test_ranks_that_died_with_their_node_are_no_failed_starts() -> None:

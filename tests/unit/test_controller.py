@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from actors.remark import Remark
 from resilient.controller import Controller
 from resilient.core.control import Control
 from resilient.core.events import NodeSeen
@@ -77,3 +79,12 @@ def test_a_rank_is_released_only_while_no_other_controller_has_made_a_newer_gene
     monkeypatch.setattr(Ending, "end", lambda self, end: ended.append(end.outcome))
     controller._carry_out(Kill(member=4, node="a", reason="nobody needs it any more", released=True))
     assert (killed, ended) == (([], ["superseded"]) if another_rules else ([(4, "a")], []))
+
+
+def test_a_message_of_an_unknown_kind_is_refused_where_it_comes_in_and_said(controller: Controller) -> None:
+    shell: Any = controller
+    shell._events = queue.Queue()
+    controller.hear((NodeSeen(node="a", capacity=1), "what is this?", SimpleNamespace(kind="odd")))
+    heard = [shell._events.get_nowait() for _ in range(3)]
+    assert heard[0] == NodeSeen(node="a", capacity=1)
+    assert [(type(each), "str" in each.text) for each in heard[1:]] == [(Remark, True), (Remark, False)]

@@ -121,6 +121,17 @@ def test_what_an_abandoned_exchange_may_write_into_stays_until_it_is_ended() -> 
     assert seen[0].expired()
 
 
+def test_what_could_not_be_ended_keeps_its_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr("actors.device_link._unended", kept)
+    held = torch.zeros(4)
+    NcclLink(object(), CPU, Waits()).give_up(held)  # what it is given can't abort
+    wait_for_ended()
+    assert kept == [held] and "abort" in capsys.readouterr().err
+
+
 # Through host memory
 
 

@@ -264,6 +264,12 @@ def test_an_unreadable_image_counts_as_lost() -> None:
     assert outcome.ignored == (f"{key_of(42)}: the image of node b on keeper b is unreadable",)
 
 
+def test_what_no_keeper_can_read_is_passed_over() -> None:
+    broken = replace(step(42)[1].images[0], readable=False, image=NodeImage(node="b", image_bytes=0))
+    outcome = not_recoverable([Inventory(keeper="b", images=(broken,))])
+    assert [(each.key, each.reason) for each in outcome.passed_over] == [(key_of(42), "no shard of it is known")]
+
+
 def test_bad_pieces_that_an_image_cannot_have() -> None:
     outcome = elected(left(step(42), rotten={"b": (3,)}))
     assert isinstance(outcome.images[1], Decode)

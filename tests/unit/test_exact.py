@@ -252,6 +252,20 @@ def whole(leaves: list[list[torch.Tensor | None]]) -> Payload:
     return sums.nodes[Node(0, len(leaves))]
 
 
+def test_the_memory_of_sums_is_used_again() -> None:
+    pool = Pool(LAYOUT, CPU)
+    sums, seen = PartialSums(8, pool), []
+    for _ in range(3):
+        for index in (0, 2, 4, 6, 7, 5, 3, 1):
+            sums.add_leaf(index, ordered(example(index, 0.0)))
+        sums.clear()
+        taken = [pool.take() for _ in range(6)]
+        seen.append({payload.flat.data_ptr() for payload in taken})
+        for payload in taken:
+            pool.give_back(payload)
+    assert seen[0] == seen[1] == seen[2]
+
+
 def test_means_are_rounded_once_to_the_tensors_own_type() -> None:
     leaves = [example(n, 0.0) for n in range(7)]
     check_means(Means(LAYOUT, SUMMED, CPU).of(whole(leaves).flat, 7), leaves)
@@ -316,6 +330,12 @@ def test_folding_writes_into_what_was_received_and_never_into_a_partial_sum(
     assert all(torch.equal(sums[node].flat, copy) for node, copy in kept.items())
     result.counts = [sum(payload.counts[entry] for payload in payloads.values()) for entry in range(len(result.counts))]
     check(result, leaves, 4)
+
+
+def test_a_route_is_made_once_per_plan() -> None:
+    scratch, plans = Scratch(), [plan_of([[0], [1]], 2), plan_of([[1], [0]], 2)]
+    routes = [scratch.route(plan, 0) for plan in (*plans, plans[1])]
+    assert routes[1] is routes[2] and [route.plan for route in routes[:2]] == plans
 
 
 def test_fast_reduction_agrees_on_all_ranks() -> None:

@@ -9,6 +9,7 @@ from resilient.core.control import Control
 from resilient.core.events import GenerationCreated, RankGone, StorageSeen, Tick
 from resilient.core.instructions import End, LookAtStorage
 from resilient.core.plan import Plan, first_branch
+from resilient.core.storage import Storage
 from snapshot.core.branches import Branch, Lineage
 from snapshot.core.inventory import CheckpointFound, Inventory
 from tests.unit.test_restoring_core import LIMITS, Scenario, found, key, kinds, only, plan_of
@@ -181,6 +182,17 @@ def test_a_checkpoint_is_not_given_up_for_deaths_alone_before_there_have_been_ma
         assert from_storage(plan, stored(3))
         plan = not_restored(run, plan, killed=True)
     assert from_storage(plan, stored(2))
+
+
+def test_failures_to_read_a_checkpoint_are_forgotten_when_one_was_read() -> None:
+    """Two on one day of a run and another weeks later say nothing about the file."""
+    checkpoint = stored(3)
+    storage = Storage(attempt=1, checkpoints=(checkpoint,))
+    for counts in (storage.unread, storage.deaths):
+        counts[checkpoint.folder] = 9
+        assert storage.newest(None) is None
+        storage.restored()
+        assert storage.newest(None) == checkpoint
 
 
 def test_nothing_anywhere_is_said() -> None:

@@ -67,6 +67,16 @@ def test_a_drain_from_its_beginning_to_its_end() -> None:
     assert (record.kind, record.lost, record.replayed, record.reason) == ("drained", [], 0, "1 left (node b)")
 
 
+def test_whoever_has_lost_its_seat_waits_for_nobody_to_take_it() -> None:
+    run = on_two_nodes()
+    assert run.control.leaving.may_wait_s(run.control.current) == 0.0
+    run.take(B_LEAVES)
+    assert run.control.leaving.may_wait_s(run.control.current) > 0.0
+    run.take(GenerationCreated(generation=2))
+    assert [member.number for member in run.control.membership.leavers()] == [2]
+    assert run.control.leaving.may_wait_s(run.control.current) == 0.0
+
+
 def test_whoever_takes_their_place_joins_in_the_same_step() -> None:
     run = on_two_nodes()
     run.take(NodeSeen(node="c", capacity=1))

@@ -42,7 +42,7 @@ def test_each_of_two_is_waited_for() -> None:
     found = scrapes(a=(970.0, 985.0), b=(960.0, 990.0))
     found.scraped("b", 1020.0, 1020.0)
     assert found.awaited_until(END) == END + GAPS * 15.0
-    found.scraped("a", 1001.0, 1001.0)
+    found.scraped("a", 1001.0, END)
     assert found.awaited_until(END) == END
 
 

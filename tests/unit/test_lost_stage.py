@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from resilient.core.events import (
     PipelineShape,
     RankGone,
@@ -159,3 +161,17 @@ def test_a_controller_that_came_back_plans_stages_as_soon_as_anybody_has_told_of
     assert run.control.creating is None, "nobody has said how many layers there are"
     plan = plan_of(run.ready(3))
     assert 3 in plan.joiners and plan.stages
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (replace(PARTS[2], skeleton=b"t"), "different structure"),
+        (replace(PARTS[2], state_bytes=3), "different structure"),
+        (replace(PARTS[2], ranges=((0, 1),)), "from 0 on, and differ"),
+        (replace(PARTS[2], ranges=((1, 1),)), "nobody has bytes 1..1 "),
+    ],
+)
+def test_parts_that_are_not_those_of_one_state(other: StatePart, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        put_together([PARTS[1], other])

@@ -134,6 +134,8 @@ def test_few_slow_ranks_of_many_kinds_cost_hardly_more_than_their_absence() -> N
     assert sorted(rank for stage in found.stages for rank in stage.ranks) == list(range(400))
     assert found.slowest_s <= without.slowest_s * (1 + SMALL_GAIN)
 
+    assert found.moved_bytes == sum(1000 * (stage.stop - stage.first) * len(stage.ranks) for stage in found.stages)
+
 
 def test_ranks_of_all_speeds_come_near_to_what_all_could_do() -> None:
     costs, ranks = large([0.5 + (at * 37 % 101) / 100 for at in range(400)])

@@ -245,6 +245,7 @@ def test_a_slow_answer_is_waited_for_though_the_last_one_had_nothing() -> None:
     run.answer(Inventory(keeper="a"), absent=("b",))
     assert "TakeInventory" in kinds(run.take(Tick(), after_s=1.0))
     assert "TakeInventory" not in kinds(run.take(Tick(), after_s=5.0))
+    assert "End" not in kinds(run.take(Tick(), after_s=24.5)), "though its time is up"
     assert plan_of(run.answer(found("a", 4), found("b", 4))).kind == "restored"
 
 
@@ -346,6 +347,15 @@ def test_a_run_submitted_again_waits_for_keepers_that_are_absent() -> None:
     run.ready(1, 2)
     assert "CreateGeneration" not in kinds(run.answer(Inventory(keeper="a"), absent=("b",)))
     run.take(Tick(), after_s=1.0)
+    assert plan_of(run.answer(found("a", 4), found("b", 4))).kind == "restored"
+
+
+def test_a_run_submitted_again_does_not_begin_anew_while_a_keeper_is_asked_once_more() -> None:
+    run = Scenario(look_back=True).nodes()
+    run.ready(1, 2)
+    run.answer(Inventory(keeper="a"), absent=("b",))
+    assert "TakeInventory" in kinds(run.take(Tick(), after_s=29.0))
+    assert "CreateGeneration" not in kinds(run.take(Tick(), after_s=5.0)), "an answer is on its way"
     assert plan_of(run.answer(found("a", 4), found("b", 4))).kind == "restored"
 
 

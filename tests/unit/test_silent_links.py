@@ -75,6 +75,16 @@ def test_a_pair_that_can_t_connect_in_two_generations_loses_the_higher_rank() ->
     ]
 
 
+def test_links_are_probed_again_when_there_has_been_time_for_an_answer() -> None:
+    run = begun()
+    stalls(run, 1, 1, 2)
+    run.take(GenerationCreated(generation=2))
+    assert run.take(Tick()) == []
+    assert run.take(Tick(), LIMITS.detection_s) == ["probe 2"]
+    assert run.take(Tick(), 1.9 * LIMITS.detection_s) == []
+    assert run.take(Tick(), 0.2 * LIMITS.detection_s) == ["probe 2"]
+
+
 def test_a_standstill_that_the_new_connections_end_costs_nobody() -> None:
     run = begun()
     stalls(run, 1, 1, 2)

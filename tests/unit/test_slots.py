@@ -132,6 +132,18 @@ def test_what_is_made_durable_is_kept_and_has_a_slot_that_nothing_else_takes() -
     assert Ordinal(0, 4) not in slots.slots and len(slots.free_for_any) == 2
 
 
+def test_what_was_to_be_made_durable_and_is_given_up_makes_room_for_the_next() -> None:
+    slots = Lifecycle(durable=True)
+    slots.begin(0, Ordinal(0, 1), durable=True)
+    slots.give_up()
+    assert slots.kept is None and slots.free == [0, 1, 2, 3]
+    slots.begin(0, Ordinal(0, 2), durable=True)
+    slots.commit()
+    slots.begin(1, Ordinal(0, 3))
+    slots.give_up()
+    assert slots.kept == Ordinal(0, 2)
+
+
 def test_a_later_branch_is_newer_whatever_its_step_is() -> None:
     slots = Lifecycle()
     slots.begin(0, Ordinal(0, 9))
@@ -194,6 +206,16 @@ def test_auto_lengthens_when_protection_does_not_keep_up() -> None:
         cadence.measured(0.1, captured=True, waited_s=0.0)
     cadence.decide()
     assert cadence.interval == 2
+
+
+@pytest.mark.parametrize(
+    ("interval", "cost_s", "then"), [(5, 0.0099, 5), (5, 0.0119, 5), (5, 0.0081, 5), (5, 0.0139, 7), (4, 0.0099, 5)]
+)
+def test_auto_changes_only_by_more_than_noise(interval: int, cost_s: float, then: int) -> None:
+    cadence = Cadence(every="auto", budget=0.02)
+    cadence.interval = interval
+    assert (fed(cadence, 0.100, cost_s) is None) == (then == interval)
+    assert cadence.interval == then
 
 
 def test_auto_counts_from_the_last_capture_at_the_agreed_interval() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from resilient.core.control import Control
-from resilient.core.detector import Detector
+from resilient.core.detector import Detector, Vital
 from resilient.core.events import NodeSeen, RankGone, RankReady
 from resilient.core.limits import Limits
 from resilient.core.plan import Address
 from resilient.core.view import step_of, view
 from resilient.told import Told
+from tests.unit.test_control import Scenario
 from tests.unit.test_showing import job
 
 
@@ -49,6 +50,17 @@ def test_after_the_end_no_process_is_there_any_more(control: Control) -> None:
     assert {each["state"] for each in states(control, detector)} == {"ready"}
     control.ended = True
     assert {each["state"] for each in states(control, detector)} == {"ended"}
+
+
+def test_what_ranks_do_is_what_their_keepers_saw_last() -> None:
+    run, detector = Scenario().begun(), Detector(detection_s=1.0)
+    assert [each["state"] for each in states(run.control, detector)] == ["unknown", "unknown"]
+    vitals = (
+        Vital(member=1, alive=True, stopped=False, activity="computing", work=0, longest_s=0.0),
+        Vital(member=2, alive=True, stopped=False, activity="waiting", work=0, longest_s=0.0),
+    )
+    detector.beat("a", vitals, 1.0)
+    assert [each["state"] for each in states(run.control, detector)] == ["computing", "waiting"]
 
 
 def states(control: Control, detector: Detector) -> list[dict[str, str]]:

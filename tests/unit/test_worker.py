@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from actors.rank import Host
+from resilient import sums
 from resilient.core.events import RankFailed
 from resilient.function_store import store_function
 from resilient.packing import packed_call
@@ -122,3 +123,21 @@ def test_an_exception_that_cannot_be_shown_is_named() -> None:
 
     text = told(failing).text
     assert "in failing" in text and "Unspeakable" in text
+
+
+def without_memory(run: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_out_of_memory_is_the_functions_own_unless_the_runtime_was_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More micro-batches after a loss take more sums: no mistake of the function's."""
+    ended: list[int] = []
+    monkeypatch.setattr("resilient.worker.os._exit", ended.append)
+    found = told(without_memory)
+    assert "CUDA out of memory" in found.text and not found.crashed and not ended
+    file = sums.__file__
+
+    def folding(run: Any) -> None:
+        exec(compile("raise torch.OutOfMemoryError('for sums')", file, "exec"), {"torch": torch})
+
+    assert "for sums" in told(folding).crashed and ended == [1]
