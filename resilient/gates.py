@@ -84,8 +84,10 @@ class Gates:
                 thing.__dict__[method] = before
         self._covered.clear()
         for scheduler, kind in self._classes:
+            del type(scheduler).step  # a class refers to itself: it would keep this object, and all models, for long
             scheduler.__class__ = kind
         self._classes.clear()
+        self._optimizer_gates.clear()
 
     def close(self) -> None:
         self.open, self.stepped, self.asked, self.early = False, False, False, ""

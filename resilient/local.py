@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,13 +18,6 @@ from .worker import call, device_for
 
 
 def run_locally(settings: Settings, pack: Callable[[], bytes]) -> Result:
-    try:
-        return _run(settings, pack)
-    finally:
-        gc.collect()  # models and optimizers that are gated refer to each other: their memory would stay for long
-
-
-def _run(settings: Settings, pack: Callable[[], bytes]) -> Result:
     rows = Spilled[dict[str, float]]()
     team = Alone(
         on_step=lambda step, values: rows.append({"step": float(step), **values}),

@@ -33,12 +33,11 @@ from .core.seat import Rollback
 from .core.shards import chunks_from
 from .errors import StateDiverged
 from .exchange import CHUNK_BYTES
+from .payload import abandon
 from .spelling import NOTHING
 
 if TYPE_CHECKING:
     from .member import Member
-
-_given_up: list[list[Move]] = []
 
 TEXT_TAG, LAYER_TAG = (1 << 22) + 8, (1 << 22) + 16
 
@@ -135,7 +134,7 @@ class Moving:
         try:
             self._group.post_host(sends, receives).wait()
         except LinkBroken:
-            _given_up.append(receives)  # others may still write there
+            abandon(move.data for move in receives)
             raise
 
     def _take_over(self, mine: StateTable, received: StateTable, moves: Sequence[Transfer]) -> None:

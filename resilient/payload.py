@@ -14,7 +14,7 @@ the mean is rounded once, to the tensor's own type.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -297,6 +297,16 @@ class Pool:
         self._free.clear()
 
 
+_abandoned: list[Tensor] = []
+
+
+def abandon(buffers: Iterable[Tensor]) -> None:
+    """What others may still write into, since a link broke while it was received: it is used for nothing any more."""
+    for buffer in buffers:
+        release_pages(buffer)
+        _abandoned.append(buffer)
+
+
 def release_pages(flat: Tensor) -> None:
     """Give a CPU buffer's memory back while its addresses stay valid.
 
@@ -307,6 +317,6 @@ def release_pages(flat: Tensor) -> None:
         return
     page = 4096
     start = -(-flat.data_ptr() // page) * page
-    stop = (flat.data_ptr() + flat.numel()) // page * page
+    stop = (flat.data_ptr() + flat.nbytes) // page * page
     if stop > start:
         ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 4)

@@ -17,12 +17,10 @@ from actors.pending import LinkBroken, Move
 
 from .core.outcome import Outcome
 from .core.plan import Plan, Stage
-from .payload import Payload
+from .payload import Payload, abandon
 from .sums import LOSS, StepSums
 
 SHARED_TAG = 1 << 23
-
-_given_up: list[list[Move]] = []
 
 
 def close_step(
@@ -80,7 +78,7 @@ def _exchange_shared(group: Group, plan: Plan, layers: Mapping[str, int], sums: 
     try:
         group.post_host(sends, receives).wait()
     except LinkBroken:
-        _given_up.append(receives)  # others may still write there
+        abandon(move.data for move in receives)
         raise
     result.foreign = {use: total.to(sums.device) for use, count, total in coming if int(count)}
 

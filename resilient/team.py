@@ -257,6 +257,7 @@ class Alone:
             self._loop.leave()
         if self.saving is not None:
             self.saving.save_newest()
+        self._loop = None
 
 
 def _all_layers(layers: int, micro_batches: int) -> Staging:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import traceback
 import weakref
@@ -413,12 +414,18 @@ def test_a_run_in_one_process_holds_few_sums_and_nothing_of_it_stays(
     def main(run: resilient.Run) -> None:
         model = net()
         optimizer = torch.optim.AdamW(model.parameters())
-        run.protect(model=model, optimizer=optimizer)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+        run.protect(model=model, optimizer=optimizer, scheduler=scheduler)
         for x, y in run.batches(Samples(), global_batch=16, micro_batch=16 // leaves, steps=3):
             nn.functional.mse_loss(model(x), y).backward()
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
 
-    local(main)
+    gc.disable()  # what refers to itself would be found sooner or later
+    try:
+        local(main)
+    finally:
+        gc.enable()
     assert len(made) == most
     assert [ref() for ref in made] == [None] * most

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 import resilient
 from resilient.buffers import Buffers
 from resilient.core.tree import Node, split
+from resilient.payload import abandon
 from resilient.sums import StepSums
 
 LEAVES, STEPS = 6, 4
@@ -200,3 +201,13 @@ class Pairs:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return random_values()[index], random_values()[index] ** 2
+
+
+def test_what_a_broken_link_leaves_half_received_keeps_its_addresses_and_no_memory() -> None:
+    buffer = torch.ones(1 << 20)
+    address = buffer.data_ptr()
+    abandon([buffer, torch.ones(3, dtype=torch.int64)])
+    assert buffer.data_ptr() == address
+    inner = buffer[1024:-1024]  # whole pages of it
+    assert not inner.any(), "they are fresh"
+    buffer.fill_(2.0)  # late, and harmless
