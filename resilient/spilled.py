@@ -3,7 +3,7 @@ which ends with the process."""
 
 from __future__ import annotations
 
-import pickle
+import json
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 class Spilled(Sequence[Item]):
     """Read like a list; a slice of it is a list. Equal to any sequence of the same items.
 
-    Items are added at the end and dropped from it; they are not to be changed. Where no file can be written, all of
+    Items are what JSON can say; they are added at the end and dropped from it, and not to be changed. Where no file can be written, all of
     them stay in memory.
     """
 
@@ -92,7 +92,7 @@ class Spilled(Sequence[Item]):
                 self._file = tempfile.TemporaryFile(prefix="resilient-")  # noqa: SIM115  it ends with this object
                 weakref.finalize(self, self._file.close)
             while len(self._tail) >= BLOCK_ITEMS:
-                data = pickle.dumps(self._tail[:BLOCK_ITEMS], pickle.HIGHEST_PROTOCOL)
+                data = json.dumps(self._tail[:BLOCK_ITEMS]).encode()
                 start = sum(self._blocks[-1]) if self._blocks else 0
                 self._file.seek(start)
                 self._file.write(data)
@@ -107,5 +107,5 @@ class Spilled(Sequence[Item]):
             assert self._file is not None
             start, size = self._blocks[number]
             self._file.seek(start)
-            self._read = (number, pickle.loads(self._file.read(size)))
+            self._read = (number, json.loads(self._file.read(size)))
         return self._read[1]
