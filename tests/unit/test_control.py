@@ -407,6 +407,11 @@ def test_ranks_that_end_with_different_states_compute_the_last_steps_again() -> 
     assert run.control.restoring.rollback is not None and run.control.restoring.rollback.back_to == 2
 
 
+def test_the_last_steps_may_be_all_that_there_are() -> None:
+    run, _ = ended_differently(0, 0, 0)
+    assert run.control.restoring.rollback is not None and run.control.restoring.rollback.back_to == 0
+
+
 @pytest.mark.parametrize(("verified", "snapshots"), [(-1, True), (2, False)])
 def test_with_nothing_to_go_back_to_different_ends_end_the_run(verified: int, snapshots: bool) -> None:
     _, said = ended_differently(verified, verified, verified, snapshots=snapshots)
