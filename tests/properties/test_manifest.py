@@ -234,6 +234,23 @@ RUNS = st.text(max_size=100).filter(lambda name: len(name.encode()) <= 100) | st
 )
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"stored_bytes": 400}, "stored_bytes: 400, must be 1..399"),
+        ({"stored_bytes": 0}, "stored_bytes: 0, must be 1..399"),
+        ({"shuffle": 3}, "shuffle: 3, must be .* divide 400"),
+        ({"shuffle": 0}, "shuffle: 0"),
+        ({"coding": "lz4"}, "coding: 'lz4'"),
+        ({"coding": "raw"}, "not stored as they are"),
+    ],
+)
+def test_a_coding_that_can_not_be_is_refused(change: dict[str, Any], why: str) -> None:
+    CHUNKS[1].check(400)
+    with pytest.raises(ManifestError, match=why):
+        replace(CHUNKS[1], **change).check(400)
+
+
 @given(COUNTS, COUNTS, COUNTS, COUNTS, st.from_regex("[0-9a-f]{8}", fullmatch=True), RUNS)
 def test_folders_are_named_one_way(attempt: int, branch: int, step: int, generation: int, token: str, run: str) -> None:
     """Whatever the run is called, in signs that every storage takes as they are."""

@@ -113,3 +113,15 @@ def test_what_was_counted_outlives_the_controller() -> None:
     assert chronicle.figures.as_record() == {**former.figures.as_record(), "lost_steps": 3, "pending_s": 0.5}
     chronicle.committed(3, 2, 10.0)
     assert (chronicle.figures.steps, chronicle.figures.newest) == (6, 4)
+
+
+def test_a_step_that_was_interrupted_does_not_tell_how_long_steps_take() -> None:
+    chronicle, plan = Chronicle(), replace(restored(1, 0), base=0, kind="initial", restore=None)
+    chronicle.created(plan, 0.0)
+    chronicle.formed(1, -1, 0.0)
+    for step in range(2):
+        chronicle.committed(1, step, step + 1.0)
+    chronicle.created(replace(plan, generation=2, base=1, kind="unplanned"), 4.0)
+    chronicle.formed(2, 1, 9.0)
+    chronicle.committed(2, 2, 10.0)
+    assert (chronicle.step_s, chronicle.usual_s) == (8.0, 1.0)

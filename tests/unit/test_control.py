@@ -384,7 +384,7 @@ def test_nodes_are_waited_for_while_nothing_is_starting() -> None:
     assert control.chronicle.figures.spent.seconds["waiting"] == 5.0
 
 
-def ended_differently(*, verified: int, snapshots: bool = True) -> tuple[Scenario, list[str]]:
+def ended_differently(*verified: int, snapshots: bool = True) -> tuple[Scenario, list[str]]:
     """Three ranks, of which the second has returned with another state than the others."""
     run = Scenario(limits=Limits(min_workers=1, max_workers=3, detection_s=2.0, snapshots=snapshots))
     run.take(NodeSeen(node="a", capacity=3))
@@ -392,24 +392,31 @@ def ended_differently(*, verified: int, snapshots: bool = True) -> tuple[Scenari
         run.ready(member)
     run.take(GenerationCreated(generation=1))
     said = []
-    for member, digest in ((1, "a"), (2, "b"), (3, "a")):
+    for member, digest, known in zip((1, 2, 3), "aba", verified, strict=True):
         run.report(member, 1, step=3, complete=2, finished=True)
-        said = run.take(RankReturned(member=member, step=3, digest=digest, verified=verified))
+        objects = (("model", digest), ("optimizer", "c"))
+        said = run.take(RankReturned(member=member, step=3, digest=digest, verified=known, objects=objects))
     return run, said
 
 
 def test_ranks_that_end_with_different_states_compute_the_last_steps_again() -> None:
-    run, said = ended_differently(verified=2)
+    run, said = ended_differently(1, 2, -1)
     spawned = ["spawn 4 on a", "spawn 5 on a", "spawn 6 on a"]
     assert said == ["kill 1", "kill 3", "kill 2", "take inventory", *spawned]
     assert run.control.deaths.failures.total == 1, "only the odd one is at fault"
     assert run.control.restoring.rollback is not None and run.control.restoring.rollback.back_to == 2
 
 
+def test_the_last_steps_may_be_all_that_there_are() -> None:
+    run, _ = ended_differently(0, 0, 0)
+    assert run.control.restoring.rollback is not None and run.control.restoring.rollback.back_to == 0
+
+
 @pytest.mark.parametrize(("verified", "snapshots"), [(-1, True), (2, False)])
 def test_with_nothing_to_go_back_to_different_ends_end_the_run(verified: int, snapshots: bool) -> None:
-    _, said = ended_differently(verified=verified, snapshots=snapshots)
-    assert len(said) == 1 and said[0].startswith("end failed: ranks ended with different states")
+    _, said = ended_differently(verified, verified, verified, snapshots=snapshots)
+    assert len(said) == 1 and "came again" not in said[0]
+    assert said[0].startswith("end failed: ranks ended with different states in model (digests a, b): something")
 
 
 def test_a_rank_that_gets_no_place_is_tried_elsewhere_and_is_no_failure() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from resilient.core.events import PipelineShape
 from resilient.core.partition import DoesNotFit
 from resilient.core.plan import Address, Place, Plan, Stage
 from resilient.core.planner import unplanned
+from resilient.core.speeds import Speeds
 from resilient.core.staging import Staging, Timings, costs_and_speeds, gain, held_by, staged
 
 EVEN = PipelineShape(stages=2, layer_bytes=(100,) * 4)
@@ -95,6 +99,20 @@ def test_what_other_stages_would_save() -> None:
     assert gain(plan, EVEN, {}) == pytest.approx(0.0)
     uneven = {(1, 0): 0.3, (1, 1): 0.1, (2, 2): 0.1, (2, 3): 0.1}
     assert gain(plan, EVEN, uneven) == pytest.approx(1 - (0.3 + 8 * 0.3) / (8 * 0.4))
+
+
+def test_what_other_stages_would_save_is_computed_again_when_more_was_measured() -> None:
+    uneven = {(1, 0): 0.3, (1, 1): 0.1, (2, 2): 0.1, (2, 3): 0.1}
+    plan, timings = plan_of(stages_for(1, 2)), SimpleNamespace(changes=1, known=uneven)
+    membership = SimpleNamespace(first_ready=lambda: SimpleNamespace(pipeline=EVEN))
+    control: Any = SimpleNamespace(membership=membership, timings=timings)
+    speeds = Speeds(control=control)
+    saved = speeds._gain(plan)
+    assert saved == gain(plan, EVEN, timings.known) > 0.0
+    timings.known = {}
+    assert speeds._gain(plan) == saved
+    timings.changes = 2
+    assert speeds._gain(plan) == pytest.approx(0.0)
 
 
 def test_a_loss_is_dealt_with_stage_by_stage() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from resilient.core.control import Control
 from resilient.core.difference import odd_ones, rollback_after, rollback_after_move
 from resilient.core.events import GenerationCreated, NodeSeen, RankGone, RankReady, RankReported, Tick
 from resilient.core.instructions import CreateGeneration, End, Instruction, Kill, TakeInventory
-from resilient.core.lane import NOBODYS, Agreed, Wish
+from resilient.core.lane import NOBODYS, Agreed, AgreedLane, StepLane, Wish
 from resilient.core.limits import Limits
 from resilient.core.plan import Address, Plan
 from resilient.core.seat import Rollback, SeatReport
@@ -140,6 +142,37 @@ def test_the_lane_compares_only_those_who_have_captured() -> None:
     assert agreed(5, 5, None).verified and not agreed(5, 5, None).differs
     assert agreed(5, 6, None).differs and not agreed(5, 6, None).verified
     assert not agreed(None, None).verified and not agreed(None, None).differs
+
+
+OWN = StepLane(newest=3, control=5, buffers=6, layout=7, mask=8, spelled_anew=False, wish=Wish())
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        ({}, []),
+        ({"control": 4}, ["control_differs"]),
+        ({"buffers": 9}, ["layouts_differ"]),
+        ({"layout": 9}, ["layouts_differ"]),
+        ({"mask": 9}, ["masks_differ"]),
+        ({"mask": None}, ["masks_differ"]),
+        ({"spelled_anew": True}, ["spell"]),
+    ],
+)
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_what_ranks_compare_in_every_exchange(other: dict[str, Any], found: list[str], stages: int) -> None:
+    rows = [OWN.row(stage, stages) for stage in range(stages)] + [replace(OWN, **other).row(stages - 1, stages)]
+    agreed = AgreedLane.of([min(words) for words in zip(*rows, strict=True)], stages)
+    assert agreed.newest == 3
+    assert [
+        name for name in ("control_differs", "layouts_differ", "masks_differ", "spell") if getattr(agreed, name)
+    ] == found
+
+
+def test_layouts_and_masks_are_those_of_a_stage() -> None:
+    rows = [OWN.row(0, 2), replace(OWN, layout=9, mask=1, newest=2).row(1, 2)]
+    agreed = AgreedLane.of([min(words) for words in zip(*rows, strict=True)], 2)
+    assert (agreed.newest, agreed.layouts_differ, agreed.masks_differ) == (2, False, False)
 
 
 # What the controller does
