@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from resilient.core import draining
+from resilient.core import dealing, draining
 from resilient.core.events import RankReady
 from resilient.core.limits import Limits
 from resilient.core.membership import Membership
+from resilient.core.partition import DoesNotFit
 from resilient.core.plan import Address, Plan
 from resilient.core.planner import dealt_anew
 from resilient.core.recovery import decide
@@ -145,6 +149,32 @@ def test_optimizer_state_is_handed_over_first() -> None:
     second = decide(replace(now, current=emptied, formed=emptied))
     assert isinstance(second, Make)
     assert (second.plan.members, second.plan.joiners, second.plan.emptied) == ((1, 3, 4), (4,), ())
+
+
+def test_so_is_that_of_a_rank_which_new_stages_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    membership, plan, allowed = situation("abc")
+    plan = replace(plan, sharded=True)
+    now = Situation(
+        limits=allowed,
+        membership=membership,
+        formed=plan,
+        current=plan,
+        newest=1,
+        inherited=False,
+        broken_for_s=0.0,
+        waited_s=0.0,
+    )
+    asked: list[set[int]] = []
+
+    def staging(now: Situation, members: list[Member], leaving: Collection[int] = ()) -> Any:
+        asked.append(set(leaving))
+        if leaving:
+            raise DoesNotFit("asked again")
+        return SimpleNamespace(seated=(1, 3), reason="fewer stages")
+
+    monkeypatch.setattr(dealing, "_staging", staging)
+    assert dealing.dealt(now, [], plan, "test") == Stay(reason="asked again", stuck=True)
+    assert asked == [set(), {2}]
 
 
 def test_replacements_are_waited_for_as_long_as_there_is_time() -> None:

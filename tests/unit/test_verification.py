@@ -269,6 +269,15 @@ def test_a_rollback_is_not_held_up_by_a_joiner_that_waits_for_the_next_exchange(
     assert any(isinstance(item, TakeInventory) for item in team.report(1, 2, 2, wanted))
 
 
+def test_a_rollback_waits_for_a_generation_that_is_reached_without_an_exchange() -> None:
+    team = Team()
+    team.take(RankGone(member=3, why="test"))
+    team.take(GenerationCreated(generation=2))
+    wanted = Rollback(back_to=3, skip_from=0, skip_to=-1, why="test")
+    assert not any(isinstance(item, TakeInventory) for item in team.report(1, 1, 1, wanted))
+    assert any(isinstance(item, TakeInventory) for item in team.report(2, 2, 2))
+
+
 def test_a_digest_that_fails_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device may have no memory left for it; training would wait for this copy for ever."""
     training = Training(tmp_path / "run")
