@@ -31,6 +31,9 @@ CHANGE_DETECTIONS = 5
 CHANGE_STEPS = 2
 """What a planned change takes: forming and exchanging, and the steps until all hold the plan."""
 
+MOST_OVER = 1000
+"""So many nodes that have left are shown."""
+
 
 class LeavingView(TypedDict):
     state: Literal["leaving", "drained"]
@@ -56,6 +59,8 @@ class Leaving:
     _without: dict[str, int] = field(default_factory=dict)
     """By node without ranks, the first generation that formed without it."""
     _letting_go: set[str] = field(default_factory=set)
+    _over: dict[str, None] = field(default_factory=dict)
+    """Nodes that were asked to leave and have gone, in this order."""
 
     @property
     def _limits(self) -> Limits:
@@ -99,11 +104,22 @@ class Leaving:
     def node_seen(self, node: str) -> None:
         """Its keeper is there, whatever was known."""
         self.drained.discard(node)
+        self._over.pop(node, None)
 
     def node_gone(self, node: str) -> None:
         self._letting_go.discard(node)
         if node in self.why:
             self.drained.add(node)
+            self._over[node] = None
+        if len(self._over) > MOST_OVER:
+            self._forget(next(iter(self._over)))
+
+    def _forget(self, node: str) -> None:
+        """It left long ago, and has gone."""
+        del self._over[node], self.why[node]
+        self.drained.discard(node)
+        self._without.pop(node, None)
+        self._membership.leaving.pop(node, None)
 
     # What follows
 
@@ -138,6 +154,7 @@ class Leaving:
             member.gone = True
             self._membership.changed(member)
             why = "nobody needs it any more" if ready else "it did not come to rest in time"
+            control.for_s(f"release {member.number}", False)
             control.instruct((Kill(member=member.number, node=member.node, reason=why, released=True),))
 
     def _has_nothing(self, member: Member) -> bool:

@@ -96,6 +96,8 @@ class Membership:
         if not before or member.gone:
             living = self._living.setdefault(member.node, set())
             (living.discard if member.gone else living.add)(number)
+            if not living:
+                del self._living[member.node]
             self._room_changed(member.node)
 
     def forget_gone(self, needed: Collection[int]) -> list[int]:

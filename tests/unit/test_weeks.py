@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resilient.core.chronicle import MOST_RECOVERIES
-from resilient.core.events import GenerationCreated, RankGone, Tick
+from resilient.core.events import GenerationCreated, NodeGone, NodeLeaving, NodeSeen, RankGone, Tick
 from resilient.core.story import Story
 from resilient.records import Records
 from tests.unit.test_control import Scenario
@@ -44,6 +44,36 @@ class LongRun(Scenario):
         assert self.control.formed is not None and self.control.formed.generation == self.generation
 
 
+class NewNodes(LongRun):
+    """Two nodes with a rank each, of which again and again one goes, perhaps in good order, and another comes."""
+
+    def __init__(self) -> None:
+        Scenario.__init__(self)
+        self.alive, self.generation, self.step = [1, 2], 1, 1
+        for member in self.alive:
+            self.take(NodeSeen(node=f"n{member}", capacity=1))
+            self.ready(member, f"n{member}")
+        self.take(GenerationCreated(generation=1))
+        for member in self.alive:
+            self.report(member, 1)
+
+    def change(self, times: int, *, asked: bool) -> None:
+        for _ in range(times):
+            (gone, left), new = self.alive, self.control.next_member
+            if asked:
+                self.take(NodeLeaving(node=f"n{gone}", why="spot", left_s=100.0))
+            else:
+                self.take(NodeGone(node=f"n{gone}", why="spot"))
+                self._form([left])
+            self.take(NodeSeen(node=f"n{new}", capacity=1))
+            self.ready(new, f"n{new}")
+            for fact in (NodeGone(node=f"n{gone}", why="spot"), Tick()):
+                if self.control.creating is not None:
+                    self._form([left, new])
+                self.take(fact)
+            self.take(Tick(), after_s=5.0)
+
+
 def sizes(thing: Any, path: str = "", seen: set[int] | None = None) -> Counter[str]:
     """How many elements all containers in it have, by where they are."""
     seen = set() if seen is None else seen
@@ -64,6 +94,10 @@ def sizes(thing: Any, path: str = "", seen: set[int] | None = None) -> Counter[s
     return found
 
 
+def grown(before: Counter[str], after: Counter[str]) -> dict[str, tuple[int, int]]:
+    return {place: (before[place], count) for place, count in after.items() if count > 1.1 * before[place] + 50}
+
+
 def test_a_thousand_recoveries_more_leave_nothing_more() -> None:
     run = LongRun()
     run.recover(1000)
@@ -71,8 +105,16 @@ def test_a_thousand_recoveries_more_leave_nothing_more() -> None:
     assert run.control.chronicle.ended == 2000, "of losses and of joins"
     run.recover(1000)
     after = sizes((run.control, run.story))
-    grown = {place: (before[place], count) for place, count in after.items() if count > 1.1 * before[place] + 50}
-    assert not grown and sum(after.values()) < 20_000
+    assert not grown(before, after) and sum(after.values()) < 20_000
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_nor_do_a_thousand_nodes_that_came_and_went(asked: bool) -> None:
+    run = NewNodes()
+    run.change(1200, asked=asked)
+    before = sizes(run.control)
+    run.change(1000, asked=asked)
+    assert not grown(before, sizes(run.control))
 
 
 def test_whoever_is_forgotten_stays_gone() -> None:
