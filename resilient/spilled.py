@@ -18,8 +18,8 @@ Item = TypeVar("Item")
 class Spilled(Sequence[Item]):
     """Read like a list; a slice of it is a list. Equal to any sequence of the same items.
 
-    Items are what JSON can say; they are added at the end and dropped from it, and not to be changed. Where no file can be written, all of
-    them stay in memory.
+    Items are what JSON can say; they are added at the end, dropped from it, and not changed. Where no file can be
+    written, all of them stay in memory.
     """
 
     __hash__ = None  # type: ignore[assignment]

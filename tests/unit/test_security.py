@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "security.md"
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "joblib", "shelve", "torch"}
-FROM_RAY = {f"resilient/{name}.py" for name in ("function_store", "local", "packing", "result", "worker")}
+FROM_RAY = {f"resilient/{name}.py" for name in ("check_rank", "function_store", "local", "packing", "result", "worker")}
 
 
 def test_every_test_that_the_page_names_exists() -> None:
