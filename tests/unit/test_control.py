@@ -220,6 +220,18 @@ def test_a_rank_that_leaves_the_loop_before_others_ends_the_run(
     )
 
 
+def test_the_one_that_waits_is_named_and_no_other() -> None:
+    run = Scenario(limits=Limits(min_workers=1, max_workers=3))
+    run.take(NodeSeen(node="a", capacity=3))
+    for member in (1, 2, 3):
+        run.ready(member)
+    run.take(GenerationCreated(generation=1))
+    run.report(2, 1, step=2, complete=1)
+    run.report(3, 1, step=2, complete=1, waiting=True)
+    (end,) = run.take(RankReturned(member=1, step=2, digest="d"))
+    assert "rank 0 left the training loop at step 2, rank 2 went on to step 2" in end
+
+
 def test_others_that_are_still_on_their_way_to_the_end_are_waited_for() -> None:
     run = Scenario().begun()
     assert run.report(2, 1, step=1, complete=0, waiting=True) == []
@@ -371,6 +383,18 @@ def test_resuming_twice_changes_nothing() -> None:
     with pytest.raises(AssertionError, match="resumed twice"):
         run.take(Resumed(plans=(), spawned=()))
     assert run.report(1, 1) == []
+
+
+@pytest.mark.parametrize("detection_s", [0.5, 2.0, 7.0])
+def test_all_times_follow_from_how_soon_a_death_is_to_be_found(detection_s: float) -> None:
+    def times(detection_s: float) -> list[float]:
+        limits = Limits(min_workers=1, max_workers=2, detection_s=detection_s)
+        lost_s = [limits.lost_limit_s(some) for some in (False, True)]
+        return [limits.settle_s, *lost_s, limits.reach_s, limits.stall_s, limits.resend_s, limits.start_together_s]
+
+    settle_s, lost_s, absent_s, reach_s, stall_s, resend_s, together_s = times(detection_s)
+    assert times(2 * detection_s) == [2 * each for each in times(detection_s)]
+    assert max(settle_s, resend_s) < detection_s <= lost_s < reach_s < stall_s < min(absent_s, together_s)
 
 
 def test_nodes_are_waited_for_while_nothing_is_starting() -> None:

@@ -126,6 +126,13 @@ def test_the_end_is_put_together_from_all_parts() -> None:
     assert end.outcome == "finished" and end.digest == put_together(PARTS.values())
 
 
+def test_parts_of_different_states_end_the_run() -> None:
+    run = at_the_end()
+    run.returned(1)
+    end = end_of(run.take(RankReturned(member=2, step=9, digest="", part=replace(PARTS[2], ranges=((0, 1),)))))
+    assert end.outcome == "failed" and "ranks ended with different states: several ranks have" in end.reason
+
+
 def test_whoever_dies_after_it_has_told_its_part_is_not_missed() -> None:
     run = at_the_end()
     run.returned(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from resilient.core.instructions import CreateGeneration, End, Instruction, Kill
 from resilient.core.lane import NOBODYS, Agreed, AgreedLane, StepLane, Wish
 from resilient.core.limits import Limits
 from resilient.core.plan import Address, Plan
+from resilient.core.rollbacks import Rollbacks
 from resilient.core.seat import Rollback, SeatReport
 from resilient.verification import Digests, StateDigest, weighted_sum
 from snapshot.capture import capture
@@ -300,6 +302,21 @@ def test_a_rollback_is_not_held_up_by_a_joiner_that_waits_for_the_next_exchange(
     team.take(GenerationCreated(generation=3))
     wanted = Rollback(back_to=3, skip_from=0, skip_to=-1, why="test")
     assert any(isinstance(item, TakeInventory) for item in team.report(1, 2, 2, wanted))
+
+
+def test_what_was_asked_for_before_the_last_restore_is_done() -> None:
+    """Ranks that have gone back may not have told so yet."""
+    wanted = Rollback(back_to=3, skip_from=0, skip_to=-1, why="test")
+    report = SimpleNamespace(rollback=wanted, generation=4)
+    membership = SimpleNamespace(
+        tally=lambda plan: SimpleNamespace(numbers=lambda what: {1}), members={1: SimpleNamespace(report=report)}
+    )
+    plan = SimpleNamespace(since=5, branch=2, kind="restored")
+    control: Any = SimpleNamespace(formed=plan, current=plan, membership=membership)
+    rollbacks = Rollbacks(control=control)
+    assert rollbacks.wanted() is None
+    report.generation = 5
+    assert rollbacks.wanted() == wanted
 
 
 def test_a_rollback_waits_for_a_generation_that_is_reached_without_an_exchange() -> None:
