@@ -97,6 +97,14 @@ class GenerationThread(threading.Thread):
         self._scratch.give_up()
         self.retire()
 
+    def _taken(self, payload: Payload) -> Payload:
+        """From the pool. Whoever leaves this thread behind gives it up; if that was just now, nobody would."""
+        self._in_flight = payload
+        if self._left:
+            self._member.sums.pool.give_up(payload)
+            raise Superseded
+        return payload
+
     def close(self) -> None:
         """It has retired, and the next has formed."""
         if self.group is not None:
@@ -190,7 +198,7 @@ class GenerationThread(threading.Thread):
     def _catch_up(self, group: Group, held: Holding, holders: Sequence[int], behind: Sequence[int]) -> Payload | None:
         """Those behind receive the kept result, each holder sending its slice of the bytes."""
         if self.rank in behind:
-            result = self._in_flight = self._member.sums.pool.take()
+            result = self._taken(self._member.sums.pool.take())
             counts = torch.zeros(len(result.counts), dtype=torch.int64)
             moves: list[Move] = []
             for part, holder in zip(_parts(result.flat.numel(), len(holders)), holders, strict=True):
@@ -294,7 +302,7 @@ class GenerationThread(threading.Thread):
             with member.turns.changing(self.plan.generation):
                 member.stage.take_spelling(told)
         counts = self._all_counts(group) if low.masks_differ or low.layouts_differ else None
-        result = self._in_flight = member.take_result(self.plan.generation)
+        result = self._taken(member.take_result(self.plan.generation))
         sums.partial.freeze()
         nodes = dict(sums.partial.nodes)
         if member.reduction == "fast":

@@ -212,3 +212,15 @@ def test_a_sum_that_an_exchange_has_sent_is_not_added_to_when_the_rest_comes_to_
     assert all((data.view(torch.float32) == 1).all() for data in peers.sent)
     ((_, whole),) = partial.nodes.items()
     assert (whole.views[0] == 3).all()
+
+
+def test_what_is_taken_as_the_thread_is_left_behind_is_given_up() -> None:
+    """Its abandoning may come between the taking from the pool and the note of it."""
+    pool = Pool(LAYOUT, CPU)
+    thread = break_exchange(Peers(transfers=0), PartialSums(2, pool))
+    thread._in_flight = None
+    thread.abandon()
+    payload = pool.take()
+    with pytest.raises(Superseded):
+        thread._taken(payload)
+    assert any(flat.data_ptr() == payload.flat.data_ptr() for flat in pool._given_up)
