@@ -122,7 +122,9 @@ def test_counts_never_go_by_the_devices_link(rank: int) -> None:
 
     sums = sums_on(META)
     group: Any = SimpleNamespace(post=posting("device"), post_host=posting("host"))
-    thread: Any = SimpleNamespace(rank=rank, _member=SimpleNamespace(sums=sums), _in_flight=None)
+    thread: Any = SimpleNamespace(
+        rank=rank, _member=SimpleNamespace(sums=sums), _in_flight=None, _taken=lambda payload: payload
+    )
     holding = Holding(has_state=True, complete=3, kept=sums.pool.take())
     GenerationThread._catch_up(thread, group, holding, [0], [1])
     assert posted == {"device": {"meta"}, "host": {"cpu"}}
