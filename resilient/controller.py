@@ -139,7 +139,7 @@ class Controller:
             self._ledger, self._workers, self._errands, saves=saves, put=self._events.put, forget=self._forget_keeper
         )
         self._protection = Protection(settings.snapshot.parity if settings.snapshot else 0)
-        self._occupancy = Occupancy(patience_s=settings.limits.stall_s)
+        self._occupancy = Occupancy(patience_s=settings.limits.place_s)
         self._presence = Presence(
             job=job,
             control=self._control,

@@ -32,6 +32,12 @@ class Limits:
         return 5 * self.detection_s
 
     @property
+    def place_s(self) -> float:
+        """How long a rank may take to begin on a node where nothing is free: as long as a process takes to start on a
+        busy machine, since Ray doesn't tell whether it has a place."""
+        return 30 * self.detection_s
+
+    @property
     def reach_s(self) -> float:
         """How long another may take to answer whether it can be reached."""
         return 2 * self.detection_s

@@ -46,11 +46,12 @@ class Occupancy:
         return min(total, len(self._begun.get(node, ())) + max(free, starting))
 
     def withdrawn(self, free: dict[str, int], now: float) -> tuple[tuple[int, str], ...]:
-        """Ranks that have waited long enough, with their nodes, ascending; they count as ended."""
+        """Ranks that have waited long enough while another node has a place, with their nodes, ascending; they count as
+        ended."""
         found = tuple(
             (member, node)
             for member, (node, since) in sorted(self._starting.items())
-            if free.get(node, 1) == 0 and now - since > self._patience_on(node)
+            if free.get(node, 1) == 0 and any(free.values()) and now - since > self._patience_on(node)
         )
         for member, node in found:
             self._longer[node] = 2 * self._patience_on(node)

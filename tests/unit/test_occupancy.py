@@ -26,8 +26,9 @@ def test_who_does_not_begin_where_nothing_is_free_is_withdrawn_and_the_next_may_
     for turn in range(3):
         at = 1000.0 * turn
         places.ordered(turn, "a", at)
-        assert places.withdrawn({"a": 1, "b": 0}, at + 500.0) == ()
-        while not (found := places.withdrawn({"a": 0}, at)):
+        assert places.withdrawn({"a": 1, "b": 1}, at + 500.0) == ()
+        assert places.withdrawn({"a": 0, "b": 0}, at + 500.0) == (), "there is no better place"
+        while not (found := places.withdrawn({"a": 0, "b": 1}, at)):
             at += 1.0
         assert found == ((turn, "a"),) and places.room("a", total=1, free=0) == 0
         withdrawn.append(at - 1000.0 * turn)
@@ -36,7 +37,7 @@ def test_who_does_not_begin_where_nothing_is_free_is_withdrawn_and_the_next_may_
     places.begun(9, "a")
     places.ended(9, "a")
     places.ordered(10, "a", 6000.0)
-    assert places.withdrawn({"a": 0}, 6011.0) == ((10, "a"),), "it does begin here"
+    assert places.withdrawn({"a": 0, "b": 1}, 6011.0) == ((10, "a"),), "it does begin here"
 
 
 def test_who_has_begun_is_never_withdrawn() -> None:
