@@ -123,8 +123,7 @@ class Forming:
     def _forget_before(self, oldest: int) -> None:
         control = self.control
         control.plans = {number: plan for number, plan in control.plans.items() if number >= oldest}
-        seated = {number for plan in control.plans.values() for number in plan.members}
-        for number in control.membership.forget_gone(seated):
+        for number in control.membership.forget_gone(control.plans.values()):
             control.bubbles.forget(number)
             control.starting.mine.discard(number)
 

@@ -100,11 +100,12 @@ class Membership:
                 del self._living[member.node]
             self._room_changed(member.node)
 
-    def forget_gone(self, needed: Collection[int]) -> list[int]:
-        """Those that have been gone for longest, if too many are, but for the needed ones: that they are gone is all
-        that stays known of them."""
+    def forget_gone(self, plans: Collection[Plan]) -> list[int]:
+        """Those that have been gone for longest, if too many are, but for those in these plans: that they are gone is
+        all that stays known of them."""
         gone = sorted(self.everybody.numbers("gone"))
-        found = [number for number in gone[: max(0, len(gone) - MOST_GONE)] if number not in needed]
+        oldest = gone[: max(0, len(gone) - MOST_GONE)]
+        found = [number for number in oldest if not any(number in plan.ranks for plan in plans)]
         for number in found:
             self.everybody.remove(number, self._standing.pop(number))
             del self.members[number]
