@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .device import is_device_error, is_out_of_memory
 
-PIECE_BYTES = 64 << 20
-"""Larger moves go piece by piece, so that it is seen whether they go on."""
+PIECE_BYTES = 8 << 20
+"""Larger moves go piece by piece, so that it is seen whether they go on: also where one sends its state to a hundred
+others at once through one slow cable."""
 
 
 class LinkBroken(RuntimeError):

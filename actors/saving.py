@@ -122,6 +122,8 @@ class Saving:
             seen_at = self._first_seen.setdefault(key, now)
             if (self._is_protected(key) or now - seen_at > LATE_S) and time.monotonic() >= self._again_at:
                 self._write(key, *found[key])
+        if not found:
+            self._give_up_torn(now)
         if self._pending is not None and now >= self._pending.again_at:
             self._commit(self._pending)
         return self._pending is None and not self._to_write()
@@ -133,12 +135,19 @@ class Saving:
         self._folder.learn_rings()
         complete = self._folder.complete()
         wanted = self._folder.slots.durable()
-        done = self._newest_done
-        return {
-            key: found
-            for key, found in complete.items()
-            if key in wanted and found[1] and (done is None or in_time(key) > in_time(done))
-        }
+        return {key: found for key, found in complete.items() if key in wanted and found[1] and self._is_new(key)}
+
+    def _give_up_torn(self, now: float) -> None:
+        """Nothing is complete. A rank of this node may have died before its share was captured: then a later generation
+        goes on, nobody completes that snapshot, and the other ranks keep their slots of it until they are told."""
+        newest = max(self._folder.rings, default=-1)
+        for key in sorted(self._folder.slots.durable(), key=in_time):
+            if key.generation < newest and self._is_new(key) and now - self._first_seen.setdefault(key, now) > LATE_S:
+                self._count(f"{key} is given up: a rank has died before its share was captured")
+                self._finished_writing(key)
+
+    def _is_new(self, key: SnapshotKey) -> bool:
+        return self._newest_done is None or in_time(key) > in_time(self._newest_done)
 
     def _write(self, key: SnapshotKey, ring: Ring, slots: Mapping[int, SlotView]) -> None:
         try:

@@ -85,10 +85,9 @@ class Presence:
     def beaten(self, node: str, pulses: tuple[Pulse, ...], now: float) -> None:
         self.workers.heard(node)
         self.workers.shown(node, pulses, self.control.membership.is_gone)
+        self.occupancy.shown(node, {pulse.member for pulse in pulses if pulse.alive})
         for pulse in pulses:
-            if pulse.alive:
-                self.occupancy.begun(pulse.member, node)
-            else:
+            if not pulse.alive:
                 self.occupancy.ended(pulse.member, node)
         vitals = tuple(
             Vital(

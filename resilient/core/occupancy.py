@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LONGEST_TIMES = 16
+"""How often the first patience the longest is."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Occupancy:
@@ -25,11 +28,12 @@ class Occupancy:
         if member not in self._begun.get(node, ()):
             self._starting.setdefault(member, (node, now))
 
-    def begun(self, member: int, node: str) -> None:
-        """Its keeper shows it."""
-        if self._starting.pop(member, None) is not None:
-            self._longer.pop(node, None)
-        self._begun.setdefault(node, set()).add(member)
+    def shown(self, node: str, members: set[int]) -> None:
+        """Those that its keeper shows alive, and no others: of some another keeper may have known that has died."""
+        for member in members:
+            if self._starting.pop(member, None) is not None:
+                self._longer.pop(node, None)
+        self._begun[node] = members
 
     def ended(self, member: int, node: str) -> None:
         self._starting.pop(member, None)
@@ -54,7 +58,7 @@ class Occupancy:
             if free.get(node, 1) == 0 and any(free.values()) and now - since > self._patience_on(node)
         )
         for member, node in found:
-            self._longer[node] = 2 * self._patience_on(node)
+            self._longer[node] = min(2 * self._patience_on(node), LONGEST_TIMES * self.patience_s)
             self.ended(member, node)
         return found
 

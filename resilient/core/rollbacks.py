@@ -18,20 +18,21 @@ class Rollbacks:
     control: Control = field(repr=False, compare=False)
     _asked: tuple[int, Rollback | None] = (0, None)
     """A branch, and what was asked for last by ranks that were on it."""
-    _ends_differed: bool = False
-    """Ranks have ended with different states before."""
+    _ends: Rollback | None = None
+    """What followed when ranks had ended with different states."""
 
     def ends_differ(self, found: EndsDiffer, plan: Plan) -> None:
         """All have returned, and nobody will ask for anything. What is computed again by others comes out right, if no
         more than a bit had changed by itself; once must do."""
         members = [self.control.membership.members[number] for number in plan.members]
         back_to = max(member.verified for member in members)
-        if self._ends_differed or back_to < 0 or not self.control.limits.snapshots:
-            again = "; it came again when the last steps were computed a second time" if self._ends_differed else ""
+        if self._ends or back_to < 0 or not self.control.limits.snapshots:
+            again = "; it came again when the last steps were computed a second time" if self._ends else ""
             self.control.fail(f"{found.reason}{again}")
             return
-        self._ends_differed = True
-        wanted = Rollback(back_to=back_to, skip_from=0, skip_to=-1, why=found.reason, suspects=found.suspects)
+        self._ends = wanted = Rollback(
+            back_to=back_to, skip_from=0, skip_to=-1, why=found.reason, suspects=found.suspects
+        )
         self._asked = plan.branch, wanted
         suspected = set(found.suspects)
         self.control.deaths.let_go([member for member in members if member.number not in suspected], found.reason)
@@ -44,10 +45,11 @@ class Rollbacks:
             return None
         if asks := self._asks(formed):
             self._asked = formed.branch, max(asks, key=_known_by)
-        # A planned change is reached only over an exchange, which whoever wants to go back does not take part in.
-        if formed is not current and current.kind != "planned":
-            return None
         branch, asked = self._asked
+        # A planned change is reached only over an exchange, which whoever wants to go back does not take part in.
+        # After the end nobody forms any generation.
+        if formed is not current and current.kind != "planned" and asked is not self._ends:
+            return None
         return asked if branch == formed.branch else None
 
     def _asks(self, formed: Plan) -> list[Rollback]:

@@ -408,13 +408,19 @@ def test_nodes_are_waited_for_while_nothing_is_starting() -> None:
     assert control.chronicle.figures.spent.seconds["waiting"] == 5.0
 
 
-def ended_differently(*verified: int, snapshots: bool = True) -> tuple[Scenario, list[str]]:
-    """Three ranks, of which the second has returned with another state than the others."""
+def ended_differently(*verified: int, snapshots: bool = True, broken: bool = False) -> tuple[Scenario, list[str]]:
+    """Three ranks, of which the second has returned with another state than the others. broken: a link was, so that
+    another generation has been made, which nobody forms."""
     run = Scenario(limits=Limits(min_workers=1, max_workers=3, detection_s=2.0, snapshots=snapshots))
     run.take(NodeSeen(node="a", capacity=3))
     for member in (1, 2, 3):
         run.ready(member)
     run.take(GenerationCreated(generation=1))
+    if broken:
+        for member in (1, 2, 3):
+            run.report(member, 1, step=2, complete=2, broken=1)
+        assert run.take(Tick(), after_s=1.0) == ["create 2 unplanned from 1 of (1, 2, 3)"]
+        run.take(GenerationCreated(generation=2))
     said = []
     for member, digest, known in zip((1, 2, 3), "aba", verified, strict=True):
         run.report(member, 1, step=3, complete=2, finished=True)
@@ -428,6 +434,12 @@ def test_ranks_that_end_with_different_states_compute_the_last_steps_again() -> 
     spawned = ["spawn 4 on a", "spawn 5 on a", "spawn 6 on a"]
     assert said == ["kill 1", "kill 3", "kill 2", "take inventory", *spawned]
     assert run.control.deaths.failures.total == 1, "only the odd one is at fault"
+    assert run.control.restoring.rollback is not None and run.control.restoring.rollback.back_to == 2
+
+
+def test_different_ends_leave_nobody_with_the_odd_state_where_another_generation_was_to_form() -> None:
+    run, said = ended_differently(1, 2, -1, broken=True)
+    assert said[:4] == ["kill 1", "kill 3", "kill 2", "take inventory"]
     assert run.control.restoring.rollback is not None and run.control.restoring.rollback.back_to == 2
 
 

@@ -22,6 +22,7 @@ from actors import group_store, pending
 from actors.group import Group, LinkBroken
 from actors.group_store import GroupStore, GroupStoreServer
 from actors.transfer import NotAuthentic, PeerLost, TransferRefused
+from resilient.core.limits import Limits
 
 LIMIT_S = 30.0
 HOST = "127.0.0.1"
@@ -184,6 +185,12 @@ def test_a_host_that_acknowledges_nothing_is_given_up_by_the_kernel(server: Grou
             assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert len(limits) >= 2 and min(limits) > 0, "both ends of the pair"
     assert len(formed) == 2
+
+
+def test_one_that_sends_its_state_to_a_hundred_others_is_seen_to_go_on() -> None:
+    """At 1 Gbit/s, by which all go on at once. A generation that was formed again would only begin anew."""
+    piece_s = 100 * pending.PIECE_BYTES / 125e6
+    assert piece_s < Limits(min_workers=1, max_workers=101, detection_s=2.0).stall_s
 
 
 def test_large_moves_go_in_pieces_and_each_is_progress(server: GroupStoreServer) -> None:

@@ -31,7 +31,7 @@ from snapshot.files import StorageError, open_files
 from snapshot.stored import Stored
 from snapshot.table import StateTable
 from tests.shards import flip
-from tests.unit.test_rank_snapshots import Training, wait_for
+from tests.unit.test_rank_snapshots import Seating, Training, wait_for
 
 
 class InThread:
@@ -130,6 +130,27 @@ def test_only_so_many_are_kept(saved: Callable[..., Parts]) -> None:
         train_until_durable(training, keeper)
     keeper.wait_until_done()
     assert len(store.checkpoints(open_files(str(disk)))) == 2
+
+
+def test_a_checkpoint_that_a_rank_died_over_gives_its_slot_back_and_later_ones_are_written(
+    saved: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "LATE_S", 0.0)
+    training, keeper, _ = saved()
+    shares = {"a": (0, 1)}
+    keeper.vault.ring(Ring(generation=2, group=Group(nodes=("a",), parity=0), shares=shares))
+    both, lifecycle = Seating(generation=2, rank=0, world=2), training.snapshots._slots.lifecycle
+    torn = Ordinal(0, 100)
+    training.snapshots.boundary(torn, training.objects, both, wanted=False)
+    training.snapshots.boundary(torn, training.objects, both, wanted=True, durable=True)
+    training.snapshots.gate()
+    keeper.wait_until_done()
+    assert lifecycle.kept == torn and keeper.news.failures == 0, "the other rank may be slow"
+    keeper.vault.ring(Ring(generation=3, group=Group(nodes=("a",), parity=0), shares={"a": (0,)}))
+    wait_for(lambda: keeper.news.failures == 1)
+    assert "a rank has died" in keeper.news.last_failure
+    training.snapshots.wish(Ordinal(0, 101), 3)
+    assert lifecycle.kept is None
 
 
 @pytest.mark.parametrize("error", [StorageError("the disk is full"), ZeroDivisionError("full of surprises")])
