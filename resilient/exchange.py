@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.group import Group
-from actors.pending import PIECE_BYTES, Move
+from actors.pending import Move
 
 from .core.plan import Plan
 from .core.tree import Fold, Node, owned
@@ -28,7 +28,8 @@ from .payload import ALIGN_BYTES, Layout, Payload, fold_range, merged_counts, re
 from .sums import StepSums
 
 CHUNK_BYTES = 2 << 20
-WAIT_EVERY = PIECE_BYTES // CHUNK_BYTES
+WAIT_EVERY = 32
+"""Chunks, on a device."""
 GATHER_TAG = 1 << 20
 """Tags from here on belong to the way back."""
 
