@@ -47,8 +47,9 @@ class Rollbacks:
             self._asked = formed.branch, max(asks, key=_known_by)
         branch, asked = self._asked
         # A planned change is reached only over an exchange, which whoever wants to go back does not take part in.
-        # After the end nobody forms any generation.
-        if formed is not current and current.kind != "planned" and asked is not self._ends:
+        # After the end nobody forms an unplanned one, either.
+        over = asked is self._ends and current.kind == "unplanned"
+        if formed is not current and current.kind != "planned" and not over:
             return None
         return asked if branch == formed.branch else None
 
