@@ -99,6 +99,8 @@ class Control:
     silent_links: SilentLinks = field(init=False)
     unheard: set[int] = field(default_factory=set)
     """Members that an earlier controller has told of, and that have not reported yet."""
+    never_seated: set[int] = field(default_factory=set)
+    """Those of them that are in no generation: nothing hangs on them, and they may wait for a place for long."""
     ended: bool = False
     now: float = 0.0
     waiting_for: str = ""
@@ -178,7 +180,7 @@ class Control:
     # What follows
 
     def _settle(self) -> None:
-        if self.creating is not None or self.unheard:
+        if self.creating is not None or self.unheard - self.never_seated:
             return
         self.deaths.kill_strays()
         self.leaving.release()

@@ -82,6 +82,7 @@ class Deaths:
         for member in members:
             if not member.gone:
                 member.gone = True
+                self.control.unheard.discard(member.number)
                 self.control.membership.changed(member)
                 self._kill(member, why)
 

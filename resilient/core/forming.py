@@ -60,6 +60,7 @@ class Forming:
             members[number].gone = True
             control.membership.changed(members[number])
         control.unheard = {member.number for member in control.membership.alive()}
+        control.never_seated = control.unheard.difference(*(plan.members for plan in event.plans))
 
     def created(self, event: GenerationCreated) -> None:
         control, created = self.control, self.control.creating

@@ -338,8 +338,21 @@ def test_a_restarted_controller_waits_for_a_word_about_every_rank() -> None:
     run.take(NodeSeen(node="a", capacity=4))
     assert run.report(1, 1) == []
     assert run.take(RankGone(member=3, why="not there")) == ["kill 3"]
+    assert run.control.unheard == {2}
     assert run.report(2, 1) == []
     assert "create 2 unplanned from 1 of (1,)" in run.take(RankGone(member=2, why="killed"))
+
+
+def test_a_restarted_controller_does_not_wait_for_ranks_that_wait_for_a_place() -> None:
+    plan = Scenario().begun().control.plans[1]
+    run = Scenario()
+    run.take(Resumed(plans=(plan,), spawned=((1, "a"), (2, "a"), (3, "b"))))
+    run.take(NodeSeen(node="a", capacity=4))
+    run.report(1, 1)
+    run.report(2, 1)
+    assert "create 2 unplanned from 1 of (1,)" in run.take(RankGone(member=2, why="killed"))
+    run.take(RankPending(member=3, why="other jobs use it"))
+    assert not run.control.unheard
 
 
 def test_a_restarted_controller_says_and_kills_nothing_that_is_on_record_as_gone() -> None:

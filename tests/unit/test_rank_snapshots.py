@@ -104,6 +104,10 @@ def is_ready(snapshots: Snapshots, step: int) -> bool:
     return snapshots.wish(Ordinal(0, step), 1).room
 
 
+def is_protected(snapshots: Snapshots, step: int, ordinal: int) -> bool:
+    return snapshots.wish(Ordinal(0, step), 1).protected >= ordinal
+
+
 def made_or_full(snapshots: Snapshots) -> bool:
     """Whether nothing is being prepared."""
     return not snapshots._slots.preparing
@@ -317,7 +321,9 @@ def test_protected_snapshots_make_room(kept: Training) -> None:
     kept.ready()
     for _ in range(20):
         kept.step()
-        wait_for(lambda: kept.snapshots.wish(Ordinal(0, kept.steps + 1), 1).protected >= 0)
+        kept.snapshots.gate()
+        newest = Ordinal(0, kept.snapshots.tally.newest).packed()
+        wait_for(functools.partial(is_protected, kept.snapshots, kept.steps + 1, newest))
     assert kept.snapshots.tally.captured >= 10
     assert kept.snapshots.tally.protected >= kept.steps - 4
 
