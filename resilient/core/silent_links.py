@@ -35,6 +35,8 @@ class SilentLinks:
     control: Control = field(repr=False, compare=False)
     barred: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Nodes that get no rank: until when, and for how long."""
+    _said: dict[Pair, int] = field(default_factory=dict)
+    """Of a member, and another that it could not connect to, in which generation it has said so last."""
     _found: dict[Pair, tuple[int, float]] = field(default_factory=dict)
     """Pairs that could not connect: in which generation, and when that was told."""
     _again: set[Pair] = field(default_factory=set)
@@ -44,8 +46,13 @@ class SilentLinks:
     _asked: tuple[int, float] = (0, 0.0)
 
     def probed(self, event: LinksProbed) -> None:
+        """Only where both say so: who is stopped answers nobody, and says nothing."""
         now = self.control.now
+        self._said = {pair: told for pair, told in self._said.items() if told >= event.generation - 1}
         for other in event.unreachable:
+            self._said[event.member, other] = event.generation
+            if self._said.get((other, event.member)) != event.generation:
+                continue
             pair = (min(event.member, other), max(event.member, other))
             generation, at = self._found.get(pair, (event.generation, now))
             if (event.generation > generation and now - at <= RECUR_S) or not self._seated(pair):

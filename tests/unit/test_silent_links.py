@@ -45,6 +45,12 @@ def stalls(run: Scenario, generation: int, *members: int, formed: int | None = N
     return said
 
 
+def unheard(run: Scenario, generation: int, one: int, other: int) -> list[str]:
+    """They say that they can't reach each other."""
+    said = run.take(LinksProbed(member=one, generation=generation, unreachable=(other,)))
+    return said + run.take(LinksProbed(member=other, generation=generation, unreachable=(one,)))
+
+
 def test_a_standstill_is_formed_again_and_its_links_are_probed() -> None:
     run = begun()
     assert stalls(run, 1, 1) == []
@@ -64,10 +70,11 @@ def test_nobody_stands_still_while_one_computes() -> None:
 def test_a_pair_that_can_t_connect_in_two_generations_loses_the_higher_rank() -> None:
     run = begun()
     stalls(run, 1, 1, 2)
-    assert run.take(LinksProbed(member=1, generation=1, unreachable=(2,))) == []
+    assert unheard(run, 1, 1, 2) == []
     run.take(GenerationCreated(generation=2))
     assert run.take(Tick()) == []
     assert run.take(Tick(), LIMITS.detection_s) == ["probe 2"]
+    assert run.take(LinksProbed(member=1, generation=2, unreachable=(2,))) == [], "it may be stopped"
     assert run.take(LinksProbed(member=2, generation=2, unreachable=(1,))) == [
         "kill 2",
         "create 3 unplanned from 1 of (1,)",
@@ -88,11 +95,11 @@ def test_links_are_probed_again_when_there_has_been_time_for_an_answer() -> None
 def test_a_standstill_that_the_new_connections_end_costs_nobody() -> None:
     run = begun()
     stalls(run, 1, 1, 2)
-    run.take(LinksProbed(member=1, generation=1, unreachable=(2,)))
+    unheard(run, 1, 1, 2)
     run.take(GenerationCreated(generation=2))
     run.report(1, 2, step=6, complete=5)
     run.report(2, 2, step=6, complete=5)
-    assert run.take(LinksProbed(member=2, generation=2, unreachable=(1,))) == []
+    assert unheard(run, 2, 1, 2) == []
     assert run.take(Tick(), 5.0) == []
 
 
@@ -113,7 +120,7 @@ def test_a_joiner_that_is_not_reached_goes_at_once_and_its_node_waits_longer_eac
         run.report(1, generation, formed=formed)
         stalls(run, generation, 1, joiner, formed=0)
         run.take(GenerationCreated(generation=generation + 1))
-        said = run.take(LinksProbed(member=1, generation=generation, unreachable=(joiner,)))
+        said = unheard(run, generation, 1, joiner)
         assert said[0] == f"kill {joiner}"
         formed = generation + 1
         run.report(1, formed, step=6 + turn, complete=5 + turn)
@@ -129,7 +136,7 @@ def test_a_joiner_that_is_not_reached_goes_at_once_and_its_node_waits_longer_eac
 def test_what_is_said_of_one_that_has_died_is_forgotten() -> None:
     run = begun()
     stalls(run, 1, 1, 2)
-    run.take(LinksProbed(member=1, generation=1, unreachable=(2,)))
+    unheard(run, 1, 1, 2)
     run.take(RankGone(member=2, why="killed"))
     run.take(GenerationCreated(generation=2))
     assert run.take(LinksProbed(member=1, generation=2, unreachable=(2,))) == []
