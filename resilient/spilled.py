@@ -4,6 +4,7 @@ which ends with the process."""
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ class Spilled(Sequence[Item]):
         self._blocks: list[tuple[int, int]] = []
         """Of each block in the file where it begins and how many bytes it has."""
         self._file: IO[bytes] | None = None
+        self._said = False
+        """That no file can be written."""
         self._read: tuple[int, list[Item]] = (-1, [])
         """The block that was read last, by number."""
 
@@ -99,8 +102,14 @@ class Spilled(Sequence[Item]):
                 self._file.flush()
                 self._blocks.append((start, len(data)))
                 del self._tail[:BLOCK_ITEMS]
-        except OSError:
-            pass  # no room on the disk: they stay here, and the next block tries again
+        except OSError as error:  # they stay here, and the next block tries again
+            if not self._said:
+                self._said = True
+                print(
+                    f"resilient: metrics stay in memory, as no file can be written for them ({error}): make room, or "
+                    "set TMPDIR to another folder",
+                    file=sys.stderr,
+                )
 
     def _block(self, number: int) -> list[Item]:
         if self._read[0] != number:

@@ -192,7 +192,7 @@ class Control:
             self._go_back(rollback)
             return
         self.restoring.look_for(None)
-        self.silent_links.look(troubled=self._is_broken() or self._stands_still())
+        self.silent_links.look(still=self._stands_still(), broken=self._is_broken())
         if self.ended:
             return
         situation = self._situation()

@@ -4,9 +4,10 @@ All wait for each other then, and every keeper is well: no silence tells who is 
 
 standstill    all living members of a generation wait, and nothing comes: it is formed again, over new connections
 probe         in a standstill, or where the generation after it does not form, its members connect to each other
-verdict       a pair that could not, in two generations: the rank with the most such pairs is replaced. A joiner that
-              could not in one is replaced at once, since it holds nothing yet. Their node gets no other rank for a
-              while, longer each time: nobody says when a link is mended, and to try it costs a standstill
+verdict       a pair of which both say that they could not, in two generations: the rank with the most such pairs is
+              replaced. A joiner that could not in one is replaced at once, since it holds nothing yet. Their node
+              gets no other rank for a while, longer each time: nobody says when a link is mended, and to try it costs
+              a standstill
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING
 from .events import LinksProbed
 from .instructions import ProbeLinks
 from .plan import Plan
-from .situation import stands_still
 
 if TYPE_CHECKING:
     from .control import Control
@@ -49,19 +49,21 @@ class SilentLinks:
         """Only where both say so: who is stopped answers nobody, and says nothing."""
         now = self.control.now
         self._said = {pair: told for pair, told in self._said.items() if told >= event.generation - 1}
+        self._found = {pair: told for pair, told in self._found.items() if now - told[1] <= RECUR_S}
         for other in event.unreachable:
             self._said[event.member, other] = event.generation
             if self._said.get((other, event.member)) != event.generation:
                 continue
             pair = (min(event.member, other), max(event.member, other))
-            generation, at = self._found.get(pair, (event.generation, now))
-            if (event.generation > generation and now - at <= RECUR_S) or not self._seated(pair):
+            generation, _ = self._found.get(pair, (event.generation, now))
+            if event.generation > generation or not self._seated(pair):
                 self._again.add(pair)
             if event.generation >= generation:
                 self._found[pair] = event.generation, now
 
-    def look(self, *, troubled: bool) -> None:
-        """troubled: the current generation stands still, or a link of it broke."""
+    def look(self, *, still: bool, broken: bool) -> None:
+        """Whether the current generation stands still, or a link of it broke."""
+        troubled = still or broken
         control, plan = self.control, self.control.current
         self._unbar()
         if plan is None:
@@ -73,12 +75,9 @@ class SilentLinks:
             self._trouble_at = None
             self._again.clear()
         forms_late = control.for_s("forming", control.formed is not plan) >= control.limits.detection_s
-        if self._stands_still(plan) or (again and (troubled or forms_late)):
+        if still or (again and (troubled or forms_late)):
             self._ask(plan)
         self._judge(plan)
-
-    def _stands_still(self, plan: Plan) -> bool:
-        return stands_still(self.control.membership, self.control.formed, plan)
 
     def _ask(self, plan: Plan) -> None:
         generation, at = self._asked
@@ -114,10 +113,12 @@ class SilentLinks:
         self.control.membership.barred.add(node)
 
     def _unbar(self) -> None:
-        """How long it lasted is remembered."""
-        for node, (until, _) in self.barred.items():
-            if until <= self.control.now:
-                self.control.membership.barred.discard(node)
+        """How long it lasted is remembered for as long as the longest takes."""
+        over = [(node, until) for node, (until, _) in self.barred.items() if until <= self.control.now]
+        for node, until in over:
+            self.control.membership.barred.discard(node)
+            if self.control.now - until > LONGEST_BAR_S:
+                del self.barred[node]
 
     def _dispensable(self, plan: Plan, member: int) -> tuple[bool, bool, int]:
         """Whose loss costs least: a joiner, then one whose layers others have too, then the highest rank."""
