@@ -123,6 +123,8 @@ class Member:
         """The training thread has a leaf in hand, and may be folding it: nobody else touches the partial sums."""
         self._to_discard = False
         """The partial sums, that leaf's too, are dropped as soon as it is folded."""
+        self._probing = threading.Lock()
+        """Held while links to others are probed."""
         self._in_user_code = True
         """The training thread is not in here."""
         self._said_staged = False
@@ -358,12 +360,18 @@ class Member:
                 self._host.tell(Remark(text=f"rank refuses a message of kind {type(message).__name__}"))
 
     def _probe_links(self, asked: ProbeLinks) -> None:
-        others = {
-            place.member: (place.address.host, place.address.port)
-            for place in asked.places
-            if place.member != self.number
-        }
-        found = unreachable(others, self._host.secret, self._limits.reach_s)
+        """One at a time: where others are many it takes long, and it is asked for again."""
+        if not self._probing.acquire(blocking=False):
+            return
+        try:
+            others = {
+                place.member: (place.address.host, place.address.port)
+                for place in asked.places
+                if place.member != self.number
+            }
+            found = unreachable(others, self._host.secret, self._limits.reach_s)
+        finally:
+            self._probing.release()
         self._host.tell(LinksProbed(member=self.number, generation=asked.generation, unreachable=found))
 
     def _verified(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from resilient.core.instructions import ProbeLinks
 from resilient.core.plan import Address, Kind, Place, Plan
 from resilient.core.seat import Apply, Compute, Seat
 from resilient.member import Member
@@ -112,3 +113,21 @@ def test_a_leaf_that_is_another_rank_s_by_now_is_dropped_with_the_sums_that_it_l
     member.folded(2)
     compute(member, 2)
     assert sums(member).inside == seat(member).folded == {0, 1}
+
+
+def test_links_are_probed_once_at_a_time(member: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others are many it takes longer than until it is asked for again."""
+    probed: list[int] = []
+    asked = ProbeLinks(generation=2, places=plan(2, ((0, 1, 2), (3,)), "planned", 1).places)
+
+    def unreachable(others: dict[int, object], secret: str, limit_s: float) -> tuple[int, ...]:
+        probed.append(len(others))
+        member._probe_links(asked)
+        return ()
+
+    monkeypatch.setattr("resilient.member.unreachable", unreachable)
+    member._host.secret = "s"
+    member._probe_links(asked)
+    assert probed == [1]
+    member._probe_links(asked)
+    assert probed == [1, 1]

@@ -70,11 +70,14 @@ class Full:
         return self._file.write(data)
 
 
-def test_without_room_on_the_disk_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_on_the_disk_nothing_is_lost_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = Full()
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: file)
     found, like = both(11)
     assert found == like and len(found._tail) == 11
+    assert capsys.readouterr().err.count("TMPDIR") == 1
     found.truncate(10)
     file.room = True
     found.extend(range(10, 13))
